@@ -1,0 +1,480 @@
+"""Every knob of a run: what it is, its unit, its default, its checks.
+
+A run is described by TOML files and `section.key=value` overrides, applied left to right onto the frozen dataclasses
+below, one per TOML section. An unknown key, a wrong type or values that do not fit together raise ConfigError before
+any work starts. Also here: UserError (a mistake that the user can mend) and `exit_cleanly`, which turns it into one
+line on stderr and exit status 2. Needs the standard library only, so `python config.py --help` answers at once.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+import os
+import sys
+import tomllib
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+
+
+class UserError(Exception):
+    """A mistake that the user can mend; its text names the thing, the value and the way out. Exit status 2."""
+
+
+class ConfigError(UserError):
+    """A knob that does not exist, has a wrong value, or does not fit the others."""
+
+
+class MachineError(Exception):
+    """The machine failed, not the user: a disk that stayed full, a lost rank. One line, exit status 1."""
+
+
+def exit_cleanly(main: Callable[[list[str]], None]) -> None:
+    """Run main(argv); UserError becomes `error: ...` and exit 2, MachineError the same line and exit 1, Ctrl-C exit 130.
+
+    Under torchrun only rank 0 prints, and every worker exits with the same status.
+    """
+    try:
+        main(sys.argv[1:])
+        sys.stdout.flush()
+    except (UserError, MachineError) as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2 if isinstance(error, UserError) else 1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our stdout went away (`| head`): not an error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The knobs
+
+def knob(default, what: str, *, choices: tuple[str, ...] = (), minimum: float | None = None,
+         maximum: float | None = None, above: float | None = None):
+    """A dataclass field with its help text and its allowed range (minimum and maximum inclusive, above exclusive)."""
+    checks = {"what": what, "choices": choices, "minimum": minimum, "maximum": maximum, "above": above}
+    return field(default=default, metadata=checks)
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How RoPE frequencies stretch to a longer context than the model was first trained on."""
+
+    kind: str = knob("linear", "linear: positions / factor; llama3: only the low frequencies, as in Llama 3.1",
+                     choices=("linear", "llama3"))
+    factor: float = knob(1.0, "context is stretched by this factor", minimum=1.0)
+    low_freq_factor: float = knob(1.0, "llama3: wavelengths above original_max_seq_len / this are stretched in full",
+                                  above=0.0)
+    high_freq_factor: float = knob(4.0, "llama3: wavelengths below original_max_seq_len / this are left alone",
+                                   above=0.0)
+    original_max_seq_len: int = knob(8192, "llama3: tokens of context before stretching", minimum=1)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The architecture. Defaults are GPT-2 124M's."""
+
+    n_layer: int = knob(12, "blocks", minimum=1)
+    n_head: int = knob(12, "query heads", minimum=1)
+    n_kv_head: int | None = knob(None, "key/value heads, divides n_head (grouped-query attention); left out = n_head",
+                                 minimum=1)
+    n_embd: int = knob(768, "width of the residual stream", minimum=1)
+    head_dim: int | None = knob(None, "width of one head; left out = n_embd / n_head", minimum=1)
+    mlp_hidden: int | None = knob(None, "hidden width of the MLP; left out = 4 n_embd, for swiglu 8/3 n_embd rounded up "
+                                        "to a multiple of 64", minimum=1)
+    vocab_size: int | None = knob(None, "token ids; left out = the tokenizer's", minimum=2)
+    max_seq_len: int = knob(1024, "context, tokens", minimum=1)
+    norm: str = knob("layernorm", "normalisation before attention, MLP and head", choices=("layernorm", "rmsnorm"))
+    norm_eps: float = knob(1e-5, "added to the variance (layernorm) or mean square (rmsnorm)", above=0.0)
+    position: str = knob("learned", "learned: a table of max_seq_len rows; rope: rotary, half-split as Hugging Face",
+                         choices=("learned", "rope"))
+    rope_theta: float = knob(10000.0, "base of the RoPE frequencies", above=0.0)
+    rope_scaling: RopeScaling | None = knob(None, "table {kind, factor, ...} to stretch RoPE; left out = none")
+    mlp: str = knob("gelu", "gelu is GPT-2's tanh form, gelu_exact the erf form (nanoGPT's), relu2 is relu(x)^2",
+                    choices=("gelu", "gelu_exact", "swiglu", "relu2"))
+    qk_norm: bool = knob(False, "RMSNorm over each head of q and k before RoPE (as Qwen3)")
+    bias: bool = knob(True, "biases in linear layers and layernorms")
+    qkv_bias: bool | None = knob(None, "bias of the q, k, v projection alone (Qwen2 has it); left out = bias")
+    tie_embeddings: bool = knob(True, "the head shares the token embedding's table")
+    dropout: float = knob(0.0, "on the embedding and on both residual branches; 0.0 = off", minimum=0.0, maximum=0.99)
+    logit_softcap: float = knob(0.0, "logits = cap * tanh(logits / cap); 0.0 = off", minimum=0.0)
+    window: int | None = knob(None, "a token sees this many tokens, itself included; left out = all before it", minimum=1)
+    init: str = knob("gpt2", "gpt2: normal 0.02, residual projections / sqrt(2 n_layer); zero_residual: normal "
+                             "1/sqrt(fan_in), residual projections and an untied head start at 0",
+                     choices=("gpt2", "zero_residual"))
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_head if self.n_kv_head is None else self.n_kv_head
+
+    @property
+    def dim_per_head(self) -> int:
+        return self.n_embd // self.n_head if self.head_dim is None else self.head_dim
+
+    @property
+    def hidden(self) -> int:
+        if self.mlp_hidden is not None:
+            return self.mlp_hidden
+        return 64 * math.ceil(8 * self.n_embd / 3 / 64) if self.mlp == "swiglu" else 4 * self.n_embd
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        return self.bias if self.qkv_bias is None else self.qkv_bias
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the tokens come from."""
+
+    source: tuple[str, ...] = knob((), "text to train on, prepared first if it is not yet: files (.txt, .jsonl, .gz, "
+                                       ".zst, .parquet), folders, or python-stdlib; one or a list")
+    val_source: tuple[str, ...] = knob((), "validation text; left out = val_fraction is set aside from source")
+    dir: str | None = knob(None, "folder of prepared shards; left out = shards/<name>-<hash of the data settings>")
+    tokenizer: str | None = knob(None, "bytes, bpe:N (trained on source), gpt2, r50k_base, cl100k_base, o200k_base, a "
+                                       "tokenizer.json or a run folder; left out = that of dir or init_from, else gpt2")
+    val_fraction: float = knob(0.05, "share of the text set aside for validation", minimum=0.0, maximum=0.9)
+    text_field: str = knob("text", "the field of a .jsonl row or parquet column that holds the text")
+    document_mask: bool = knob(False, "tokens see their own document only, and positions restart with it")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """The optimizer and its schedule; lr is a pure function of the step."""
+
+    name: str = knob("adamw", "adamw; muon: Muon for the blocks' matrices, AdamW for the rest",
+                     choices=("adamw", "muon"))
+    lr: float = knob(6e-4, "peak learning rate of AdamW", above=0.0)
+    min_lr: float = knob(0.0, "learning rate at the end of the schedule", minimum=0.0)
+    schedule: str = knob("cosine", "after warmup: cosine to min_lr; wsd: hold, then linear to min_lr; constant",
+                         choices=("cosine", "wsd", "constant"))
+    warmup_steps: int = knob(0, "steps of linear warmup", minimum=0)
+    decay_steps: int | None = knob(None, "step at which min_lr is reached; left out = max_steps of the first start",
+                                   minimum=1)
+    decay_fraction: float = knob(0.2, "wsd: the last share of decay_steps, in which lr falls", above=0.0, maximum=1.0)
+    betas: tuple[float, float] = knob((0.9, 0.95), "AdamW's decay rates of the first and second moment")
+    eps: float = knob(1e-8, "AdamW's term against division by zero", above=0.0)
+    weight_decay: float = knob(0.1, "decoupled, on matrices and embeddings, never on norms and biases; 0.0 = off",
+                               minimum=0.0)
+    grad_clip: float = knob(1.0, "largest global gradient norm; inf = off", above=0.0)
+    muon_lr: float = knob(0.02, "peak learning rate of Muon; follows the schedule of lr", above=0.0)
+    muon_momentum: float = knob(0.95, "Muon's Nesterov momentum", minimum=0.0, maximum=0.999)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The run."""
+
+    out_dir: str = knob("out/run", "run folder: config.toml, log.txt, metrics.jsonl, tokenizer.json, checkpoints/")
+    max_steps: int = knob(1000, "optimizer steps in all", minimum=1)
+    tokens_per_step: int = knob(524_288, "global batch in tokens; divides by max_seq_len x ranks", minimum=1)
+    micro_batch: int = knob(8, "sequences per forward and backward on one rank", minimum=1)
+    seed: int = knob(1337, "of initialisation, data order and dropout", minimum=0)
+    device: str = knob("auto", "auto = cuda, then mps, then cpu", choices=("auto", "cuda", "mps", "cpu"))
+    dtype: str = knob("auto", "of the matmuls; weights and moments stay float32; auto = bfloat16 where the device "
+                              "computes it natively, else float16 on CUDA, else float32",
+                      choices=("auto", "float32", "bfloat16", "float16"))
+    compile: str = knob("auto", "torch.compile; auto = on for CUDA where a C compiler and triton are found",
+                        choices=("auto", "true", "false"))
+    activation_checkpointing: bool = knob(False, "recompute each block in the backward pass: less memory, a third more "
+                                                 "work")
+    init_from: str | None = knob(None, "run folder or checkpoint whose weights and tokenizer start this run")
+    fork_from: str | None = knob(None, "run folder or checkpoint to continue as a new run, with its moments and step")
+    eval_every: int = knob(250, "steps between evaluations; 0 = only at the end", minimum=0)
+    eval_tokens: int = knob(1_048_576, "validation tokens per evaluation, at most all of them", minimum=1)
+    log_every: int = knob(10, "steps between log lines", minimum=1)
+    save_every: int = knob(1000, "steps between checkpoints; the last step is always saved", minimum=1)
+    keep: int = knob(2, "newest checkpoints kept; the one with the best validation loss is kept as well", minimum=1)
+    sample_every: int = knob(0, "steps between printed samples; 0 = only at the end", minimum=0)
+    tracker: str = knob("none", "also send metrics to", choices=("none", "tensorboard", "wandb"))
+    deterministic: bool = knob(False, "bitwise repeatable on CUDA too, somewhat slower")
+    timeout_s: float = knob(600.0, "seconds a rank waits for another before the run ends with an error", above=0.0)
+    profile_steps: tuple[int, ...] = knob((), "steps to trace into RUN/profile, as a list")
+
+
+@dataclass(frozen=True)
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading: files and overrides -> Config
+
+def parse_arguments(arguments: list[str], default_file: Path | None = None) -> tuple[Config, set[str]]:
+    """Config from FILE.toml and section.key=value words, left to right, and the names of the knobs they set.
+
+    Without a file, default_file is read first. Raises ConfigError.
+    """
+    if default_file is not None and not any(word.endswith(".toml") and "=" not in word for word in arguments):
+        arguments = [str(default_file), *arguments]
+    config, given = Config(), set()
+    for word in arguments:
+        table = _override_table(word) if "=" in word else _file_table(word)
+        for section, values in table.items():
+            for name in values:
+                given.add(f"{section}.{name}")
+        config = apply_table(config, table)
+    check(config)
+    return config, given
+
+
+def load_config(path: Path) -> Config:
+    """The config in a TOML file, checked. Raises ConfigError."""
+    config = apply_table(Config(), _file_table(str(path)))
+    check(config)
+    return config
+
+
+def _file_table(word: str) -> dict:
+    path = Path(word)
+    if not word.endswith(".toml"):
+        raise ConfigError(f"argument {word!r} is neither a FILE.toml nor section.key=value; --help lists every knob")
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1)
+        raise ConfigError(f"config file {word!r} does not exist" + (f"; did you mean {near[0]!r}?" if near else
+                          "; configs/ holds examples")) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {word!r} is not valid TOML: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"config file {word!r} cannot be read: {error.strerror}") from None
+    for section, values in table.items():
+        if not isinstance(values, dict):
+            raise ConfigError(f"{word}: key {section!r} stands outside a section; put it under [model], [data], "
+                              "[optim] or [train]")
+    return table
+
+
+def _override_table(word: str) -> dict:
+    name, _, text = word.partition("=")
+    section, dot, key = name.lstrip("-").partition(".")
+    if not dot or not key:
+        sections = [s.name for s in fields(Config) if key_exists(s.name, name)]
+        hint = f"write {sections[0]}.{name.lstrip('-')}={text}" if sections else "write section.key=value"
+        raise ConfigError(f"override {word!r} names no section; {hint}")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # an unquoted string, such as data.source=book.txt
+    return {section: {key: value}}
+
+
+def key_exists(section: str, key: str) -> bool:
+    return key.lstrip("-") in {f.name for f in fields(typing.get_type_hints(Config)[section])}
+
+
+def apply_table(config: Config, table: dict) -> Config:
+    """config with the values of {section: {key: value}} put in. Raises ConfigError naming section and key."""
+    sections = typing.get_type_hints(Config)
+    for section, values in table.items():
+        if section not in sections:
+            raise ConfigError(f"section [{section}] does not exist{_did_you_mean(section, list(sections))}")
+        current = getattr(config, section)
+        config = replace(config, **{section: _apply_values(current, section, values)})
+    return config
+
+
+def _apply_values(current, path: str, values: dict):
+    hints = typing.get_type_hints(type(current))
+    knobs = {f.name: f for f in fields(current)}
+    changes = {}
+    for key, value in values.items():
+        name = f"{path}.{key}"
+        if key not in knobs:
+            raise ConfigError(f"{name} is not a knob{_did_you_mean(key, list(knobs))}")
+        changes[key] = _convert(name, hints[key], value)
+        _check_range(name, changes[key], knobs[key].metadata)
+    return replace(current, **changes)
+
+
+def _did_you_mean(word: str, names: list[str]) -> str:
+    near = difflib.get_close_matches(word, names, n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; there are: {', '.join(names)}"
+
+
+def _convert(name: str, kind: object, value: object):
+    """value as the knob's type, or ConfigError. An integer may be written 1e6, a list of one without brackets."""
+    if isinstance(kind, types.UnionType):
+        kind = next(k for k in typing.get_args(kind) if k is not type(None))
+    if dataclasses.is_dataclass(kind):
+        if isinstance(value, dict):
+            return _apply_values(kind(), name, value)
+    elif kind is bool:
+        if isinstance(value, bool):
+            return value
+    elif kind is str:
+        if isinstance(value, bool):
+            return "true" if value else "false"
+        if isinstance(value, str):
+            return value
+    elif kind is int:
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    elif kind is float:
+        if isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value):
+            return float(value)
+    elif typing.get_origin(kind) is tuple:
+        items = value if isinstance(value, list | tuple) else [value]
+        inner = typing.get_args(kind)
+        if inner[-1] is Ellipsis or len(items) == len(inner):
+            return tuple(_convert(name, inner[0], item) for item in items)
+    raise ConfigError(f"{name} = {value!r} should be {_type_name(kind)}")
+
+
+def _type_name(kind: object) -> str:
+    if isinstance(kind, types.UnionType):
+        kind = next(k for k in typing.get_args(kind) if k is not type(None))
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
+    if typing.get_origin(kind) is tuple:
+        inner = typing.get_args(kind)
+        item = names[inner[0]].split(" ", 1)[1]
+        return f"a list of {item}s" if inner[-1] is Ellipsis else f"a list of {len(inner)} {item}s"
+    return names.get(kind, "a table")
+
+
+def _check_range(name: str, value: object, limits: typing.Mapping) -> None:
+    if limits["choices"] and value not in limits["choices"]:
+        raise ConfigError(f"{name} = {value!r} should be one of {', '.join(limits['choices'])}")
+    if limits["minimum"] is not None and value is not None and value < limits["minimum"]:
+        raise ConfigError(f"{name} = {value} should be at least {limits['minimum']}")
+    if limits["maximum"] is not None and value is not None and value > limits["maximum"]:
+        raise ConfigError(f"{name} = {value} should be at most {limits['maximum']}")
+    if limits["above"] is not None and value is not None and value <= limits["above"]:
+        raise ConfigError(f"{name} = {value} should be above {limits['above']}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checks of values against each other
+
+def check(config: Config) -> None:
+    """Raise ConfigError if values do not fit together."""
+    _check_model(config.model)
+    _check_optim(config.optim, config.train)
+    _check_train(config)
+
+
+def _check_model(model: ModelConfig) -> None:
+    if model.head_dim is None and model.n_embd % model.n_head:
+        raise ConfigError(f"model.n_embd = {model.n_embd} does not divide by model.n_head = {model.n_head}; change one "
+                          "or set model.head_dim")
+    if model.n_head % model.kv_heads:
+        raise ConfigError(f"model.n_head = {model.n_head} does not divide by model.n_kv_head = {model.kv_heads}")
+    if model.position == "rope" and model.dim_per_head % 2:
+        raise ConfigError(f"model.position = 'rope' needs an even head_dim, not {model.dim_per_head}")
+    if model.rope_scaling is not None and model.position != "rope":
+        raise ConfigError("model.rope_scaling is set but model.position is 'learned'; set model.position = 'rope'")
+    scaling = model.rope_scaling
+    if scaling is not None and scaling.kind == "llama3" and scaling.high_freq_factor <= scaling.low_freq_factor:
+        raise ConfigError(f"model.rope_scaling.high_freq_factor = {scaling.high_freq_factor} should be above "
+                          f"low_freq_factor = {scaling.low_freq_factor}")
+
+
+def _check_optim(optim: OptimConfig, train: TrainConfig) -> None:
+    if optim.min_lr > optim.lr:
+        raise ConfigError(f"optim.min_lr = {optim.min_lr} is above optim.lr = {optim.lr}")
+    for beta in optim.betas:
+        if not 0.0 <= beta < 1.0:
+            raise ConfigError(f"optim.betas = {list(optim.betas)} should lie in [0, 1)")
+    decay_steps = optim.decay_steps or train.max_steps
+    if optim.schedule != "constant" and optim.warmup_steps >= decay_steps:
+        raise ConfigError(f"optim.warmup_steps = {optim.warmup_steps} leaves no step before decay ends at "
+                          f"{decay_steps}; lower it or raise train.max_steps (optim.decay_steps if set)")
+    if optim.schedule == "wsd" and optim.warmup_steps > decay_steps * (1 - optim.decay_fraction):
+        raise ConfigError(f"optim.warmup_steps = {optim.warmup_steps} reaches into the decay, which starts at step "
+                          f"{decay_steps * (1 - optim.decay_fraction):.0f}; lower it or optim.decay_fraction")
+
+
+def _check_train(config: Config) -> None:
+    train, model = config.train, config.model
+    if train.init_from is not None and train.fork_from is not None:
+        raise ConfigError("train.init_from and train.fork_from are both set; init_from takes weights only, fork_from "
+                          "also moments and step: keep one")
+    if train.tokens_per_step % model.max_seq_len:
+        raise ConfigError(f"train.tokens_per_step = {train.tokens_per_step} does not divide by model.max_seq_len = "
+                          f"{model.max_seq_len}; near it: {near_multiples(train.tokens_per_step, model.max_seq_len)}")
+    for step in train.profile_steps:
+        if not 1 <= step <= train.max_steps:
+            raise ConfigError(f"train.profile_steps names step {step}; steps run from 1 to {train.max_steps}")
+
+
+def near_multiples(value: int, factor: int) -> str:
+    """The multiples of factor on both sides of value, as text for an error: '4096 or 8192'."""
+    below = value // factor * factor
+    return " or ".join(str(v) for v in (below, below + factor) if v > 0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Writing: Config -> TOML that loads back equal; --help
+
+def to_toml(config: Config) -> str:
+    """The whole config as TOML; a knob that is left out stays left out."""
+    lines = []
+    for section in fields(config):
+        lines.append(f"[{section.name}]")
+        values = getattr(config, section.name)
+        for f in fields(values):
+            if getattr(values, f.name) is not None:
+                lines.append(f"{f.name} = {_toml_value(getattr(values, f.name))}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _toml_value(value: object) -> str:
+    if dataclasses.is_dataclass(value):
+        return "{" + ", ".join(f"{f.name} = {_toml_value(getattr(value, f.name))}" for f in fields(value)) + "}"
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_toml_value(v) for v in value) + "]"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return repr(value).lower() if isinstance(value, bool) else repr(value)
+
+
+def differences(ours: object, theirs: object, prefix: str, ignore: tuple[str, ...] = ()) -> list[str]:
+    """Lines 'section.key: theirs -> ours' for each knob in which two sections differ."""
+    lines = []
+    for f in fields(ours):
+        mine, other = getattr(ours, f.name), getattr(theirs, f.name)
+        if f.name not in ignore and mine != other:
+            lines.append(f"{prefix}.{f.name}: {other} -> {mine}")
+    return lines
+
+
+def help_text() -> str:
+    """Every knob with its type, default and meaning."""
+    lines = ["usage: python train.py [FILE.toml ...] [section.key=value ...]",
+             "       torchrun --standalone --nproc_per_node=N train.py ...", "",
+             "Files and overrides apply left to right; without a file configs/demo.toml is read.", ""]
+    for section, kind in typing.get_type_hints(Config).items():
+        lines.append(f"[{section}] {kind.__doc__}")
+        hints = typing.get_type_hints(kind)
+        for f in fields(kind):
+            lines.append(_help_line(f, hints[f.name]))
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _help_line(f: dataclasses.Field, kind: object) -> str:
+    default = "left out" if f.default is None else _toml_value(f.default)
+    type_or_choices = "|".join(f.metadata["choices"]) or _type_name(kind)
+    return f"  {f.name} = {default}  ({type_or_choices})\n      {f.metadata['what']}"
+
+
+def main(argv: list[str]) -> None:
+    if any(word in ("-h", "--help") for word in argv):
+        print(help_text())
+        return
+    config, _ = parse_arguments(argv)
+    print(to_toml(config))
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)

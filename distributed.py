@@ -1,0 +1,209 @@
+"""Ranks and devices: which process this is, where it computes, and how ranks agree.
+
+Without torchrun everything here is the trivial case of one rank. Collectives go over NCCL on CUDA, else gloo.
+"""
+
+import contextlib
+import ctypes
+import datetime
+import json
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from config import ConfigError, MachineError, UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among all. Read from torchrun's environment."""
+
+    rank: int = 0
+    local_rank: int = 0
+    size: int = 1
+    local_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def read_world() -> World:
+    """The World of torchrun's RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE. Raises ConfigError if some are missing."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    there = [name for name in names if name in os.environ]
+    if "RANK" not in there and "WORLD_SIZE" not in there:
+        return World()
+    missing = [name for name in names if name not in there]
+    if missing:
+        raise ConfigError(f"the environment sets {', '.join(there)} but not {', '.join(missing)}; start with torchrun, "
+                          "or unset them for a single process")
+    try:
+        size = int(os.environ["WORLD_SIZE"])
+        return World(int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), size,
+                     int(os.environ.get("LOCAL_WORLD_SIZE", size)))
+    except ValueError as error:
+        raise ConfigError(f"RANK, LOCAL_RANK and WORLD_SIZE should be whole numbers: {error}") from None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Device, dtype, compile: what was chosen and why
+
+def choose_device(wanted: str, world: World) -> tuple[torch.device, str]:
+    """The device of this rank and the reason for it. Raises ConfigError if the wanted one is not there."""
+    has_mps = torch.backends.mps.is_available()
+    found = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+    kind = found if wanted == "auto" else wanted
+    if kind == "cuda":
+        count = torch.cuda.device_count()
+        if count == 0:
+            raise ConfigError("train.device = 'cuda' but this PyTorch sees no CUDA device; use device=auto or cpu")
+        if world.local_size > count:
+            raise ConfigError(f"{world.local_size} processes on this node but {count} GPUs; lower --nproc_per_node or "
+                              "use train.device=cpu")
+        device = torch.device("cuda", world.local_rank)
+        torch.cuda.set_device(device)
+        return device, f"{torch.cuda.get_device_name(device)} ({'found' if wanted == 'auto' else 'asked for'})"
+    if kind == "mps" and not has_mps:
+        raise ConfigError("train.device = 'mps' but this PyTorch has no MPS device; use device=auto or cpu")
+    reason = "asked for" if wanted != "auto" else "found" if kind == "mps" else "no CUDA device"
+    return torch.device(kind), reason
+
+
+def choose_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """The dtype of the matmuls and the reason for it."""
+    if wanted != "auto":
+        return getattr(torch, wanted), "asked for"
+    if computes_bfloat16(device):
+        return torch.bfloat16, "native on this device"
+    if device.type == "cuda":
+        return torch.float16, "no native bfloat16 before compute capability 8.0"
+    return torch.float32, "no native bfloat16"
+
+
+def computes_bfloat16(device: torch.device) -> bool:
+    """Whether matmuls in bfloat16 run on the device's own instructions (sm_80, AVX512_BF16, AMX) rather than emulated."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu" and platform.machine() in ("x86_64", "AMD64"):
+        return bool(torch.cpu._is_avx512_bf16_supported())
+    return False
+
+
+def choose_compile(wanted: str, device: torch.device) -> tuple[bool, str]:
+    """Whether to torch.compile, and why."""
+    if wanted != "auto":
+        return wanted == "true", "asked for"
+    if device.type != "cuda":
+        return False, "does not pay off outside CUDA"
+    has_triton = torch.utils._triton.has_triton_package()
+    if not has_triton or not any(shutil.which(name) for name in (os.environ.get("CC") or "cc", "gcc", "clang")):
+        return False, "no triton" if not has_triton else "no C compiler"
+    return True, "CUDA with triton and a C compiler"
+
+
+def prepare_cpu(device: torch.device, world: World) -> None:
+    """Threads and allocator of a CPU run: cores shared among this node's ranks; large blocks kept in the heap."""
+    if world.size > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1" and device.type == "cpu":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // world.local_size))  # torchrun sets 1 whatever the machine has
+    if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
+        # A step frees and takes again the same megabytes. Left alone, glibc maps and unmaps them each time and the
+        # kernel zeroes every page: a quarter of a small model's step (docs/BENCHMARKS.md).
+        libc = ctypes.CDLL(None)
+        m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3
+        for parameter, value in ((m_mmap_threshold, 32 << 20), (m_trim_threshold, 512 << 20), (m_top_pad, 64 << 20)):
+            libc.mallopt(parameter, value)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The process group and agreement between ranks
+
+@contextlib.contextmanager
+def process_group(world: World, device: torch.device, timeout_s: float) -> Iterator[None]:
+    """A process group for the time of the block; nothing for a single process."""
+    if world.size == 1:
+        yield
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=world.rank, world_size=world.size,
+                            timeout=datetime.timedelta(seconds=timeout_s),
+                            device_id=device if device.type == "cuda" else None)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def wrap(model: nn.Module, device: torch.device, world: World) -> nn.Module:
+    """model in DistributedDataParallel, which averages gradients over ranks; model itself for a single process."""
+    if world.size == 1:
+        return model
+    from torch.nn.parallel import DistributedDataParallel
+    return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
+                                   gradient_as_bucket_view=True)
+
+
+def gradient_sync(model: nn.Module, sync: bool):
+    """Context of one forward and backward: gradients are averaged over ranks in it only if sync."""
+    return contextlib.nullcontext() if sync or not hasattr(model, "no_sync") else model.no_sync()
+
+
+def sum_over_ranks(tensor: Tensor, world: World) -> Tensor:
+    """The elementwise sum over all ranks, on every rank."""
+    if world.size > 1:
+        with naming_lost_rank():
+            dist.all_reduce(tensor)
+    return tensor
+
+
+def gather(value: object, world: World) -> list:
+    """Every rank's value (of what JSON can hold), in order of rank, on every rank."""
+    if world.size == 1:
+        return [value]
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
+    with naming_lost_rank():
+        sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world.size)]
+        dist.all_gather(sizes, torch.tensor([own.numel()], device=device))
+        longest = max(int(size) for size in sizes)
+        padded = torch.zeros(longest, dtype=torch.uint8, device=device)
+        padded[:own.numel()] = own
+        texts = [torch.zeros_like(padded) for _ in range(world.size)]
+        dist.all_gather(texts, padded)
+    return [json.loads(bytes(text[:int(size)].tolist())) for text, size in zip(texts, sizes, strict=True)]
+
+
+@contextlib.contextmanager
+def together(world: World) -> Iterator[None]:
+    """A UserError or MachineError inside the block on any rank is raised, with its text, on all."""
+    error = None
+    try:
+        yield
+    except (UserError, MachineError) as caught:
+        error = caught
+    if world.size == 1:
+        if error is not None:
+            raise error
+        return
+    outcomes = gather(None if error is None else [isinstance(error, UserError), str(error)], world)
+    for rank, outcome in enumerate(outcomes):
+        if outcome is not None:
+            is_user_error, text = outcome
+            raise (UserError if is_user_error else MachineError)(text if rank == 0 else f"rank {rank}: {text}")
+
+
+@contextlib.contextmanager
+def naming_lost_rank() -> Iterator[None]:
+    """Turn a collective's failure into one line: another rank died or is stuck."""
+    try:
+        yield
+    except (RuntimeError, dist.DistBackendError) as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise MachineError(f"lost contact with another rank ({reason}); start again with the same command to go on "
+                           "from the newest checkpoint") from error

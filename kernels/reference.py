@@ -1,0 +1,175 @@
+"""The kernels in plain PyTorch: what runs where no fused kernel does, and what fused kernels are tested against.
+
+Statistics and losses are float32 whatever the dtype of the inputs. Shapes: B batch, T sequence (Tq queries, Tk keys),
+H query heads, Hkv key/value heads, D head dim, N = B*T rows, C width, V vocabulary (rows of the padded table).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, *, eps: float) -> Tensor:
+    """LayerNorm over the last dim (arXiv:1607.06450). x (..., C), weight and bias (C,) -> (..., C) in x's dtype."""
+    return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), None if bias is None else bias.to(x.dtype), eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
+    """RMSNorm over the last dim (arXiv:1910.07467). x (..., C), weight (C,) -> (..., C) in x's dtype."""
+    return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Attention
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, first_key: Tensor | None = None) -> Tensor:
+    """Causal attention. q (B, Tq, H, D), k and v (B, Tk, Hkv, D) with Hkv | H -> (B, Tq, H, D).
+
+    Query i stands at key Tk-Tq+i and sees the keys first_key[b, i] up to that one; first_key is int (B or 1, Tq) as
+    first_visible_key makes it, None = from key 0. Every query sees itself, so no row is empty. scale: None = D ** -0.5.
+    """
+    Tq, Tk, D = q.shape[1], k.shape[1], q.shape[3]
+    scale = D ** -0.5 if scale is None else scale
+    q_BHTD, k_BHTD, v_BHTD = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    needs_mask = first_key is not None or (Tq != Tk and Tq > 1)
+    mask = visible_keys(Tq, Tk, first_key, device=q.device) if needs_mask else None  # (B or 1, 1, Tq, Tk)
+    if _matmul_softmax_is_faster(q, Tk):
+        out_BHTD = _matmul_softmax(q_BHTD, k_BHTD, v_BHTD, scale=scale, mask=mask)
+    else:
+        out_BHTD = F.scaled_dot_product_attention(
+            q_BHTD, k_BHTD, v_BHTD, attn_mask=mask, is_causal=mask is None and Tq > 1, scale=scale,
+            enable_gqa=q.shape[2] != k.shape[2])
+    return out_BHTD.transpose(1, 2)
+
+
+def visible_keys(Tq: int, Tk: int, first_key: Tensor | None, *, device: torch.device) -> Tensor:
+    """The mask of attention(): bool (B or 1, 1, Tq, Tk), True where the query sees the key."""
+    key = torch.arange(Tk, device=device)
+    last_key = torch.arange(Tk - Tq, Tk, device=device)  # (Tq,) the key at which each query stands
+    mask = (key[None, :] <= last_key[:, None])[None]  # (1, Tq, Tk)
+    if first_key is not None:
+        mask = mask & (key[None, None, :] >= torch.minimum(first_key, last_key)[:, :, None])
+    return mask[:, None]
+
+
+def first_visible_key(document_ids: Tensor | None, window: int | None, *, T: int, device: torch.device) -> Tensor | None:
+    """int32 (B or 1, T): the first key that each query sees; None if both arguments are None (plain causal).
+
+    document_ids (B, T) numbers each token's document, in rising order; a token sees its own document only.
+    window: a token sees that many tokens, itself included.
+    """
+    if document_ids is None and window is None:
+        return None
+    position = torch.arange(T, device=device, dtype=torch.int32)[None]  # (1, T)
+    first = torch.zeros_like(position) if document_ids is None else document_starts(document_ids)
+    return first if window is None else torch.maximum(first, position - (window - 1))
+
+
+def document_starts(document_ids: Tensor) -> Tensor:
+    """int32 (B, T): the position at which each token's document starts. document_ids (B, T)."""
+    position = torch.arange(document_ids.shape[1], device=document_ids.device, dtype=torch.int32)[None]
+    is_start = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0), value=False)
+    return torch.where(is_start, position, torch.zeros_like(position)).cummax(dim=1).values.to(torch.int32)
+
+
+def _matmul_softmax_is_faster(q: Tensor, Tk: int) -> bool:
+    """On the CPU, SDPA's backward loses to two matmuls and a softmax on short rows; docs/BENCHMARKS.md has the times."""
+    if q.device.type != "cpu" or q.shape[1] == 1:
+        return False
+    return Tk <= (256 if q.dtype == torch.bfloat16 else 64)
+
+
+def _matmul_softmax(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None) -> Tensor:
+    """q (B, H, Tq, D), k and v (B, Hkv, Tk, D), mask as of visible_keys or None = causal -> (B, H, Tq, D)."""
+    B, H, Tq, D = q.shape
+    Hkv, Tk = k.shape[1], k.shape[2]
+    if mask is None:
+        mask = visible_keys(Tq, Tk, None, device=q.device)
+    additive = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, -math.inf)
+    # The H / Hkv query heads of one key head stand as more rows of one matmul: k and v are never repeated.
+    scores = (q * scale).reshape(B, Hkv, H // Hkv * Tq, D) @ k.transpose(-1, -2)
+    weights = torch.softmax(scores.view(B, Hkv, H // Hkv, Tq, Tk) + additive[:, :, None], dim=-1)
+    return (weights.view(B, Hkv, H // Hkv * Tq, Tk) @ v).view(B, H, Tq, D)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Linear + cross-entropy
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, vocab_size: int | None = None,
+                         ignore_index: int = -100, reduction: str = "mean", softcap: float = 0.0,
+                         chunk_rows: int | None = None) -> Tensor:
+    """Cross-entropy of softmax(hidden @ weight.T) against targets, in nats, without ever holding all logits.
+
+    hidden (N, C), weight (V, C) of any float dtype (matmuls run in hidden's), targets (N,) int64. Rows of weight from
+    vocab_size on are padding and take no part. Rows whose target is ignore_index cost nothing. reduction: "mean" over
+    the other rows or "sum" -> float32 (); "none" -> float32 (N,), without gradient. softcap > 0: logits become
+    softcap * tanh(logits / softcap). Gradients are computed chunk by chunk in the forward pass (as Liger-Kernel,
+    arXiv:2410.10989); chunk_rows rows of logits exist at a time.
+    """
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction {reduction!r} should be mean, sum or none")
+    weight = weight if vocab_size is None else weight[:vocab_size]
+    rows = _default_chunk_rows(hidden, weight.shape[0]) if chunk_rows is None else chunk_rows
+    if reduction == "none":
+        with torch.no_grad():
+            return torch.cat(_losses_by_chunk(hidden, weight, targets, ignore_index, softcap, rows))
+    wants_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    total = _LinearCrossEntropySum.apply(hidden, weight, targets, ignore_index, softcap, rows, wants_grad)
+    return total if reduction == "sum" else total / (targets != ignore_index).sum()
+
+
+def _default_chunk_rows(hidden: Tensor, V: int) -> int:
+    """Rows of logits at a time: on CUDA large matmuls (8,192 rows), on the CPU logits that stay near the caches."""
+    return 8192 if hidden.device.type == "cuda" else max(64, 2 ** 23 // V)
+
+
+def _chunk_logits(h: Tensor, weight: Tensor, softcap: float) -> Tensor:
+    """float32 logits (rows, V) of one chunk; may be overwritten by the caller. weight in h's dtype."""
+    logits = F.linear(h, weight).float()
+    return logits if softcap == 0.0 else softcap * torch.tanh(logits / softcap)
+
+
+def _losses_by_chunk(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, softcap: float,
+                     rows: int) -> list[Tensor]:
+    weight = weight.to(hidden.dtype)
+    return [F.cross_entropy(_chunk_logits(h, weight, softcap), t, ignore_index=ignore_index, reduction="none")
+            for h, t in zip(hidden.split(rows), targets.split(rows), strict=True)]
+
+
+class _LinearCrossEntropySum(torch.autograd.Function):
+    """Summed loss; both gradients are made in forward, while a chunk's logits are at hand, and scaled in backward."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, softcap: float, rows: int,
+                wants_grad: bool) -> Tensor:
+        if not wants_grad:
+            return torch.cat(_losses_by_chunk(hidden, weight, targets, ignore_index, softcap, rows)).sum()
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        compute_weight = weight.to(hidden.dtype)  # once, not per chunk
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        for start in range(0, hidden.shape[0], rows):
+            h, t = hidden[start:start + rows], targets[start:start + rows]
+            logits = _chunk_logits(h, compute_weight, softcap)  # (rows, V)
+            lse = torch.logsumexp(logits, dim=-1, keepdim=True)
+            keep = (t != ignore_index)[:, None]
+            index = torch.where(keep, t[:, None], 0)
+            total = total + torch.where(keep, lse - logits.gather(1, index), 0.0).sum()
+            # d loss / d logits = softmax - one-hot, 0 on ignored rows; through the softcap: times 1 - (z / cap)^2
+            slope = 1.0 - (logits / softcap).square() if softcap else None
+            grad_logits = logits.sub_(lse).exp_()
+            grad_logits.scatter_add_(1, index, torch.full_like(lse, -1.0))
+            grad_logits = grad_logits.mul_(keep) if slope is None else grad_logits.mul_(slope).mul_(keep)
+            grad_logits = grad_logits.to(hidden.dtype)
+            grad_hidden[start:start + rows] = grad_logits @ compute_weight
+            grad_weight += grad_logits.T @ h
+        ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx, grad_output: Tensor):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return (grad_hidden * grad_output.to(grad_hidden.dtype), grad_weight * grad_output.to(grad_weight.dtype),
+                None, None, None, None, None)

@@ -1,0 +1,304 @@
+"""The decoder-only Transformer: GPT, its blocks, initialisation, the KV cache, and what a token costs.
+
+GPT-2 (Radford et al. 2019) and its modern descendants (RMSNorm, RoPE, SwiGLU, QK-norm, grouped-query attention; Llama,
+arXiv:2302.13971, Qwen3, arXiv:2505.09388) by the switches of [model]. Weights keep their own dtype (float32 in
+training); matmuls run in `compute_dtype`. It builds no optimizer, loads no files and prints nothing.
+
+Dims: B batch, T sequence, C width (n_embd), H query heads, Hkv key/value heads, D head dim, V vocabulary.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import kernels
+from config import ModelConfig, RopeScaling
+
+
+class Linear(nn.Linear):
+    """nn.Linear that computes in its input's dtype while the weight keeps its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class LayerNorm(nn.Module):
+    def __init__(self, dim: int, config: ModelConfig):
+        super().__init__()
+        self.eps = config.norm_eps
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim)) if config.bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.layer_norm(x, self.weight, self.bias, eps=self.eps)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim: int, config: ModelConfig):
+        super().__init__()
+        self.eps = config.norm_eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.rms_norm(x, self.weight, eps=self.eps)
+
+
+def make_norm(config: ModelConfig) -> nn.Module:
+    return (LayerNorm if config.norm == "layernorm" else RMSNorm)(config.n_embd, config)
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, in static buffers: one pair per layer, shared length for the batch.
+
+    Prompts of unequal length stand right-aligned: row b's first padding[b] slots are padding, never seen.
+    """
+
+    def __init__(self, config: ModelConfig, *, batch: int, dtype: torch.dtype, device: torch.device,
+                 slots: int | None = None, padding: Tensor | None = None):
+        slots = config.max_seq_len if slots is None else slots
+        # Head-major memory: decoding then reads each head's keys in one run. Seen as (B, slots, Hkv, D).
+        shape = (batch, config.kv_heads, slots, config.dim_per_head)
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device).transpose(1, 2) for _ in range(config.n_layer)]
+        self.values = [torch.zeros_like(k.transpose(1, 2)).transpose(1, 2) for k in self.keys]
+        self.padding = padding  # (B,) int, or None = no padding anywhere
+        self.length = 0  # slots filled, padding included
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k, v (B, Tq, Hkv, D) behind the filled slots; returns all keys and values (B, length + Tq, Hkv, D)."""
+        end = self.length + k.shape[1]
+        self.keys[layer][:, self.length:end] = k
+        self.values[layer][:, self.length:end] = v
+        return self.keys[layer][:, :end], self.values[layer][:, :end]
+
+
+class Attention(nn.Module):
+    """Causal self-attention, heads grouped over n_kv_head keys and values."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.H, self.Hkv, self.D = config.n_head, config.kv_heads, config.dim_per_head
+        self.qkv = Linear(config.n_embd, (self.H + 2 * self.Hkv) * self.D, bias=config.has_qkv_bias)
+        self.proj = Linear(self.H * self.D, config.n_embd, bias=config.bias)
+        self.q_norm = RMSNorm(self.D, config) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.D, config) if config.qk_norm else None
+
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, first_key: Tensor | None,
+                cache: KVCache | None, layer: int) -> Tensor:
+        B, T, _ = x.shape
+        qkv = self.qkv(x).view(B, T, self.H + 2 * self.Hkv, self.D)
+        q, k, v = qkv.split((self.H, self.Hkv, self.Hkv), dim=2)  # (B, T, H or Hkv, D)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rotation is not None:
+            q, k = rotate(q, *rotation), rotate(k, *rotation)
+        if cache is not None:
+            k, v = cache.append(layer, k, v)
+        out = kernels.attention(q, k, v, first_key=first_key)  # (B, T, H, D)
+        return self.proj(out.reshape(B, T, self.H * self.D))
+
+
+class MLP(nn.Module):
+    """Two linear layers and a nonlinearity; SwiGLU (arXiv:2002.05202) holds gate and up in one matmul."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.kind = config.mlp
+        width = 2 * config.hidden if self.kind == "swiglu" else config.hidden
+        self.fc = Linear(config.n_embd, width, bias=config.bias)
+        self.proj = Linear(config.hidden, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc(x)  # (B, T, hidden), twice that for swiglu
+        if self.kind == "swiglu":
+            gate, up = x.chunk(2, dim=-1)
+            x = F.silu(gate) * up
+        elif self.kind == "relu2":
+            x = F.relu(x).square()
+        else:
+            x = F.gelu(x, approximate="tanh" if self.kind == "gelu" else "none")
+        return self.proj(x)
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.attn_norm = make_norm(config)
+        self.attn = Attention(config)
+        self.mlp_norm = make_norm(config)
+        self.mlp = MLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, first_key: Tensor | None,
+                cache: KVCache | None, layer: int) -> Tensor:
+        x = x + self.dropout(self.attn(self.attn_norm(x), rotation, first_key, cache, layer))
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+
+
+class GPT(nn.Module):
+    """Token ids (B, T) -> logits (B, T, vocab_size), or the loss against targets. Initialised from the global RNG."""
+
+    def __init__(self, config: ModelConfig, *, compute_dtype: torch.dtype = torch.float32,
+                 activation_checkpointing: bool = False):
+        super().__init__()
+        self.config = config
+        self.compute_dtype = compute_dtype
+        self.activation_checkpointing = activation_checkpointing
+        self.wte = nn.Embedding(padded_vocab_size(config.vocab_size), config.n_embd)
+        self.wpe = nn.Embedding(config.max_seq_len, config.n_embd) if config.position == "learned" else None
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.final_norm = make_norm(config)
+        self.lm_head = None if config.tie_embeddings else Linear(config.n_embd, self.wte.num_embeddings, bias=False)
+        if config.position == "rope":
+            cos, sin = rope_table(config)
+            self.register_buffer("rope_cos", cos, persistent=False)
+            self.register_buffer("rope_sin", sin, persistent=False)
+        self._initialise()
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        """gpt2: N(0, 0.02), residual projections N(0, 0.02 / sqrt(2 L)) (GPT-2, section 2.3). zero_residual: matrices
+        N(0, 1/sqrt(fan_in)), residual projections and an untied head 0, as modded-nanogpt. Biases 0, norms 1."""
+        depth = self.config.n_layer
+        for name, parameter in self.named_parameters():
+            if name.endswith(".bias"):
+                nn.init.zeros_(parameter)
+            if parameter.dim() < 2:
+                continue  # norms are born 1
+            std = 0.02
+            if self.config.init == "gpt2" and name.endswith("proj.weight"):
+                std = 0.02 / math.sqrt(2 * depth)  # two residual branches per block
+            if self.config.init == "zero_residual" and name not in ("wte.weight", "wpe.weight"):
+                is_last = name.endswith("proj.weight") or name == "lm_head.weight"
+                std = 0.0 if is_last else parameter.shape[1] ** -0.5
+            nn.init.normal_(parameter, std=std) if std else nn.init.zeros_(parameter)
+
+    @property
+    def head_weight(self) -> Tensor:
+        return self.wte.weight if self.lm_head is None else self.lm_head.weight
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, *, documents: Tensor | None = None,
+                reduction: str = "mean") -> Tensor:
+        """Logits (B, T, vocab_size) float32; with targets (B, T) the loss in nats over those that are not -100.
+
+        documents (B, T) numbers the document of each token, if documents are to be kept apart; reduction as in
+        kernels.linear_cross_entropy.
+        """
+        x = self.hidden(tokens, documents=documents)
+        if targets is None:
+            return self.logits(x)
+        return kernels.linear_cross_entropy(
+            x.flatten(0, 1), self.head_weight, targets.flatten(), vocab_size=self.config.vocab_size,
+            reduction=reduction, softcap=self.config.logit_softcap)
+
+    def hidden(self, tokens: Tensor, *, documents: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """The residual stream after the last norm, (B, T, C) in compute_dtype. With a cache, tokens follow those in it
+        and are added to it."""
+        B, T = tokens.shape
+        positions, first_key = self._positions_and_first_keys(B, T, documents, cache, tokens.device)
+        x = F.embedding(tokens, self.wte.weight).to(self.compute_dtype)
+        rotation = None
+        if self.wpe is not None:
+            x = x + F.embedding(positions, self.wpe.weight).to(x.dtype)  # (B or 1, T, C)
+        else:  # (B or 1, T, 1, D/2), the same for all heads
+            rotation = self.rope_cos[positions][:, :, None].to(x.dtype), self.rope_sin[positions][:, :, None].to(x.dtype)
+        x = self.dropout(x)
+        for layer, block in enumerate(self.blocks):
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                from torch.utils.checkpoint import checkpoint
+                x = checkpoint(block, x, rotation, first_key, cache, layer, use_reentrant=False)
+            else:
+                x = block(x, rotation, first_key, cache, layer)
+        if cache is not None:
+            cache.length += T
+        return self.final_norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """float32 (..., vocab_size) of hidden (..., C)."""
+        head = self.wte.weight if self.lm_head is None else None
+        logits = self.lm_head(hidden) if head is None else F.linear(hidden, head.to(hidden.dtype))
+        logits = logits[..., :self.config.vocab_size].float()
+        cap = self.config.logit_softcap
+        return logits if cap == 0.0 else cap * torch.tanh(logits / cap)
+
+    def _positions_and_first_keys(self, B: int, T: int, documents: Tensor | None, cache: KVCache | None,
+                                  device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """Positions (B or 1, T) and attention's first_key (B or 1, T) or None."""
+        window = self.config.window
+        slot = torch.arange(T, device=device)[None]
+        if cache is None:
+            first_key = kernels.first_visible_key(documents, window, T=T, device=device)
+            return slot if documents is None else slot - kernels.document_starts(documents), first_key
+        slot = slot + cache.length
+        if cache.padding is None and window is None:
+            return slot, None
+        first_key = torch.zeros_like(slot) if window is None else (slot - (window - 1)).clamp(min=0)
+        if cache.padding is None:
+            return slot, first_key
+        padding = cache.padding[:, None]  # (B, 1)
+        return (slot - padding).clamp(min=0), torch.maximum(first_key, padding)
+
+    def parameter_count(self) -> int:
+        """Parameters of vocab_size rows, as published; the padding of the table is not counted."""
+        padding = self.wte.num_embeddings - self.config.vocab_size
+        tables = 1 if self.lm_head is None else 2
+        return sum(p.numel() for p in self.parameters()) - tables * padding * self.config.n_embd
+
+
+def padded_vocab_size(vocab_size: int) -> int:
+    """Rows of the token tables: from 1,024 up a multiple of 128, which tensor cores need to run at full rate."""
+    return vocab_size if vocab_size < 1024 else 128 * math.ceil(vocab_size / 128)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rotary position embedding (RoFormer, arXiv:2104.09864)
+
+def rope_table(config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """cos and sin of position x frequency, float32 (max_seq_len, D/2)."""
+    D = config.dim_per_head
+    frequency = config.rope_theta ** (-torch.arange(0, D, 2, dtype=torch.float32) / D)  # radians per token, (D/2,)
+    if config.rope_scaling is not None:
+        frequency = scaled_frequency(frequency, config.rope_scaling)
+    angle = torch.outer(torch.arange(config.max_seq_len, dtype=torch.float32), frequency)
+    return angle.cos(), angle.sin()
+
+
+def scaled_frequency(frequency: Tensor, scaling: RopeScaling) -> Tensor:
+    """Frequencies for a longer context: all divided by factor, or (llama3) low ones in full and high ones not at all.
+
+    llama3 is Llama 3.1's rule as in Hugging Face's modeling_rope_utils: between the two wavelengths it interpolates.
+    """
+    if scaling.kind == "linear":
+        return frequency / scaling.factor
+    turns = scaling.original_max_seq_len * frequency / (2 * math.pi)  # full turns over the original context
+    unscaled = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    return torch.lerp(frequency / scaling.factor, frequency, unscaled.clamp(0.0, 1.0))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (x[i], x[i + D/2]), Hugging Face's order. x (B, T, H, D), cos and sin (B or 1, T, 1, D/2)."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a token costs
+
+def flops_per_token(config: ModelConfig, *, seq_len: int | None = None) -> int:
+    """FLOPs of forward and backward per token: the matmuls that the model has, causal half of attention.
+
+    A matmul of (1, m) by (m, n) is 2mn FLOPs forward and twice that backward. Embedding look-ups, norms, the surplus
+    rows of the padded table and recomputation under activation checkpointing are not counted.
+    """
+    T = config.max_seq_len if seq_len is None else seq_len
+    C, H, Hkv, D = config.n_embd, config.n_head, config.kv_heads, config.dim_per_head
+    fc = 2 * config.hidden if config.mlp == "swiglu" else config.hidden
+    matrices_per_block = C * (H + 2 * Hkv) * D + H * D * C + C * fc + config.hidden * C
+    window = T if config.window is None else min(T, config.window)
+    # keys seen, summed over T queries: 1 + 2 + ... + window, then window each
+    keys_per_query = (window * (window + 1) / 2 + (T - window) * window) / T
+    attention_per_block = 2 * H * D * keys_per_query  # multiply-adds of q k^T and weights v
+    multiply_adds = config.n_layer * (matrices_per_block + attention_per_block) + C * config.vocab_size
+    return round(3 * 2 * multiply_adds)
