@@ -33,7 +33,7 @@ class MachineError(Exception):
 
 
 def exit_cleanly(main: Callable[[list[str]], None]) -> None:
-    """Run main(argv); UserError becomes `error: ...` and exit 2, MachineError the same line and exit 1, Ctrl-C exit 130.
+    """Run main(argv); UserError becomes `error: ...` and exit 2, MachineError the same and exit 1, Ctrl-C exit 130.
 
     Under torchrun only rank 0 prints, and every worker exits with the same status.
     """
@@ -84,8 +84,8 @@ class ModelConfig:
                                  minimum=1)
     n_embd: int = knob(768, "width of the residual stream", minimum=1)
     head_dim: int | None = knob(None, "width of one head; left out = n_embd / n_head", minimum=1)
-    mlp_hidden: int | None = knob(None, "hidden width of the MLP; left out = 4 n_embd, for swiglu 8/3 n_embd rounded up "
-                                        "to a multiple of 64", minimum=1)
+    mlp_hidden: int | None = knob(None, "hidden width of the MLP; left out = 4 n_embd, for swiglu 8/3 n_embd rounded "
+                                        "up to a multiple of 64", minimum=1)
     vocab_size: int | None = knob(None, "token ids; left out = the tokenizer's", minimum=2)
     max_seq_len: int = knob(1024, "context, tokens", minimum=1)
     norm: str = knob("layernorm", "normalisation before attention, MLP and head", choices=("layernorm", "rmsnorm"))
@@ -102,7 +102,8 @@ class ModelConfig:
     tie_embeddings: bool = knob(True, "the head shares the token embedding's table")
     dropout: float = knob(0.0, "on the embedding and on both residual branches; 0.0 = off", minimum=0.0, maximum=0.99)
     logit_softcap: float = knob(0.0, "logits = cap * tanh(logits / cap); 0.0 = off", minimum=0.0)
-    window: int | None = knob(None, "a token sees this many tokens, itself included; left out = all before it", minimum=1)
+    window: int | None = knob(None, "a token sees this many tokens, itself included; left out = all before it",
+                             minimum=1)
     init: str = knob("gpt2", "gpt2: normal 0.02, residual projections / sqrt(2 n_layer); zero_residual: normal "
                              "1/sqrt(fan_in), residual projections and an untied head start at 0",
                      choices=("gpt2", "zero_residual"))
@@ -172,7 +173,7 @@ class TrainConfig:
     max_steps: int = knob(1000, "optimizer steps in all", minimum=1)
     tokens_per_step: int = knob(524_288, "global batch in tokens; divides by max_seq_len x ranks", minimum=1)
     micro_batch: int = knob(8, "sequences per forward and backward on one rank", minimum=1)
-    seed: int = knob(1337, "of initialisation, data order and dropout", minimum=0)
+    seed: int = knob(1337, "of initialisation, data order and dropout", minimum=0, maximum=2 ** 63 - 1)
     device: str = knob("auto", "auto = cuda, then mps, then cpu", choices=("auto", "cuda", "mps", "cpu"))
     dtype: str = knob("auto", "of the matmuls; weights and moments stay float32; auto = bfloat16 where the device "
                               "computes it natively, else float16 on CUDA, else float32",
@@ -367,9 +368,11 @@ def _check_model(model: ModelConfig) -> None:
         raise ConfigError(f"model.n_embd = {model.n_embd} does not divide by model.n_head = {model.n_head}; change one "
                           "or set model.head_dim")
     if model.n_head % model.kv_heads:
-        raise ConfigError(f"model.n_head = {model.n_head} does not divide by model.n_kv_head = {model.kv_heads}")
+        raise ConfigError(f"model.n_head = {model.n_head} does not divide by model.n_kv_head = "
+                          f"{model.kv_heads}; change one")
     if model.position == "rope" and model.dim_per_head % 2:
-        raise ConfigError(f"model.position = 'rope' needs an even head_dim, not {model.dim_per_head}")
+        raise ConfigError(f"model.position = 'rope' needs an even head_dim, not {model.dim_per_head}; change "
+                          "model.head_dim, n_embd or n_head")
     if model.rope_scaling is not None and model.position != "rope":
         raise ConfigError("model.rope_scaling is set but model.position is 'learned'; set model.position = 'rope'")
     scaling = model.rope_scaling

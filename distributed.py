@@ -35,7 +35,7 @@ class World:
 
 
 def read_world() -> World:
-    """The World of torchrun's RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE. Raises ConfigError if some are missing."""
+    """The World of torchrun's RANK, LOCAL_RANK, WORLD_SIZE, ... Raises ConfigError if only some are there."""
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     there = [name for name in names if name in os.environ]
     if "RANK" not in there and "WORLD_SIZE" not in there:
@@ -88,7 +88,7 @@ def choose_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
 
 
 def computes_bfloat16(device: torch.device) -> bool:
-    """Whether matmuls in bfloat16 run on the device's own instructions (sm_80, AVX512_BF16, AMX) rather than emulated."""
+    """Whether bfloat16 matmuls run on the device's own instructions (sm_80, AVX512_BF16), not emulated."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu" and platform.machine() in ("x86_64", "AMD64"):
@@ -106,6 +106,14 @@ def choose_compile(wanted: str, device: torch.device) -> tuple[bool, str]:
     if not has_triton or not any(shutil.which(name) for name in (os.environ.get("CC") or "cc", "gcc", "clang")):
         return False, "no triton" if not has_triton else "no C compiler"
     return True, "CUDA with triton and a C compiler"
+
+
+def set_deterministic(on: bool) -> None:
+    """Bitwise repeatable operations on CUDA too. Comes before the first CUDA call, which reads the variable."""
+    if on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # we read no memory that nobody wrote
 
 
 def prepare_cpu(device: torch.device, world: World) -> None:

@@ -95,7 +95,8 @@ class Attention(nn.Module):
             q, k = rotate(q, *rotation), rotate(k, *rotation)
         if cache is not None:
             k, v = cache.append(layer, k, v)
-        out = kernels.attention(q, k, v, first_key=first_key)  # (B, T, H, D)
+        # A cache may hold float32 beside bfloat16 matmuls (see sample.py); else both conversions do nothing.
+        out = kernels.attention(q.to(k.dtype), k, v, first_key=first_key).to(x.dtype)  # (B, T, H, D)
         return self.proj(out.reshape(B, T, self.H * self.D))
 
 
@@ -160,7 +161,8 @@ class GPT(nn.Module):
     @torch.no_grad()
     def _initialise(self) -> None:
         """gpt2: N(0, 0.02), residual projections N(0, 0.02 / sqrt(2 L)) (GPT-2, section 2.3). zero_residual: matrices
-        N(0, 1/sqrt(fan_in)), residual projections and an untied head 0, as modded-nanogpt. Biases 0, norms 1."""
+        N(0, 1/sqrt(fan_in)), residual projections 0, and with an untied head that head 0 and the embedding N(0, 1), as
+        modded-nanogpt. Biases 0, norms 1."""
         depth = self.config.n_layer
         for name, parameter in self.named_parameters():
             if name.endswith(".bias"):
@@ -170,7 +172,9 @@ class GPT(nn.Module):
             std = 0.02
             if self.config.init == "gpt2" and name.endswith("proj.weight"):
                 std = 0.02 / math.sqrt(2 * depth)  # two residual branches per block
-            if self.config.init == "zero_residual" and name not in ("wte.weight", "wpe.weight"):
+            if self.config.init == "zero_residual" and name in ("wte.weight", "wpe.weight"):
+                std = 0.02 if self.lm_head is None else 1.0
+            elif self.config.init == "zero_residual":
                 is_last = name.endswith("proj.weight") or name == "lm_head.weight"
                 std = 0.0 if is_last else parameter.shape[1] ** -0.5
             nn.init.normal_(parameter, std=std) if std else nn.init.zeros_(parameter)
@@ -202,8 +206,8 @@ class GPT(nn.Module):
         rotation = None
         if self.wpe is not None:
             x = x + F.embedding(positions, self.wpe.weight).to(x.dtype)  # (B or 1, T, C)
-        else:  # (B or 1, T, 1, D/2), the same for all heads
-            rotation = self.rope_cos[positions][:, :, None].to(x.dtype), self.rope_sin[positions][:, :, None].to(x.dtype)
+        else:  # cos and sin (B or 1, T, 1, D/2), the same for all heads
+            rotation = tuple(table[positions][:, :, None].to(x.dtype) for table in (self.rope_cos, self.rope_sin))
         x = self.dropout(x)
         for layer, block in enumerate(self.blocks):
             if self.activation_checkpointing and torch.is_grad_enabled():

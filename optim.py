@@ -46,6 +46,7 @@ class Optimizer:
         parameters = dict(model.named_parameters())
         self.muon = {name: p for name, p in parameters.items()
                      if optim.name == "muon" and name.startswith("blocks.") and p.dim() == 2}
+        self.muon_rows = {name: _rows_of_parts(name, p, model) for name, p in self.muon.items()}
         self.adamw = {name: p for name, p in parameters.items() if name not in self.muon}
         self.exp_avg = {name: torch.zeros_like(p) for name, p in self.adamw.items()}
         self.exp_avg_sq = {name: torch.zeros_like(p) for name, p in self.adamw.items()}
@@ -73,20 +74,20 @@ class Optimizer:
                   weight_decay=self.optim.weight_decay if decays else 0.0, eps=self.optim.eps, maximize=False)
 
     def _step_muon(self, lr: float) -> None:
-        by_shape: dict[torch.Size, list[str]] = {}
+        by_shape: dict[torch.Size, list[tuple[Tensor, Tensor, Tensor]]] = {}
         for name, p in self.muon.items():
-            by_shape.setdefault(p.shape, []).append(name)
-        for (rows, columns), names in by_shape.items():
-            parameters = [self.muon[name] for name in names]
-            gradients = [p.grad for p in parameters]
-            moments = [self.momentum[name] for name in names]
+            parts = self.muon_rows[name]
+            for triple in zip(p.split(parts), p.grad.split(parts), self.momentum[name].split(parts), strict=True):
+                by_shape.setdefault(triple[0].shape, []).append(triple)
+        for (rows, columns), triples in by_shape.items():
+            matrices, gradients, moments = (list(column) for column in zip(*triples, strict=True))
             torch._foreach_lerp_(moments, gradients, 1.0 - self.optim.muon_momentum)
             nesterov = torch._foreach_lerp(gradients, moments, self.optim.muon_momentum)
             updates = orthogonalise(torch.stack(nesterov), dtype=self.newton_schulz_dtype)
-            torch._foreach_mul_(parameters, 1.0 - lr * self.optim.weight_decay)
+            torch._foreach_mul_(matrices, 1.0 - lr * self.optim.weight_decay)
             # sqrt(rows / columns): the same change of the output's size for every shape (the Muon post)
             scale = lr * math.sqrt(max(1.0, rows / columns))
-            torch._foreach_add_(parameters, list(updates.to(parameters[0].dtype).unbind()), alpha=-scale)
+            torch._foreach_add_(matrices, list(updates.to(matrices[0].dtype).unbind()), alpha=-scale)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """exp_avg.NAME, exp_avg_sq.NAME, momentum.NAME -> tensor of NAME's shape. Kept, not copied."""
@@ -104,6 +105,17 @@ class Optimizer:
         for name, tensor in tensors.items():
             own[name].copy_(tensor)
         self.updates = updates
+
+
+def _rows_of_parts(name: str, weight: Tensor, model: GPT) -> list[int]:
+    """Rows of the matrices that stand on top of each other in one weight: q, k, v; gate and up. Muon updates each on
+    its own, which is worth 0.02 nats after 110 steps of the small Shakespeare model (docs/DECISIONS.md)."""
+    config = model.config
+    if name.endswith("attn.qkv.weight"):
+        return [config.n_head * config.dim_per_head] + 2 * [config.kv_heads * config.dim_per_head]
+    if name.endswith("mlp.fc.weight") and config.mlp == "swiglu":
+        return 2 * [config.hidden]
+    return [weight.shape[0]]
 
 
 def orthogonalise(matrices: Tensor, *, dtype: torch.dtype) -> Tensor:

@@ -24,7 +24,8 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------------------
 # Attention
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, first_key: Tensor | None = None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None,
+              first_key: Tensor | None = None) -> Tensor:
     """Causal attention. q (B, Tq, H, D), k and v (B, Tk, Hkv, D) with Hkv | H -> (B, Tq, H, D).
 
     Query i stands at key Tk-Tq+i and sees the keys first_key[b, i] up to that one; first_key is int (B or 1, Tq) as
@@ -54,7 +55,8 @@ def visible_keys(Tq: int, Tk: int, first_key: Tensor | None, *, device: torch.de
     return mask[:, None]
 
 
-def first_visible_key(document_ids: Tensor | None, window: int | None, *, T: int, device: torch.device) -> Tensor | None:
+def first_visible_key(document_ids: Tensor | None, window: int | None, *, T: int,
+                      device: torch.device) -> Tensor | None:
     """int32 (B or 1, T): the first key that each query sees; None if both arguments are None (plain causal).
 
     document_ids (B, T) numbers each token's document, in rising order; a token sees its own document only.
@@ -75,7 +77,7 @@ def document_starts(document_ids: Tensor) -> Tensor:
 
 
 def _matmul_softmax_is_faster(q: Tensor, Tk: int) -> bool:
-    """On the CPU, SDPA's backward loses to two matmuls and a softmax on short rows; docs/BENCHMARKS.md has the times."""
+    """On the CPU SDPA's backward loses to two matmuls and a softmax on short rows (docs/BENCHMARKS.md)."""
     if q.device.type != "cpu" or q.shape[1] == 1:
         return False
     return Tk <= (256 if q.dtype == torch.bfloat16 else 64)

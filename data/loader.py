@@ -1,0 +1,208 @@
+"""The order of the data and the batches made from it: a pure function of (seed, step).
+
+Window i of a split is its tokens [i*T, i*T + T], T+1 of them; a short tail is dropped. A keyed permutation per epoch
+orders the windows, and batch k (from 0) is the permuted windows k*S .. (k+1)*S - 1, straddling epochs. So there is no
+loader state, seeking costs nothing, and the number of processes does not change a batch. Reading shards is shards.py's.
+
+Dims: B windows of a micro-batch, T tokens of a window (seq_len), S windows of a step over all ranks.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from config import ConfigError, near_multiples
+from data.shards import ShardError, TokenStream
+
+FEISTEL_ROUNDS = 8
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The order
+
+def permuted(index: int | np.ndarray, size: int, key: int) -> int | np.ndarray:
+    """Where a keyed permutation of range(size) sends index (any shape, each in [0, size)); same shape, int64.
+
+    A generalised Feistel network with cycle-walking (Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002):
+    the number is split as left * width + right, and each round adds a hash of one half to the other, modulo its width.
+    The domain left x right is larger than size by less than one row; whatever lands in the surplus goes round again.
+    """
+    width = math.isqrt(size - 1) + 1  # ceil(sqrt(size))
+    height = -(-size // width)
+    digest = hashlib.blake2b(str(key).encode(), digest_size=8 * FEISTEL_ROUNDS).digest()
+    round_keys = np.frombuffer(digest, dtype="<u8")
+    numbers = np.asarray(index, dtype=np.uint64)
+    result = _feistel(numbers.reshape(-1), height, width, round_keys)
+    while (outside := result >= size).any():
+        result[outside] = _feistel(result[outside], height, width, round_keys)
+    result = result.astype(np.int64).reshape(numbers.shape)
+    return result if isinstance(index, np.ndarray) else int(result)
+
+
+def _feistel(numbers: np.ndarray, height: int, width: int, round_keys: np.ndarray) -> np.ndarray:
+    """A bijection of range(height * width), on uint64."""
+    left, right = np.divmod(numbers, np.uint64(width))
+    for round_number, key in enumerate(round_keys):
+        if round_number % 2 == 0:
+            left = (left + _hash(right, key)) % np.uint64(height)
+        else:
+            right = (right + _hash(left, key)) % np.uint64(width)
+    return left * np.uint64(width) + right
+
+
+def _hash(numbers: np.ndarray, key: np.uint64) -> np.ndarray:
+    """63 well-mixed bits of each number under a key (the finaliser of splitmix64, wrapping at 2^64)."""
+    mixed = numbers * np.uint64(0x9E3779B97F4A7C15) + key
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return mixed >> np.uint64(1)  # a bit to spare, so that adding to it cannot wrap
+
+
+def epoch_key(seed: int, epoch: int) -> int:
+    """The permutation key of an epoch (from 0)."""
+    return int.from_bytes(hashlib.blake2b(f"{seed} {epoch}".encode(), digest_size=8).digest(), "little")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Micro-batches
+
+@dataclass
+class MicroBatch:
+    """One forward and backward pass. targets are the tokens one further on; documents count from 0 in each window."""
+
+    tokens: Tensor  # (B, T) int64
+    targets: Tensor  # (B, T) int64
+    documents: Tensor | None  # (B, T) int32, given when document masks are wanted
+    first_window: int  # train: place of its first window in the order of the whole run; val: that window's number
+
+
+def document_numbers(tokens: np.ndarray, eot: int) -> np.ndarray:
+    """(B, T) int32: end-of-text tokens strictly before each position, so an eot belongs to the document it ends."""
+    ends = tokens == eot
+    return np.cumsum(ends, axis=1, dtype=np.int32) - ends
+
+
+def _tensors(windows: np.ndarray, eot: int | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """tokens, targets, documents of windows (B, T+1)."""
+    tokens = torch.from_numpy(windows[:, :-1].astype(np.int64, order="C"))  # (B, T)
+    targets = torch.from_numpy(windows[:, 1:].astype(np.int64, order="C"))  # (B, T)
+    documents = None if eot is None else torch.from_numpy(document_numbers(windows[:, :-1], eot))
+    return tokens, targets, documents
+
+
+def _check_length(stream: TokenStream, seq_len: int) -> int:
+    """Windows in the stream, or ShardError if there is not one."""
+    windows = (stream.tokens - 1) // seq_len
+    if windows < 1:
+        raise ShardError(f"{stream.name} holds {stream.tokens} tokens but one window needs {seq_len + 1}; lower "
+                         "model.max_seq_len or prepare more text")
+    return windows
+
+
+class TrainLoader:
+    """This rank's share of every batch. tokens_per_step counts the batch of all ranks together."""
+
+    def __init__(self, stream: TokenStream, *, seq_len: int, tokens_per_step: int, micro_batch: int, seed: int,
+                 rank: int = 0, world_size: int = 1, device: str | torch.device = "cpu", eot: int | None = None):
+        """micro_batch: windows, at most; eot: the end-of-text id if document numbers are wanted.
+
+        Raises ShardError if the stream holds no window, ConfigError if tokens_per_step cannot be shared out.
+        """
+        self.windows_per_epoch = _check_length(stream, seq_len)
+        if tokens_per_step % (seq_len * world_size):
+            raise ConfigError(f"train.tokens_per_step = {tokens_per_step} does not divide by model.max_seq_len x ranks "
+                              f"= {seq_len} x {world_size}; near it: "
+                              f"{near_multiples(tokens_per_step, seq_len * world_size)}")
+        self.stream, self.seq_len, self.micro_batch, self.seed, self.eot = stream, seq_len, micro_batch, seed, eot
+        self.device = torch.device(device)
+        self.windows_per_step = tokens_per_step // seq_len
+        self.windows_per_rank = self.windows_per_step // world_size
+        self.first_of_rank = rank * self.windows_per_rank
+        self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+
+    def window_ids(self, step: int) -> np.ndarray:
+        """(S,) int64: the windows of batch `step` (from 0), of all ranks, in order."""
+        places = np.arange(step * self.windows_per_step, (step + 1) * self.windows_per_step)
+        return self._windows_at(places)
+
+    def _windows_at(self, places: np.ndarray) -> np.ndarray:
+        """The windows at consecutive places of the run's order."""
+        epochs, within = np.divmod(places, self.windows_per_epoch)
+        ids = np.empty_like(places)
+        for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
+            inside = slice(*np.searchsorted(epochs, (epoch, epoch + 1)))
+            ids[inside] = permuted(within[inside], self.windows_per_epoch, epoch_key(self.seed, epoch))
+        return ids
+
+    def batch(self, step: int) -> list[MicroBatch]:
+        """This rank's share of batch `step` (from 0) in micro-batches; the last may be short."""
+        return self._receive(self._prepare(step))
+
+    def batches(self, start_step: int, stop_step: int) -> Iterator[list[MicroBatch]]:
+        """batch(step) for each step of the range, the next one prepared by a thread while the current one is used.
+
+        What the thread raises is raised here. close() on the iterator ends the thread.
+        """
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader") as thread:
+            upcoming = thread.submit(self._prepare, start_step) if start_step < stop_step else None
+            for step in range(start_step, stop_step):
+                prepared = upcoming.result()
+                if step + 1 < stop_step:
+                    upcoming = thread.submit(self._prepare, step + 1)
+                yield self._receive(prepared)
+
+    def _prepare(self, step: int) -> tuple[list[MicroBatch], torch.cuda.Event | None]:
+        """The share of one step on the device, and on CUDA the event that its copies set when they are done."""
+        first = step * self.windows_per_step + self.first_of_rank
+        ids = self._windows_at(np.arange(first, first + self.windows_per_rank))
+        tensors = _tensors(self.stream.windows(ids * self.seq_len, self.seq_len + 1), self.eot)
+        if self._copies is None:
+            return self._micro_batches(tensors, first), None
+        with torch.cuda.stream(self._copies):  # sets the device too: a new thread starts on device 0
+            tensors = tuple(None if t is None else t.pin_memory().to(self.device, non_blocking=True) for t in tensors)
+            arrived = torch.cuda.Event()
+            arrived.record()
+        return self._micro_batches(tensors, first), arrived
+
+    def _micro_batches(self, tensors: tuple[Tensor, Tensor, Tensor | None], first: int) -> list[MicroBatch]:
+        tokens, targets, documents = (None if t is None else t.split(self.micro_batch) for t in tensors)
+        return [MicroBatch(tokens[i], targets[i], None if documents is None else documents[i],
+                           first + i * self.micro_batch) for i in range(len(tokens))]
+
+    def _receive(self, prepared: tuple[list[MicroBatch], torch.cuda.Event | None]) -> list[MicroBatch]:
+        """Hand a step's tensors from the copying stream over to the current one."""
+        batch, arrived = prepared
+        if arrived is not None:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_event(arrived)
+            for tensor in (batch[0].tokens, batch[0].targets, batch[0].documents):
+                if tensor is not None:  # all micro-batches are views of one allocation: marking one marks it whole
+                    tensor.record_stream(current)  # its memory is not reused before the current stream is done with it
+        return batch
+
+
+class ValLoader:
+    """The first eval_tokens of the validation split in order, in windows that do not overlap; at least one window.
+
+    The same windows at any world size. Ranks may get different numbers of micro-batches, even none.
+    """
+
+    def __init__(self, stream: TokenStream, *, seq_len: int, eval_tokens: int, micro_batch: int,
+                 device: str | torch.device = "cpu", eot: int | None = None):
+        self.windows = min(_check_length(stream, seq_len), max(1, eval_tokens // seq_len))
+        self.stream, self.seq_len, self.micro_batch, self.eot = stream, seq_len, micro_batch, eot
+        self.device = torch.device(device)
+
+    def micro_batches(self, rank: int = 0, world_size: int = 1) -> Iterator[MicroBatch]:
+        """This rank's windows, in order."""
+        stop_of_rank = (rank + 1) * self.windows // world_size
+        for first in range(rank * self.windows // world_size, stop_of_rank, self.micro_batch):
+            ids = np.arange(first, min(first + self.micro_batch, stop_of_rank))
+            tensors = _tensors(self.stream.windows(ids * self.seq_len, self.seq_len + 1), self.eot)
+            yield MicroBatch(*(None if t is None else t.to(self.device) for t in tensors), first_window=first)

@@ -1,0 +1,624 @@
+"""Checkpoints: crashes at every change to the disk, power cuts, full disks, flipped bits, and strict loading."""
+
+import json
+import os
+import pickle
+import resource
+import shutil
+import signal
+import subprocess
+import traceback
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import checkpoint
+from checkpoint import CheckpointError, RunLock, SaveError, load_into, load_state, load_tensors, newest, resolve, save
+
+CHECKPOINT_FILES = ["manifest.json", "model.safetensors", "optimizer.safetensors", "state.json"]
+
+
+def tensors_of(value: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A small model and its moments, recognisable by their value."""
+    model = {"wte.weight": torch.full((5, 4), value), "h.0.bias": torch.full((3,), value + 0.5)}
+    return model, {f"exp_avg.{name}": -tensor for name, tensor in model.items()}
+
+
+def save_step(run: Path, step: int, value: float | None = None, keep: int = 10, **state) -> Path:
+    model, optimizer = tensors_of(float(step) if value is None else value)
+    return save(run, step, model=model, optimizer=optimizer, state={"val_loss": None, **state}, keep=keep)
+
+
+def content(path: Path) -> float:
+    """The value that the checkpoint was saved with; every tensor must agree on it."""
+    value = float(load_tensors(path, "model")["wte.weight"][0, 0])
+    for name, expected in zip(("model", "optimizer"), tensors_of(value), strict=True):
+        loaded = load_tensors(path, name)
+        assert loaded.keys() == expected.keys() and all(torch.equal(loaded[k], expected[k]) for k in expected)
+    return value
+
+
+def names(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def ignore(line: str) -> None:
+    """A note that the test does not look at."""
+
+
+def in_child(work: Callable[[], None]) -> int:
+    """Run work in a forked process; its exit status."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def flip(path: Path, bit: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[bit // 8] ^= 1 << (bit % 8)
+    path.write_bytes(data)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Saving and loading
+
+def test_what_was_saved_comes_back(tmp_path):
+    random = torch.Generator().manual_seed(0)
+    model = {"a": torch.randn(7, 3, generator=random), "b": torch.randn(4, 6, generator=random).t(),
+             "half": torch.randn(5, generator=random).bfloat16(), "count": torch.tensor(3), "none": torch.empty(0, 4)}
+    optimizer = {"exp_avg.a": torch.randn(7, 3, generator=random)[:, ::2]}
+    path = save(tmp_path, 12, model=model, optimizer=optimizer, state={"step": 12, "rows": [1, "x"]}, keep=2)
+    assert path == tmp_path / "checkpoints" / "step_00000012"
+    for name, expected in (("model", model), ("optimizer", optimizer)):
+        loaded = load_tensors(path, name)
+        assert loaded.keys() == expected.keys()
+        for key, tensor in expected.items():
+            assert loaded[key].dtype == tensor.dtype and torch.equal(loaded[key], tensor)
+    assert load_state(path) == {"step": 12, "rows": [1, "x"]}
+
+
+def test_a_checkpoint_has_the_files_of_the_contract_and_their_sizes_and_sha256(tmp_path):
+    path = save_step(tmp_path, 1000)
+    assert sorted(file.name for file in path.iterdir()) == CHECKPOINT_FILES
+    files = json.loads((path / "manifest.json").read_text())["files"]
+    assert sorted(files) == [name for name in CHECKPOINT_FILES if name != "manifest.json"]
+    for name, entry in files.items():
+        said = subprocess.run(["sha256sum", path / name], capture_output=True, text=True, check=True).stdout
+        assert entry == {"size": (path / name).stat().st_size, "sha256": said.split()[0]}
+
+
+def test_all_files_of_a_checkpoint_can_be_read_by_the_same_people(tmp_path):
+    path = save_step(tmp_path, 1)
+    assert len({file.stat().st_mode for file in path.iterdir()}) == 1
+
+
+def test_the_optimizer_may_be_empty(tmp_path):
+    path = save(tmp_path, 0, model=tensors_of(1.0)[0], optimizer={}, state={}, keep=1)
+    assert newest(tmp_path, ignore) == path and load_tensors(path, "optimizer") == {}
+
+
+def test_a_loss_that_is_not_finite_is_saved_as_null(tmp_path):
+    path = save_step(tmp_path, 1, val_loss=float("nan"), history=[1.0, float("inf"), {"x": float("-inf")}])
+    assert load_state(path) == {"step": 1, "val_loss": None, "history": [1.0, None, {"x": None}]}
+
+
+def test_a_checkpoint_knows_its_run(tmp_path, monkeypatch):
+    path = save_step(tmp_path / "run", 1)
+    monkeypatch.chdir(path)
+    assert checkpoint.run_dir_of(path) == checkpoint.run_dir_of(Path(".")) == tmp_path / "run"
+
+
+def test_saving_a_step_again_replaces_it(tmp_path):
+    save_step(tmp_path, 5, value=1.0)
+    save_step(tmp_path, 5, value=2.0)
+    assert names(tmp_path) == ["step_00000005"]
+    assert content(newest(tmp_path, ignore)) == 2.0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA: saving from and loading to a GPU are unchecked")
+def test_tensors_on_a_gpu_come_back(tmp_path):
+    model = {"a": torch.randn(7, 3, device="cuda").t()}
+    path = save(tmp_path, 1, model=model, optimizer={}, state={}, keep=1)
+    assert torch.equal(load_tensors(path, "model", "cuda")["a"], model["a"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Retention
+
+def test_the_newest_and_the_best_are_kept(tmp_path):
+    for step, loss in ((1, 3.0), (2, 2.0), (3, None), (4, 2.5), (5, float("nan")), (6, 2.7)):
+        save_step(tmp_path, step, keep=2, val_loss=loss)
+    assert names(tmp_path) == ["step_00000002", "step_00000005", "step_00000006"]
+
+
+def test_of_equally_good_checkpoints_the_newest_is_the_best(tmp_path):
+    for step in (1, 2, 3, 4):
+        save_step(tmp_path, step, keep=1, val_loss=2.0 if step < 4 else 3.0)
+    assert names(tmp_path) == ["step_00000003", "step_00000004"]
+
+
+def test_the_checkpoint_just_saved_is_kept_whatever_else_is_there(tmp_path):
+    save_step(tmp_path, 9, keep=1)
+    save_step(tmp_path, 5, keep=1)
+    assert "step_00000005" in names(tmp_path)
+
+
+def test_retention_leaves_other_names_alone(tmp_path):
+    others = ["step_00000001_backup", "step_00000001.damaged", "notes.txt", "step_1"]
+    save_step(tmp_path, 1)
+    for name in others:
+        (tmp_path / "checkpoints" / name).mkdir()
+    for step in (2, 3):
+        save_step(tmp_path, step, keep=1)
+    assert names(tmp_path) == sorted([*others, "step_00000003"])
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_does_not_fail_the_save(tmp_path, monkeypatch):
+    def refused(path, ignore_errors=False):
+        raise PermissionError(13, "Permission denied")
+
+    save_step(tmp_path, 1)
+    monkeypatch.setattr(checkpoint, "_delete_folder", refused)
+    save_step(tmp_path, 2, keep=1)
+    monkeypatch.undo()
+    assert newest(tmp_path, ignore).name == "step_00000002"
+    assert names(tmp_path) == ["step_00000002"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Crashes and power cuts
+
+class CrashingDisk:
+    """Stands in for checkpoint.py's disk functions and ends the process at the n-th change, as a power cut would.
+
+    `loss` is what the cut does to what was not synced: "none" (a mere kill), "torn" (the second half of each such file
+    is gone), "zeroed" (its bytes are zeros), "undone" (names that appeared in folders not synced since, by creation or
+    rename, are as before). Real fsync is left out: only the book-keeping matters.
+    """
+
+    def __init__(self, crash_at: int, loss: str):
+        self.crash_at, self.loss, self.changes = crash_at, loss, 0
+        self.unsynced: set[Path] = set()  # files whose bytes may be lost
+        self.entries: list[list] = []  # [folder, path, old path or None] of names that may be lost, in order
+
+    def install(self) -> None:
+        self.real = {name: getattr(checkpoint, name) for name in (
+            "_make_folder", "_write_bytes", "_write_tensors", "_rename", "_delete_folder")}
+        for name in (*self.real, "_sync"):
+            setattr(checkpoint, name, getattr(self, name.removeprefix("_")))
+
+    def changed(self) -> None:
+        self.changes += 1
+        if self.changes == self.crash_at:
+            try:
+                self.lose()
+                os._exit(CRASHED)
+            finally:  # an error of ours must not look like one of the disk, which save() survives
+                traceback.print_exc()
+                os._exit(1)
+
+    def make_folder(self, path: Path) -> None:
+        self.real["_make_folder"](path)
+        self.entries.append([path.parent, path, None])
+        self.changed()
+
+    def write_bytes(self, path: Path, data: bytes) -> None:
+        self._write("_write_bytes", path, data)
+
+    def write_tensors(self, path: Path, tensors: dict[str, Tensor]) -> None:
+        self._write("_write_tensors", path, tensors)
+
+    def _write(self, function: str, path: Path, what) -> None:
+        self.real[function](path, what)
+        self.unsynced.add(path)
+        self.entries.append([path.parent, path, None])
+        self.changed()
+
+    def sync(self, path: Path) -> None:
+        self.changed()  # a crash just before it
+        self.unsynced.discard(path)
+        self.entries = [entry for entry in self.entries if entry[0] != path]
+
+    def rename(self, path: Path, new_path: Path) -> None:
+        assert not any(entry[0] == path for entry in self.entries), "a folder is renamed before it is synced"
+        self.real["_rename"](path, new_path)
+        self.unsynced = {new_path / p.relative_to(path) if p.is_relative_to(path) else p for p in self.unsynced}
+        self.entries.append([path.parent, new_path, path])
+        self.changed()
+
+    def delete_folder(self, path: Path, ignore_errors: bool = False) -> None:
+        for file in sorted(path.iterdir())[:2]:
+            file.unlink()
+            self.unsynced.discard(file)
+            self.entries = [entry for entry in self.entries if entry[1] != file]
+        self.changed()  # a crash half-way
+        self.real["_delete_folder"](path, ignore_errors)
+        self.unsynced = {p for p in self.unsynced if not p.is_relative_to(path)}
+        self.entries = [entry for entry in self.entries if not entry[1].is_relative_to(path)]
+        self.changed()
+
+    def lose(self) -> None:
+        if self.loss in ("torn", "zeroed"):
+            for path in self.unsynced:
+                size = path.stat().st_size
+                path.write_bytes(path.read_bytes()[:size // 2] if self.loss == "torn" else bytes(size))
+        if self.loss == "undone":
+            for _, path, old in reversed(self.entries):
+                if old is not None:
+                    path.rename(old)
+                elif path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+
+
+CRASHED = 77  # exit status
+SAVES = ((1, 1.0), (2, 2.0), (3, 3.0), (3, 30.0), (4, 4.0))  # (step, value): retention from step 2, one replacement
+
+
+def run_saves(run: Path, crash_at: int, loss: str, *, forgets: str | None = None) -> int:
+    """SAVES in a child that crashes at the n-th change; how many returned. crash_at = 0: no crash; all changes.
+
+    forgets: what a broken writer would not sync, "files" or "names" (the folder that a checkpoint is renamed in).
+    """
+    progress = run.with_name(run.name + ".progress")
+
+    def forgotten(path: Path) -> bool:
+        return path.is_file() if forgets == "files" else path.name == "checkpoints"
+
+    def saves() -> None:
+        disk = CrashingDisk(crash_at, loss)
+        disk.install()
+        if forgets is not None:
+            checkpoint._sync = lambda path: None if forgotten(path) else disk.sync(path)
+        for finished, (step, value) in enumerate(SAVES):
+            progress.write_text(str(finished))
+            save_step(run, step, value, keep=1, val_loss=float(step))
+        progress.write_text(str(disk.changes))
+
+    status = in_child(saves)
+    assert status == (CRASHED if crash_at else 0)
+    return int(progress.read_text())
+
+
+def survivors(run: Path) -> float:
+    """What the next start finds: the value of the newest valid checkpoint, 0.0 for none."""
+    path = newest(run, ignore)
+    return 0.0 if path is None else content(path)
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # the children run this file's code only
+
+
+@pytest.mark.parametrize("loss", ["none", "torn", "zeroed", "undone"])
+def test_after_a_crash_at_any_change_the_last_finished_save_or_a_later_one_is_there(tmp_path, loss):
+    changes = run_saves(tmp_path / "whole", 0, loss)
+    assert changes > 60
+    for crash_at in range(1, changes + 1):
+        run = tmp_path / f"crash_{crash_at}"
+        finished = run_saves(run, crash_at, loss)
+        values = [0.0] + [value for _, value in SAVES]
+        assert survivors(run) in values[finished:finished + 2], f"crash at change {crash_at} of {changes}"
+        assert not list(run.glob("checkpoints/.tmp*")) + list(run.glob("checkpoints/*.replaced"))
+        shutil.rmtree(run, ignore_errors=True)
+
+
+@pytest.mark.parametrize(("forgets", "loss"), [("files", "zeroed"), ("files", "torn"), ("names", "undone")])
+def test_the_crash_test_catches_a_writer_that_forgets_to_sync(tmp_path, forgets, loss):
+    """The harness must be able to fail."""
+    lost = 0
+    for crash_at in range(8, 30):
+        run = tmp_path / f"crash_{crash_at}"
+        finished = run_saves(run, crash_at, loss, forgets=forgets)
+        lost += survivors(run) < SAVES[finished - 1][1] if finished else 0
+    assert lost > 0
+
+
+def test_a_reader_finds_a_valid_checkpoint_at_every_moment_of_a_replacement(tmp_path):
+    for crash_at in range(1, 40):
+        run = tmp_path / f"crash_{crash_at}"
+        save_step(run, 7, value=1.0)
+
+        def replace(run=run, crash_at=crash_at) -> None:
+            CrashingDisk(crash_at, "none").install()
+            save_step(run, 7, value=2.0)
+
+        status, before = in_child(replace), names(run)
+        found = content(resolve(run, ignore))
+        assert names(run) == before  # a reader changes nothing
+        assert survivors(run) == found and names(run) == ["step_00000007"]
+        assert found == 2.0 if status == 0 else found in (1.0, 2.0)
+        if status == 0:
+            break
+    assert status == 0 and crash_at > 10
+
+
+def test_leftovers_and_unknown_names_are_never_picked_and_leftovers_go(tmp_path):
+    kept = save_step(tmp_path, 3)
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(kept, folder / ".tmp-step_00000009")
+    shutil.copytree(kept, folder / ".tmp-old-step_00000001")
+    shutil.copytree(kept, folder / "step_00000010_backup")
+    shutil.copytree(kept, folder / "step_00000011.damaged")
+    (folder / "step_00000012").write_text("a file")
+    assert newest(tmp_path, pytest.fail) == resolve(tmp_path, pytest.fail) == kept
+    assert names(tmp_path) == ["step_00000003", "step_00000010_backup", "step_00000011.damaged", "step_00000012"]
+
+
+def test_a_run_without_checkpoints_has_no_newest(tmp_path):
+    assert newest(tmp_path / "nowhere", pytest.fail) is None
+    (tmp_path / "checkpoints").mkdir()
+    assert newest(tmp_path, pytest.fail) is None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Full and failing disks
+
+def assert_only_step_1(run: Path) -> None:
+    assert names(run) == ["step_00000001"]
+    assert content(newest(run, pytest.fail)) == 1.0
+
+
+@pytest.mark.parametrize("limit", [500, 100_000, 3_000_000])  # in the header, in the first file, in the second file
+def test_a_file_that_cannot_grow_is_one_error_and_leaves_older_checkpoints(tmp_path, limit):
+    save_step(tmp_path, 1)
+    model, optimizer = {"a": torch.zeros(1_000_000)}, {"b": torch.zeros(500_000)}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(SaveError, match="step 2 was not saved.*File too large.*older checkpoints") as caught:
+            save(tmp_path, 2, model=model, optimizer=optimizer, state={}, keep=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(caught.value)
+    assert_only_step_1(tmp_path)
+
+
+def test_too_little_free_space_is_found_before_writing(tmp_path, monkeypatch):
+    save_step(tmp_path, 1)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 3_000_000, 3_000_000))
+    monkeypatch.setattr(checkpoint, "_write_checkpoint", pytest.fail)
+    with pytest.raises(SaveError, match=r"disk full, 0.005 GB are needed and 0.003 GB is free"):
+        save(tmp_path, 2, model={"a": torch.zeros(1_000_000)}, optimizer={}, state={}, keep=1)
+    monkeypatch.undo()
+    assert_only_step_1(tmp_path)
+
+
+def test_a_disk_that_fills_up_while_writing_is_an_error_and_not_a_bus_error(tmp_path, monkeypatch):
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", tmp_path], capture_output=True)
+    if mount.returncode:
+        pytest.skip("cannot mount a small tmpfs (not root): ENOSPC from a real file system is unchecked")
+    try:
+        save_step(tmp_path, 1)
+        monkeypatch.setattr(checkpoint, "_check_space", lambda folder, needed: None)  # someone else fills it meanwhile
+        with pytest.raises(SaveError, match="disk full, 0.009 GB are needed and 0.00[34] GB is free"):
+            save(tmp_path, 2, model={"a": torch.zeros(500_000)}, optimizer={"b": torch.zeros(1_500_000)}, state={},
+                 keep=1)
+        assert_only_step_1(tmp_path)
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+
+
+def test_a_sync_that_fails_fails_the_save(tmp_path, monkeypatch):
+    def broken(path):
+        raise OSError(5, "Input/output error")
+
+    save_step(tmp_path, 1)
+    monkeypatch.setattr(checkpoint, "_sync", broken)
+    with pytest.raises(SaveError, match="Input/output error"):
+        save_step(tmp_path, 2, keep=1)
+    assert_only_step_1(tmp_path)
+
+
+def test_the_next_save_after_a_failed_one_succeeds(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_check_space", lambda folder, needed: os.listdir(folder / "nowhere"))
+    with pytest.raises(SaveError):
+        save_step(tmp_path, 1)
+    monkeypatch.undo()
+    assert newest(tmp_path, pytest.fail) is None
+    save_step(tmp_path, 2)
+    assert survivors(tmp_path) == 2.0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Damage
+
+def test_sixty_random_bit_flips_are_all_found(tmp_path):
+    path = save_step(tmp_path, 2)
+    good = {name: (path / name).read_bytes() for name in CHECKPOINT_FILES}
+    random = np.random.default_rng(0)
+    for trial in range(60):
+        name = CHECKPOINT_FILES[trial % 4]
+        flip(path / name, int(random.integers(8 * len(good[name]))))
+        with pytest.raises(CheckpointError, match="is damaged"):
+            resolve(path, ignore)
+        (path / name).write_bytes(good[name])
+    assert resolve(path, pytest.fail) == path
+
+
+def test_bit_flips_all_over_the_manifest_are_found(tmp_path):
+    path = save_step(tmp_path, 2)
+    good = (path / "manifest.json").read_bytes()
+    for bit in range(0, 8 * len(good), 5):
+        (path / "manifest.json").write_bytes(good)
+        flip(path / "manifest.json", bit)
+        assert checkpoint._problem(path) is not None, f"bit {bit}"
+
+
+@pytest.mark.parametrize("name", CHECKPOINT_FILES)
+@pytest.mark.parametrize("size", [None, 0, 1, 100])
+def test_a_damaged_newest_is_set_aside_with_a_note_and_the_one_before_is_used(tmp_path, name, size):
+    save_step(tmp_path, 1)
+    damaged = save_step(tmp_path, 2, padding="x" * 100)
+    if size is None:
+        (damaged / name).unlink()
+    else:
+        os.truncate(damaged / name, size)
+    notes = []
+    assert newest(tmp_path, notes.append) == tmp_path / "checkpoints" / "step_00000001"
+    assert names(tmp_path) == ["step_00000001", "step_00000002.damaged"]
+    [note] = notes
+    assert note.startswith("checkpoint step_00000002 is damaged: " + name)
+    assert note.endswith("renamed step_00000002.damaged")
+
+
+def test_damaged_twice_at_the_same_step_keeps_both(tmp_path):
+    for _ in range(2):
+        flip(save_step(tmp_path, 2) / "state.json", 50)
+        assert newest(tmp_path, ignore) is None
+    assert names(tmp_path) == ["step_00000002.damaged", "step_00000002.damaged2"]
+
+
+def test_resolve_passes_over_a_damaged_newest_and_changes_nothing(tmp_path):
+    good = save_step(tmp_path, 1)
+    flip(save_step(tmp_path, 2) / "model.safetensors", 1000)
+    notes, before = [], names(tmp_path)
+    assert resolve(tmp_path, notes.append) == good
+    assert names(tmp_path) == before
+    assert len(notes) == 1 and "step_00000002" in notes[0] and "model.safetensors" in notes[0]
+
+
+def test_resolve_takes_a_run_or_one_checkpoint(tmp_path):
+    first, second = save_step(tmp_path, 1), save_step(tmp_path, 2)
+    assert resolve(str(tmp_path), pytest.fail) == second
+    assert resolve(first, pytest.fail) == first
+
+
+def test_resolve_says_what_is_wrong_and_the_way_out(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text("{}")
+    flip(save_step(tmp_path / "bad", 1) / "state.json", 9)
+    for run, message in (("gone", "does not exist"), ("empty", "no checkpoint; train"), ("hf", "convert.py from-hf"),
+                         ("bad", "no valid checkpoint: 1 damaged"),
+                         ("bad/checkpoints/step_00000001", "damaged: state.json does not have the sha256")):
+        with pytest.raises(CheckpointError, match=message) as caught:
+            resolve(tmp_path / run, ignore)
+        assert str(tmp_path / run) in str(caught.value)
+
+
+def test_a_pickle_in_place_of_tensors_is_refused_and_never_run(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "executed",)
+
+    path = save_step(tmp_path, 1)
+    manifest = json.loads((path / "manifest.json").read_text())
+    for name in CHECKPOINT_FILES[1:]:
+        (path / name).write_bytes(pickle.dumps(Bomb()))
+        size = (path / name).stat().st_size
+        manifest["files"][name] = {"size": size, "sha256": checkpoint._hash(path / name)}  # an attacker can do that
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    assert resolve(tmp_path, pytest.fail) == path
+    for load in (lambda: load_tensors(path, "model"), lambda: load_tensors(path, "optimizer"),
+                 lambda: load_state(path)):
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            load()
+    assert not (tmp_path / "executed").exists()
+    pickle.loads(pickle.dumps(Bomb()))
+    assert (tmp_path / "executed").exists()  # the bomb was live
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Loading into a model
+
+class Tied(nn.Module):
+    """Two linear layers, the second sharing the first one's weight, and a buffer."""
+
+    def __init__(self, width: int = 4):
+        super().__init__()
+        self.first, self.second = nn.Linear(width, width), nn.Linear(width, width, bias=False)
+        self.second.weight = self.first.weight
+        self.register_buffer("scale", torch.zeros(2))
+
+
+def good_tensors() -> dict[str, Tensor]:
+    return {"first.weight": torch.ones(4, 4), "first.bias": torch.full((4,), 2.0), "scale": torch.full((2,), 3.0)}
+
+
+def test_loading_fills_parameters_and_buffers_and_keeps_the_tie(tmp_path):
+    model = Tied()
+    load_into(model, good_tensors(), "run 'x'")
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in good_tensors().items())
+    assert model.second.weight is model.first.weight and torch.equal(model.second.weight, torch.ones(4, 4))
+
+
+def test_loading_converts_to_the_models_dtype():
+    model = Tied().bfloat16()
+    load_into(model, good_tensors(), "run 'x'")
+    assert model.first.weight.dtype == torch.bfloat16 and float(model.first.weight[0, 0].detach()) == 1.0
+
+
+def test_all_misfits_are_named_in_one_error_and_nothing_is_changed():
+    model = Tied()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    tensors = {**good_tensors(), "third.weight": torch.ones(1), "first.bias": torch.ones(7)}
+    del tensors["scale"]
+    with pytest.raises(CheckpointError) as caught:
+        load_into(model, tensors, "run 'x'")
+    for part in ("run 'x'", "missing scale", "unknown third.weight", "first.bias [7] for [4]", "[model]"):
+        assert part in str(caught.value)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("prefix", "source"), [("_orig_mod.", "torch.compile"),
+                                                ("module.", "DistributedDataParallel")])
+def test_the_prefix_of_a_wrapper_is_named_and_not_guessed_away(prefix, source):
+    with pytest.raises(CheckpointError, match=f"begin with '{prefix}', which {source} adds"):
+        load_into(Tied(), {prefix + name: tensor for name, tensor in good_tensors().items()}, "run 'x'")
+
+
+def test_a_long_list_of_misfits_is_cut():
+    with pytest.raises(CheckpointError, match="unknown x0, x1, x2, x3, x4 and 95 more"):
+        load_into(Tied(), {**good_tensors(), **{f"x{i}": torch.ones(1) for i in range(100)}}, "run 'x'")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The lock
+
+def test_a_second_run_in_the_same_folder_is_refused_with_the_holders_name(tmp_path):
+    def second() -> None:
+        with pytest.raises(CheckpointError) as caught:
+            RunLock(tmp_path / "run").__enter__()
+        (tmp_path / "said").write_text(str(caught.value))
+
+    with RunLock(tmp_path / "run"):
+        assert in_child(second) == 0
+    said = (tmp_path / "said").read_text()
+    assert f"in use by process {os.getpid()} on {os.uname().nodename}" in said and "train.out_dir" in said
+
+
+def test_the_lock_ends_with_the_block_and_can_be_taken_again(tmp_path):
+    for _ in range(2):
+        with RunLock(tmp_path):
+            with pytest.raises(CheckpointError, match="in use by"):
+                RunLock(tmp_path).__enter__()
+
+
+def test_the_lock_of_a_killed_process_is_free(tmp_path):
+    def lock_and_die() -> None:
+        RunLock(tmp_path).__enter__()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert in_child(lock_and_die) == -signal.SIGKILL
+    with RunLock(tmp_path):
+        pass
+
+
+def test_a_run_folder_that_cannot_be_made_is_an_error_with_the_way_out(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="file.*cannot be written.*another train.out_dir"):
+        RunLock(tmp_path / "file").__enter__()

@@ -1,0 +1,403 @@
+"""Shards: the bytes written, what a damaged folder is told, and windows against a plain array."""
+
+import hashlib
+import json
+import resource
+import struct
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+import data.shards
+from config import MachineError
+from data.shards import (
+    BackgroundVerifier,
+    ShardError,
+    ShardWriter,
+    TokenStream,
+    index_hash,
+    load_index,
+    open_dataset,
+    open_split,
+    read_header,
+    verify,
+    write_index,
+)
+
+
+def llmc_bytes(tokens, magic=20240520, version=1, letter="H", count=None) -> bytes:
+    """A shard as llm.c's data scripts write it, by struct alone."""
+    header = struct.pack("<256i", magic, version, len(tokens) if count is None else count, *[0] * 253)
+    return header + struct.pack(f"<{len(tokens)}{letter}", *tokens)
+
+
+def write_shard(path, tokens, dtype=np.uint16, vocab_size=60_000) -> dict:
+    writer = ShardWriter(path, dtype, vocab_size)
+    writer.write(np.asarray(tokens))
+    return writer.close()
+
+
+def make_folder(folder, train, val=((1, 2, 3),), dtype=np.uint16, vocab_size=60_000):
+    """A prepared data folder with one shard for each token list."""
+    shards = []
+    for split, lists in (("train", train), ("val", val)):
+        for number, tokens in enumerate(lists):
+            entry = write_shard(folder / f"{split}_{number:05d}.bin", tokens, dtype, vocab_size)
+            shards.append({**entry, "split": split, "text_bytes": 4 * len(tokens), "documents": 1})
+    write_index(folder, {"format": 1, "tokenizer": "bpe:60000", "dtype": np.dtype(dtype).name,
+                         "vocab_size": vocab_size, "eot": 0, "settings": {"source": ["a.txt"]}, "shards": shards})
+    return folder
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Writing
+
+@pytest.mark.parametrize(("dtype", "magic", "version", "letter", "top"),
+                         [(np.uint16, 20240520, 1, "H", 65_535), (np.uint32, 20240801, 7, "I", 200_000)])
+def test_a_shard_has_the_bytes_that_llmc_writes(tmp_path, dtype, magic, version, letter, top):
+    tokens = [0, 1, 517, top]
+    write_shard(tmp_path / "a.bin", tokens, dtype, top + 1)
+    assert (tmp_path / "a.bin").read_bytes() == llmc_bytes(tokens, magic, version, letter)
+
+
+def test_pieces_of_any_integer_dtype_are_appended_in_order(tmp_path):
+    writer = ShardWriter(tmp_path / "a.bin", np.uint16, 300)
+    for piece in (np.array([1, 2], dtype=np.int64), np.array([], dtype=np.int64), np.array([299], dtype=np.uint16),
+                  np.array([[7, 8], [9, 10]], dtype=np.int32)):
+        writer.write(piece)
+    writer.close()
+    assert (tmp_path / "a.bin").read_bytes() == llmc_bytes([1, 2, 299, 7, 8, 9, 10])
+
+
+def test_close_reports_name_count_and_sha256_of_the_whole_file(tmp_path):
+    entry = write_shard(tmp_path / "train_00000.bin", range(1000))
+    digest = hashlib.sha256((tmp_path / "train_00000.bin").read_bytes()).hexdigest()
+    assert entry == {"file": "train_00000.bin", "tokens": 1000, "sha256": digest}
+
+
+@pytest.mark.parametrize(("tokens", "named"), [([5, -1], "-1"), ([300], "300"), ([70_000], "70000")])
+def test_an_id_outside_the_vocabulary_is_refused_not_wrapped(tmp_path, tokens, named):
+    writer = ShardWriter(tmp_path / "a.bin", np.uint16, 300)
+    with pytest.raises(ShardError, match=f"'a.bin'.* id {named} .*300"):
+        writer.write(np.array(tokens))
+    writer.abort()
+
+
+def test_token_ids_that_are_not_integers_are_refused(tmp_path):
+    writer = ShardWriter(tmp_path / "a.bin", np.uint16, 300)
+    with pytest.raises(ShardError, match="float64"):
+        writer.write(np.array([1.5]))
+    writer.abort()
+
+
+def test_a_vocabulary_above_65536_is_refused_in_uint16(tmp_path):
+    ShardWriter(tmp_path / "a.bin", np.uint16, 65_536).abort()
+    with pytest.raises(ShardError, match="65537.*uint32"):
+        ShardWriter(tmp_path / "a.bin", np.uint16, 65_537)
+
+
+def test_a_shard_of_two_to_the_31_tokens_is_refused(tmp_path):
+    writer = ShardWriter(tmp_path / "a.bin", np.uint16, 300)
+    writer.tokens = 2**31 - 2  # as if so many had been written
+    writer.write(np.array([1]))
+    with pytest.raises(ShardError, match="2147483648"):
+        writer.write(np.array([1]))
+    writer.abort()
+
+
+def test_nothing_has_the_shards_name_before_close_and_abort_leaves_nothing(tmp_path):
+    writer = ShardWriter(tmp_path / "a.bin", np.uint16, 300)
+    writer.write(np.arange(300))
+    assert not (tmp_path / "a.bin").exists()
+    writer.abort()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_abort_after_close_keeps_the_shard(tmp_path):
+    writer = ShardWriter(tmp_path / "a.bin", np.uint16, 300)
+    writer.write(np.arange(300))
+    writer.close()
+    writer.abort()
+    assert [path.name for path in tmp_path.iterdir()] == ["a.bin"]
+
+
+def test_a_disk_that_fails_is_one_line_that_names_the_shard(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    writer = ShardWriter(tmp_path / "a.bin", np.uint16, 300)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))  # stands in for a full disk
+    try:
+        with pytest.raises(MachineError, match="a.bin.*File too large"):
+            writer.write(np.zeros(100_000, dtype=np.uint16))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    writer.abort()
+    assert list(tmp_path.iterdir()) == []
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Headers
+
+def broken_files():
+    good = llmc_bytes(range(100))
+    return {
+        "empty": (b"", "0 bytes"),
+        "header cut short": (good[:1000], "1000 bytes"),
+        "tokens cut short": (good[:-1], "1223 bytes.*100 tokens.*1224"),
+        "bytes too many": (good + b"\0\0", "1226 bytes"),
+        "another version": (llmc_bytes(range(100), version=2), "version 2"),
+        "an llm.c evaluation file": (llmc_bytes(range(100), magic=20240522), "20240522"),
+        "nanoGPT's headerless tokens": (np.arange(5000, dtype="<u2").tobytes(), "nanoGPT.*data.prepare"),
+        "a negative count": (llmc_bytes(range(100), count=-1), "-1 tokens"),
+    }
+
+
+@pytest.mark.parametrize("kind", list(broken_files()))
+def test_a_broken_shard_is_named_with_what_was_expected(tmp_path, kind):
+    content, message = broken_files()[kind]
+    (tmp_path / "train_00000.bin").write_bytes(content)
+    with pytest.raises(ShardError, match="train_00000.bin.*" + message) as caught:
+        read_header(tmp_path / "train_00000.bin")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    with pytest.raises(ShardError, match="gone.bin.*No such file"):
+        read_header(tmp_path / "gone.bin")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The index and the folder
+
+def test_the_same_index_gives_the_same_bytes_and_comes_back_equal(tmp_path):
+    index = load_index(make_folder(tmp_path, [range(50)]))
+    before = (tmp_path / "index.json").read_bytes()
+    write_index(tmp_path, index)
+    assert (tmp_path / "index.json").read_bytes() == before
+    assert json.loads(before) == index
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["index.json", "train_00000.bin", "val_00000.bin"]
+
+
+def test_the_index_hash_depends_on_content_and_not_on_the_order_of_keys(tmp_path):
+    index = load_index(make_folder(tmp_path, [range(50)]))
+    assert index_hash(dict(reversed(index.items()))) == index_hash(index)
+    assert index_hash({**index, "eot": 1}) != index_hash(index)
+
+
+def test_a_folder_without_an_index_has_none(tmp_path):
+    assert load_index(tmp_path) is None
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"format": 2}, "format 2"), ({"dtype": "int64"}, "int64"), ({"vocab_size": "many"}, "vocab_size"),
+    ({"eot": "<end>"}, "eot"), ({"shards": None}, "no list"), ({"shards": [{"file": "a.bin"}]}, "shard 0"),
+    ({"shards": [{"file": "../a.bin", "split": "train", "tokens": 1, "sha256": ""}]}, "../a.bin"),
+])
+def test_an_index_of_the_wrong_shape_is_refused(tmp_path, change, message):
+    index = load_index(make_folder(tmp_path, [range(50)]))
+    (tmp_path / "index.json").write_text(json.dumps({**index, **change}))
+    with pytest.raises(ShardError, match=f"index.json.*{message}.*prepare"):
+        load_index(tmp_path)
+
+
+def test_an_index_that_is_not_json_is_refused(tmp_path):
+    (tmp_path / "index.json").write_text('{"format": 1')
+    with pytest.raises(ShardError, match="not valid JSON"):
+        load_index(tmp_path)
+
+
+def test_an_opened_dataset_knows_its_index_vocabulary_and_end_of_text(tmp_path):
+    dataset = open_dataset(make_folder(tmp_path, [range(50)]))
+    assert (dataset.vocab_size, dataset.eot) == (60_000, 0)
+    assert dataset.hash == index_hash(load_index(tmp_path))
+
+
+def test_a_folder_that_does_not_exist_is_an_error_with_the_way_out(tmp_path):
+    with pytest.raises(ShardError, match="nowhere.*does not exist.*data.prepare"):
+        open_dataset(tmp_path / "nowhere")
+
+
+def test_a_shard_missing_in_the_middle_is_found_at_open(tmp_path):
+    make_folder(tmp_path, [range(50), range(60), range(70)])
+    (tmp_path / "train_00001.bin").unlink()
+    with pytest.raises(ShardError, match="train_00001.bin"):
+        open_dataset(tmp_path)
+
+
+def test_a_shard_whose_count_differs_from_the_index_is_found_at_open(tmp_path):
+    make_folder(tmp_path, [range(50)])
+    write_shard(tmp_path / "train_00000.bin", range(49))
+    with pytest.raises(ShardError, match="train_00000.bin.*49 tokens.*50"):
+        open_dataset(tmp_path)
+
+
+def test_a_shard_whose_dtype_differs_from_the_index_is_found_at_open(tmp_path):
+    make_folder(tmp_path, [range(50)])
+    write_shard(tmp_path / "train_00000.bin", range(50), np.uint32)
+    with pytest.raises(ShardError, match="train_00000.bin.*uint32.*uint16"):
+        open_dataset(tmp_path)
+
+
+def test_a_folder_of_llmc_shards_is_read_by_name(tmp_path):
+    for name, tokens in (("fineweb_train_000002.bin", [5, 6]), ("fineweb_train_000001.bin", [3, 4]),
+                         ("fineweb_val_000000.bin", [9]), ("notes.bin", [7])):
+        (tmp_path / name).write_bytes(llmc_bytes(tokens))
+    dataset = open_dataset(tmp_path)
+    assert (dataset.vocab_size, dataset.eot) == (None, None)
+    assert open_split(dataset, "train").windows(np.array([0]), 4).tolist() == [[3, 4, 5, 6]]
+    assert open_split(dataset, "val").tokens == 1
+
+
+def test_the_hash_of_an_llmc_folder_sees_other_tokens_of_the_same_count(tmp_path):
+    (tmp_path / "train.bin").write_bytes(llmc_bytes([1, 2, 3]))
+    before = open_dataset(tmp_path).hash
+    assert open_dataset(tmp_path).hash == before
+    (tmp_path / "train.bin").write_bytes(llmc_bytes([1, 2, 4]))
+    assert open_dataset(tmp_path).hash != before
+
+
+@pytest.mark.parametrize(("files", "message"), [
+    ({}, "neither index.json nor"), ({"train_val.bin": "H"}, "both train and val"),
+    ({"train_0.bin": "H", "train_1.bin": "I"}, "uint16.*uint32"),
+])
+def test_an_llmc_folder_that_cannot_be_read_says_why(tmp_path, files, message):
+    for name, letter in files.items():
+        magic, version = (20240520, 1) if letter == "H" else (20240801, 7)
+        (tmp_path / name).write_bytes(llmc_bytes([1, 2], magic, version, letter))
+    with pytest.raises(ShardError, match=message):
+        open_dataset(tmp_path)
+
+
+def test_a_split_without_shards_is_an_error_with_the_way_out(tmp_path):
+    with pytest.raises(ShardError, match="no val shard.*--val"):
+        open_split(open_dataset(make_folder(tmp_path, [range(50)], val=())), "val")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Verifying
+
+def test_verify_finds_every_flipped_bit(tmp_path):
+    make_folder(tmp_path, [range(500), range(300)])
+    path = tmp_path / "train_00001.bin"
+    good, random = path.read_bytes(), np.random.default_rng(0)
+    assert verify(tmp_path, lambda line: None) == []
+    for bit in random.choice(8 * len(good), size=60, replace=False):
+        bad = bytearray(good)
+        bad[bit // 8] ^= 1 << (bit % 8)
+        path.write_bytes(bad)
+        problems = verify(tmp_path, lambda line: None)
+        assert len(problems) == 1 and "train_00001.bin" in problems[0]
+
+
+def test_verify_names_all_bad_shards_and_notes_the_good_ones(tmp_path):
+    make_folder(tmp_path, [range(500), range(300)])
+    (tmp_path / "train_00000.bin").unlink()
+    (tmp_path / "val_00000.bin").write_bytes(llmc_bytes([1, 2, 4]))
+    notes = []
+    problems = verify(tmp_path, notes.append)
+    assert ["train_00000.bin" in problems[0], "val_00000.bin" in problems[1], len(problems)] == [True, True, 2]
+    assert len(notes) == 1 and notes[0].startswith("train_00001.bin")
+
+
+def test_verify_without_an_index_checks_headers(tmp_path):
+    (tmp_path / "x_train.bin").write_bytes(llmc_bytes(range(10)))
+    assert verify(tmp_path, lambda line: None) == []
+    (tmp_path / "y_train.bin").write_bytes(llmc_bytes(range(10))[:-2])
+    assert len(verify(tmp_path, lambda line: None)) == 1
+
+
+def test_verify_of_an_empty_folder_is_a_problem(tmp_path):
+    assert "no shards" in verify(tmp_path, lambda line: None)[0]
+
+
+def test_the_background_verifier_names_the_damaged_shard(tmp_path):
+    dataset = open_dataset(make_folder(tmp_path, [range(500), range(300)]))
+    (tmp_path / "train_00001.bin").write_bytes(llmc_bytes([7, *range(1, 300)]))
+    verifier = BackgroundVerifier(dataset)
+    verifier._thread.join(10)
+    assert isinstance(verifier.error, ShardError) and "train_00001.bin" in str(verifier.error)
+    assert not verifier.done
+
+
+def test_the_background_verifier_is_content_with_good_and_with_foreign_shards(tmp_path):
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "theirs").mkdir()
+    make_folder(tmp_path / "ours", [range(500)])
+    (tmp_path / "theirs" / "train.bin").write_bytes(llmc_bytes(range(10)))
+    for folder in ("ours", "theirs"):
+        verifier = BackgroundVerifier(open_dataset(tmp_path / folder))
+        verifier._thread.join(10)
+        assert verifier.done and verifier.error is None
+
+
+def test_stop_ends_the_background_verifier_in_the_middle_of_a_shard(tmp_path, monkeypatch):
+    monkeypatch.setattr(data.shards, "HASH_CHUNK_BYTES", 1)  # 120,000 chunks with a rest after each: tens of seconds
+    dataset = open_dataset(make_folder(tmp_path, [np.zeros(60_000, dtype=np.uint16)]))
+    verifier = BackgroundVerifier(dataset)
+    verifier.stop()
+    assert verifier._thread not in threading.enumerate()
+    assert not verifier.done and verifier.error is None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading
+
+@pytest.mark.parametrize("open_shards", [256, 1])
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
+def test_windows_equal_slices_of_all_tokens(tmp_path, monkeypatch, dtype, open_shards):
+    monkeypatch.setattr(data.shards, "OPEN_SHARDS", open_shards)
+    random = np.random.default_rng(1)
+    lists = [random.integers(0, 60_000, size) for size in (311, 0, 5, 63, 1, 1000)]  # 5 and 1 are shorter than a window
+    stream = open_split(open_dataset(make_folder(tmp_path, lists, dtype=dtype)), "train")
+    tokens = np.concatenate(lists)
+    assert stream.tokens == len(tokens) == 1380
+    for length in (1, 2, 64, 65, 400, 1380):
+        starts = random.integers(0, len(tokens) - length + 1, 50)
+        starts[:2] = 0, len(tokens) - length
+        expected = np.stack([tokens[start:start + length] for start in starts])
+        np.testing.assert_array_equal(stream.windows(starts, length), expected)
+
+
+def test_windows_of_one_shard_equal_slices(tmp_path):
+    tokens = np.random.default_rng(2).integers(0, 60_000, 700)
+    stream = open_split(open_dataset(make_folder(tmp_path, [tokens])), "train")
+    starts = np.array([0, 635, 17, 17, 300])
+    np.testing.assert_array_equal(stream.windows(starts, 65), np.stack([tokens[s:s + 65] for s in starts]))
+
+
+@pytest.mark.parametrize("start", [-1, 437])
+def test_a_window_outside_the_stream_is_refused(tmp_path, start):
+    stream = open_split(open_dataset(make_folder(tmp_path, [range(500)])), "train")
+    stream.windows(np.array([436]), 64)
+    with pytest.raises(IndexError, match="500 tokens"):
+        stream.windows(np.array([3, start]), 64)
+
+
+def test_no_windows_is_an_empty_array(tmp_path):
+    stream = open_split(open_dataset(make_folder(tmp_path, [range(500)])), "train")
+    assert stream.windows(np.array([], dtype=np.int64), 64).shape == (0, 64)
+
+
+def test_a_shard_cut_short_after_open_is_an_error_not_a_bus_error(tmp_path):
+    stream = open_split(open_dataset(make_folder(tmp_path, [range(500)])), "train")
+    (tmp_path / "train_00000.bin").write_bytes(llmc_bytes(range(500))[:-2])
+    with pytest.raises(ShardError, match="became shorter"):
+        stream.windows(np.array([0]), 10)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc: that memory stays flat is unchecked here")
+def test_memory_is_flat_in_the_size_of_the_data(tmp_path):
+    def anonymous_bytes() -> int:
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) for line in status if line.startswith("RssAnon")) * 1024
+
+    tokens = 200_000_000  # a file of 400 MB, all of it a hole
+    with open(tmp_path / "train.bin", "wb") as file:
+        file.write(struct.pack("<256i", 20240520, 1, tokens, *[0] * 253))
+        file.truncate(1024 + 2 * tokens)
+    stream = TokenStream([tmp_path / "train.bin"], "train split")
+    before = anonymous_bytes()
+    for starts in np.random.default_rng(3).integers(0, tokens - 1025, (100, 64)):
+        stream.windows(starts, 1025)
+    assert anonymous_bytes() - before < 20e6  # the windows of one call are 131 kB

@@ -1,0 +1,456 @@
+"""The promises of a run (DESIGN.md, section 8), on one process in this one; test_train_processes.py has the others."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import checkpoint
+import config as configuration
+import train
+from config import ConfigError, MachineError, OptimConfig, UserError
+from data.loader import MicroBatch
+from data.shards import ShardError
+from distributed import World
+from model import GPT
+from optim import LossScale, Optimizer
+
+CONFIG = """
+[model]
+n_layer = 2
+n_head = 2
+n_embd = 32
+max_seq_len = 16
+[data]
+tokenizer = "bytes"
+val_fraction = 0.1
+[optim]
+lr = 1e-2
+warmup_steps = 2
+decay_steps = 12
+[train]
+tokens_per_step = 128
+micro_batch = 4
+max_steps = 12
+dtype = "float32"
+device = "cpu"
+log_every = 1
+eval_every = 5
+save_every = 4
+keep = 20
+"""
+
+
+class NoSignal:
+    signal = None
+
+    def __call__(self) -> bool:
+        return False
+
+
+@pytest.fixture
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Arguments of a small run on a text of 6,000 characters; relative paths land in tmp_path."""
+    monkeypatch.chdir(tmp_path)
+    words = np.random.default_rng(0).choice(["the", "cat", "sat", "on", "a", "mat", "and", "slept"], size=1500)
+    Path("text.txt").write_text(" ".join(words))
+    Path("small.toml").write_text(CONFIG)
+    return ["small.toml", "data.source=text.txt"]
+
+
+def run(arguments: list[str], out_dir: str, *more: str, stop=None) -> Path:
+    config, given = configuration.parse_arguments([*arguments, f"train.out_dir={out_dir}", *more])
+    train.train(config, given, world=World(), stop=stop or NoSignal())
+    return Path(out_dir)
+
+
+def rows(run_dir: Path, kind: str = "train") -> list[dict]:
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row["kind"] == kind]
+
+
+def losses(run_dir: Path) -> list[tuple]:
+    return [(row["step"], row["loss"], row["grad_norm"]) for row in rows(run_dir)]
+
+
+def tensors(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
+    folder = run_dir / "checkpoints" / f"step_{step:08d}"
+    return load_file(folder / "model.safetensors") | load_file(folder / "optimizer.safetensors")
+
+
+def assert_same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Promise 1: the same command goes on to the same numbers
+
+@pytest.mark.parametrize("knobs", [
+    ("model.dropout=0.2",),
+    ("optim.name=muon", "train.micro_batch=3", "data.document_mask=true"),
+    ("train.dtype=float16", "optim.schedule=wsd"),
+], ids=["adamw-dropout", "muon-uneven-micro-batches", "fp16-scaler"])
+def test_a_resumed_run_has_the_bits_of_an_unbroken_one(settings, knobs):
+    unbroken = run(settings, "unbroken", *knobs)
+    run(settings, "resumed", "train.max_steps=5", *knobs)
+    resumed = run(settings, "resumed", *knobs)
+    assert losses(resumed) == losses(unbroken)
+    assert_same_bits(tensors(resumed, 12), tensors(unbroken, 12))
+
+
+def test_another_seed_gives_other_numbers(settings):
+    assert losses(run(settings, "one")) != losses(run(settings, "other", "train.seed=7"))
+
+
+def test_evaluation_and_samples_leave_the_training_numbers_alone(settings):
+    often = run(settings, "often", "train.eval_every=1", "train.sample_every=3", "model.dropout=0.2")
+    never = run(settings, "never", "train.eval_every=0", "model.dropout=0.2")
+    assert losses(often) == losses(never)
+
+
+def test_metrics_name_no_step_twice_after_a_crash(settings):
+    run_dir = run(settings, "crashed", "train.max_steps=6")
+    for folder in (run_dir / "checkpoints").glob("step_00000006"):  # as if killed between step 4 and this save
+        folder.rename(run_dir / "gone")
+    run(settings, "crashed")
+    assert [row["step"] for row in rows(run_dir)] == list(range(1, 13))
+    assert [row["step"] for row in rows(run_dir, "val")] == [5, 10, 12]
+
+
+def test_a_finished_run_says_so_and_changes_nothing(settings, capsys):
+    run_dir = run(settings, "done")
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    run(settings, "done")
+    assert "is finished: step 12 of 12" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
+
+
+def test_raising_max_steps_goes_on_at_min_lr(settings):
+    settings = [*settings, "optim.min_lr=1e-3"]
+    Path("small.toml").write_text(CONFIG.replace("decay_steps = 12\n", ""))
+    run_dir = run(settings, "longer")
+    run(settings, "longer", "train.max_steps=14")
+    assert [row["lr"] for row in rows(run_dir)[-2:]] == [1e-3, 1e-3]
+    assert configuration.load_config(run_dir / "config.toml").optim.decay_steps == 12
+
+
+@pytest.mark.parametrize("change", ["optim.lr=0.5", "model.n_head=4", "train.seed=5", "train.tokens_per_step=64",
+                                    "train.dtype=bfloat16", "optim.decay_steps=11"])
+def test_a_resume_with_other_settings_is_refused_with_the_list(settings, change):
+    run(settings, "fixed", "train.max_steps=4")
+    with pytest.raises(UserError, match="cannot go on with other settings") as error:
+        run(settings, "fixed", change)
+    assert change.partition("=")[0] in str(error.value)
+
+
+def test_a_resume_on_other_data_is_refused(settings):
+    run(settings, "fixed", "train.max_steps=4")
+    Path("other.txt").write_text("something else entirely. " * 200)
+    with pytest.raises(UserError, match="data: hash"):
+        run(["small.toml", "data.source=other.txt"], "fixed")
+
+
+def test_the_saved_config_loads_back_equal(settings):
+    run_dir = run(settings, "saved", "train.max_steps=1")
+    saved = configuration.load_config(run_dir / "config.toml")
+    config, _ = configuration.parse_arguments([*settings, "train.out_dir=saved", "train.max_steps=1"])
+    assert (saved.train, saved.optim) == (config.train, config.optim)
+    assert saved.model.vocab_size == 257
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Promise 2: micro-batches do not change a step
+
+def test_micro_batch_size_changes_no_loss_beyond_rounding(settings):
+    whole = losses(run(settings, "whole", "train.micro_batch=8"))
+    for size in (1, 3):
+        split = losses(run(settings, f"split{size}", f"train.micro_batch={size}"))
+        # float32: sums in another order differ in the last bits, which 12 steps of AdamW do not blow up past 1e-5
+        np.testing.assert_allclose([row[1] for row in split], [row[1] for row in whole], rtol=0, atol=1e-5)
+
+
+def test_a_step_equals_plain_pytorch_on_the_whole_batch():
+    config = configuration.ModelConfig(n_layer=2, n_head=2, n_embd=32, max_seq_len=16, vocab_size=50)
+    # eps far above the rounding of gradients: else the first step is lr x sign, and a gradient near 0 decides by a bit
+    optim = OptimConfig(lr=1e-2, decay_steps=10, grad_clip=0.3, eps=1e-3)
+    tokens = torch.randint(50, (6, 17), generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    ours, oracle = GPT(config), GPT(config)
+    oracle.load_state_dict(ours.state_dict())
+    batches = [MicroBatch(tokens[i:j, :-1], tokens[i:j, 1:], None, i) for i, j in ((0, 4), (4, 6))]
+    result = train.train_step(ours, Optimizer(ours, optim), batches, lr=1e-2, tokens_per_step=6 * 16, grad_clip=0.3,
+                              scale=LossScale(), step=0)
+    loss = torch.nn.functional.cross_entropy(oracle(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(oracle.parameters(), 0.3)
+    groups = [{"params": [p for p in oracle.parameters() if p.dim() >= 2], "weight_decay": 0.1},
+              {"params": [p for p in oracle.parameters() if p.dim() < 2], "weight_decay": 0.0}]
+    torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-3).step()
+    assert result.loss == pytest.approx(loss.item(), rel=1e-6)
+    assert result.grad_norm == pytest.approx(norm.item(), rel=1e-5)
+    for mine, theirs in zip(ours.parameters(), oracle.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-7)  # float32 rounding of weights below 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Promise 4: damage is named
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(settings):
+    run_dir = run(settings, "damaged", "train.max_steps=8")
+    weights = run_dir / "checkpoints" / "step_00000008" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 1
+    weights.write_bytes(data)
+    run(settings, "damaged")
+    assert (run_dir / "checkpoints" / "step_00000008.damaged").exists()
+    log = (run_dir / "log.txt").read_text()
+    assert "model.safetensors" in log and "going on from step 4" in log
+    assert_same_bits(tensors(run_dir, 12), tensors(run(settings, "whole"), 12))
+
+
+def test_a_run_whose_every_checkpoint_is_damaged_does_not_start_anew(settings):
+    run_dir = run(settings, "damaged", "train.max_steps=4")
+    (run_dir / "checkpoints" / "step_00000004" / "model.safetensors").write_bytes(b"")
+    for _ in range(2):  # also when they have been set aside already
+        with pytest.raises(UserError, match="every checkpoint .* is damaged"):
+            run(settings, "damaged")
+
+
+def test_a_damaged_shard_stops_the_run_with_its_name(settings):
+    run_dir = run(settings, "first", "train.max_steps=1")
+    data_dir = Path(configuration.load_config(run_dir / "config.toml").data.dir)
+    shard = data_dir / "train_00000.bin"
+    data = bytearray(shard.read_bytes())
+    data[2000] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(ShardError, match="train_00000.bin.*sha256"):
+        run(settings, "second", "train.max_steps=2000", "optim.decay_steps=2000", "train.log_every=500")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Promise 5 and failed saves: see also test_train_processes.py
+
+def test_a_stop_between_steps_saves_and_leaves_a_mark(settings):
+    class AfterThree:
+        signal, calls = "SIGTERM", 0
+
+        def __call__(self) -> bool:
+            self.calls += 1
+            return self.calls > 4
+
+    run_dir = run(settings, "stopped", stop=AfterThree())
+    step = json.loads((run_dir / "STOPPED").read_text())["step"]
+    assert 0 < step < 12
+    assert (run_dir / "checkpoints" / f"step_{step:08d}").exists()
+    run(settings, "stopped")
+    assert not (run_dir / "STOPPED").exists()
+    assert_same_bits(tensors(run_dir, 12), tensors(run(settings, "whole"), 12))
+
+
+def test_a_failed_save_warns_and_training_goes_on(settings, monkeypatch):
+    real, calls = checkpoint.save, []
+
+    def fails_once(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 1:
+            raise checkpoint.SaveError("disk full: 9 GB needed, 1 GB free")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "save", fails_once)
+    run_dir = run(settings, "full")
+    assert "warning: disk full: 9 GB needed, 1 GB free; training goes on" in (run_dir / "log.txt").read_text()
+    assert not (run_dir / "checkpoints" / "step_00000004").exists()
+    assert (run_dir / "checkpoints" / "step_00000012").exists()
+
+
+def test_a_failed_last_save_ends_the_run_with_an_error(settings, monkeypatch):
+    def fails(*args, **kwargs):
+        raise checkpoint.SaveError("disk full")
+
+    monkeypatch.setattr(checkpoint, "save", fails)
+    with pytest.raises(MachineError, match="last checkpoint could not be saved"):
+        run(settings, "full")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Promise 6: what is not finite changes nothing
+
+class Poisoned(torch.nn.Module):
+    """A model whose loss, or gradient alone, is not finite in some calls."""
+
+    def __init__(self, model: GPT, poison: str):
+        super().__init__()
+        self.model, self.poison, self.armed = model, poison, True
+
+    def forward(self, *args, **kwargs):
+        loss = self.model(*args, **kwargs)
+        if not self.armed:
+            return loss
+        if self.poison == "loss":
+            return loss * math.nan
+        loss.register_hook(lambda gradient: gradient * math.inf)
+        return loss * 1.0
+
+
+@pytest.mark.parametrize("poison", ["loss", "gradient"])
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_step_that_is_not_finite_changes_no_weight_and_no_moment(poison, name):
+    config = configuration.ModelConfig(n_layer=1, n_head=2, n_embd=32, max_seq_len=16, vocab_size=50)
+    torch.manual_seed(0)
+    model = GPT(config)
+    optimizer = Optimizer(model, OptimConfig(name=name, decay_steps=10))
+    wrapped = Poisoned(model, poison)
+    tokens = torch.randint(50, (2, 17))
+    batches = [MicroBatch(tokens[:, :-1], tokens[:, 1:], None, 0)]
+    arguments = dict(lr=1e-3, tokens_per_step=32, grad_clip=1.0, scale=LossScale(), step=0)
+    wrapped.armed = False
+    train.train_step(wrapped, optimizer, batches, **arguments)  # so that moments are not all zero
+    before = {k: v.clone() for k, v in (model.state_dict() | optimizer.state_tensors()).items()}
+    wrapped.armed = True
+    result = train.train_step(wrapped, optimizer, batches, **arguments)
+    assert result.skipped and optimizer.updates == 1
+    assert_same_bits(model.state_dict() | optimizer.state_tensors(), before)
+    wrapped.armed = False
+    assert not train.train_step(wrapped, optimizer, batches, **arguments).skipped
+
+
+def test_a_skipped_step_is_a_null_row_and_ten_in_a_row_stop_the_run(settings, monkeypatch):
+    real = train.train_step
+
+    def overflows_from_step_3(*args, **kwargs):
+        if kwargs["step"] < 2:
+            return real(*args, **kwargs)
+        return train.StepResult(math.nan, math.nan, skipped=True)
+
+    monkeypatch.setattr(train, "train_step", overflows_from_step_3)
+    with pytest.raises(MachineError, match="not finite for 10 steps in a row.*optim.lr"):
+        run(settings, "diverged", "train.log_every=100")
+    skipped = [row for row in rows(Path("diverged")) if row["skipped"]]
+    assert [row["step"] for row in skipped] == list(range(3, 13))
+    assert all(row["loss"] is None and row["grad_norm"] is None for row in skipped)
+
+
+def test_running_out_of_memory_says_which_knob_to_turn(settings, monkeypatch):
+    def fails(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(train, "train_step", fails)
+    with pytest.raises(MachineError, match="lower train.micro_batch .now 4"):
+        run(settings, "big")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Parents: init_from and fork_from
+
+def test_init_from_takes_weights_model_and_tokenizer_but_no_moments(settings):
+    run(settings, "parent")
+    Path("tune.toml").write_text("[optim]\nlr = 1e-9\nweight_decay = 0.0\nschedule = 'constant'\n"
+                                 "[train]\ntokens_per_step = 128\nmax_steps = 1\ndtype = 'float32'\ndevice = 'cpu'\n")
+    tuned = run(["tune.toml", "data.source=text.txt", "data.val_fraction=0.1", "train.init_from=parent",
+                 "model.max_seq_len=8", "model.dropout=0.1"], "tuned")
+    model = configuration.load_config(tuned / "config.toml").model
+    assert (model.n_embd, model.max_seq_len, model.dropout) == (32, 8, 0.1)
+    parent, child = tensors(Path("parent"), 12), tensors(tuned, 1)
+    torch.testing.assert_close(child["blocks.0.mlp.fc.weight"], parent["blocks.0.mlp.fc.weight"], rtol=0, atol=1e-7)
+    torch.testing.assert_close(child["wpe.weight"], parent["wpe.weight"][:8], rtol=0, atol=1e-7)
+    assert checkpoint.load_state(tuned / "checkpoints" / "step_00000001")["updates"] == 1
+
+
+def test_a_run_from_a_parent_goes_on_after_the_parent_is_gone(settings):
+    run(settings, "parent", "train.max_steps=4")
+    words = [*settings, "train.init_from=parent", "optim.decay_steps=6"]
+    run(words, "child", "train.max_steps=3")
+    Path("parent").rename("elsewhere")
+    run(words, "child", "train.max_steps=6")
+    assert [row["step"] for row in rows(Path("child"))] == [1, 2, 3, 4, 5, 6]
+
+
+def test_fork_from_goes_on_with_moments_and_step_as_a_new_run(settings):
+    run(settings, "trunk", "optim.schedule=constant")
+    fork = ["train.fork_from=trunk/checkpoints/step_00000008", "optim.schedule=constant"]
+    branch = run(settings, "branch", *fork)
+    assert_same_bits(tensors(branch, 12), tensors(Path("trunk"), 12))
+    assert [row["step"] for row in rows(branch)] == [9, 10, 11, 12]
+
+
+def test_fork_from_past_max_steps_is_refused(settings):
+    run(settings, "trunk")
+    with pytest.raises(ConfigError, match="starts at step 12 but train.max_steps = 12"):
+        run(settings, "branch", "train.fork_from=trunk")
+
+
+def test_another_model_beside_init_from_is_refused(settings):
+    run(settings, "parent", "train.max_steps=1")
+    with pytest.raises(ConfigError, match="model.n_layer = 3 but the run it starts from has 2"):
+        run(settings, "child", "train.init_from=parent", "model.n_layer=3")
+    assert not Path("child").exists()
+
+
+def test_another_tokenizer_beside_init_from_is_refused(settings):
+    run(settings, "parent", "train.max_steps=1")
+    with pytest.raises(UserError, match="data.tokenizer = .* differs"):
+        run(settings, "child", "train.init_from=parent", "data.tokenizer=bpe:257")
+    assert not Path("child").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a run says and writes
+
+def test_the_first_log_lines_say_what_was_chosen_and_why(settings):
+    log = (run(settings, "said", "train.max_steps=1") / "log.txt").read_text()
+    for words in ("torch " + torch.__version__, "device: cpu (asked for)", "threads", "dtype: float32 (asked for)",
+                  "compile: off", "kernels: torch", "hash ", "parameters", "start: new weights"):
+        assert words in log, words
+
+
+def test_the_last_lines_compare_with_gzip_and_xz_and_show_a_sample(settings):
+    log = (run(settings, "said") / "log.txt").read_text()
+    assert "gzip" in log and "xz" in log and "sample at step 12" in log and "bits/byte" in log
+
+
+def test_the_val_row_equals_a_plain_evaluation(settings):
+    run_dir = run(settings, "scored")
+    saved = configuration.load_config(run_dir / "config.toml")
+    model = GPT(saved.model)
+    checkpoint.load_into(model, checkpoint.load_tensors(run_dir / "checkpoints" / "step_00000012", "model"), "it")
+    text = Path("text.txt").read_bytes()
+    val = np.frombuffer(text[-(len(text) // 10):], dtype=np.uint8).astype(np.int64)
+    shard = np.fromfile(Path(saved.data.dir) / "val_00000.bin", dtype="<u2")[512:].astype(np.int64)
+    assert bytes(shard[:len(val)].astype(np.uint8)) in text
+    windows = (len(shard) - 1) // 16
+    tokens = torch.from_numpy(shard[:windows * 16 + 1])
+    logits = model(tokens[:-1].view(windows, 16)).double()
+    nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[1:], reduction="none")
+    row = rows(run_dir, "val")[-1]
+    is_text = tokens[1:] != 256
+    assert row["loss"] == pytest.approx(nats.mean().item(), rel=1e-6)
+    assert row["bits_per_byte"] == pytest.approx(nats[is_text].mean().item() / math.log(2), rel=1e-6)
+
+
+def test_a_profiler_trace_of_chosen_steps_is_written(settings):
+    run_dir = run(settings, "traced", "train.max_steps=3", "train.profile_steps=[2]")
+    traces = list((run_dir / "profile").iterdir())
+    assert [path.name for path in traces] == ["step_00000002.json"]
+    assert json.loads(traces[0].read_text())["traceEvents"]
+
+
+@pytest.mark.parametrize("words, message", [
+    (["train.tokens_per_step=100"], "near it: 96 or 112"),
+    (["train.device=cuda"], "no CUDA device"),
+    (["data.val_fraction=0.0005"], "val"),
+    (["model.vocab_size=100"], "model.vocab_size = 100 is below the tokenizer's 257"),
+    (["train.init_from=nowhere"], "nowhere"),
+    (["train.fork_from=nowhere"], "nowhere"),
+])
+def test_bad_settings_are_refused_before_the_run_folder_exists(settings, words, message):
+    if "cuda" in words[0] and torch.cuda.is_available():
+        pytest.skip("this machine has CUDA: that it is missing cannot be shown here")
+    with pytest.raises(UserError, match=message):
+        run(settings, "refused", *words)
+    assert not Path("refused").exists()

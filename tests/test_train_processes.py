@@ -1,0 +1,211 @@
+"""The promises of a run that need processes of their own: torchrun's two gloo ranks, signals, kill -9."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.test_train import CONFIG, assert_same_bits, losses, rows, run, tensors
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+@pytest.fixture
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    words = np.random.default_rng(0).choice(["the", "cat", "sat", "on", "a", "mat", "and", "slept"], size=1500)
+    Path("text.txt").write_text(" ".join(words))
+    Path("small.toml").write_text(CONFIG)
+    return ["small.toml", "data.source=text.txt"]
+
+
+def start(command: list[str], arguments: list[str], out_dir: str, *more: str) -> subprocess.Popen:
+    words = [*command, str(CHECKOUT / "train.py"), *arguments, f"train.out_dir={out_dir}", *more]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process: subprocess.Popen, timeout_s: float = 120) -> str:
+    try:
+        return process.communicate(timeout=timeout_s)[0]
+    finally:
+        process.kill()
+
+
+def two_ranks(arguments: list[str], out_dir: str, *more: str) -> Path:
+    process = start(TORCHRUN, arguments, out_dir, *more)
+    output = finish(process)
+    assert process.returncode == 0, output
+    return Path(out_dir)
+
+
+def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and process.poll() is None:
+        path = run_dir / "metrics.jsonl"
+        if path.exists() and f'"step": {step},' in path.read_text():
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"no step {step}: {finish(process, 5)}")
+
+
+def test_two_ranks_give_the_losses_of_one_and_resume_to_the_same_bits(settings):
+    settings = [*settings, "optim.name=muon", "train.micro_batch=3"]  # 8 windows: 4 a rank, in 3 + 1
+    alone = run(settings, "alone")
+    unbroken = two_ranks(settings, "unbroken")
+    np.testing.assert_allclose([row[1] for row in losses(unbroken)], [row[1] for row in losses(alone)],
+                               rtol=0, atol=1e-5)  # float32, sums in another order
+    assert rows(unbroken, "val")[0]["loss"] == pytest.approx(rows(alone, "val")[0]["loss"], abs=1e-5)
+    two_ranks(settings, "resumed", "train.max_steps=5")
+    resumed = two_ranks(settings, "resumed")
+    assert losses(resumed) == losses(unbroken)
+    assert_same_bits(tensors(resumed, 12), tensors(unbroken, 12))
+    run(settings, "alone_then_two", "train.max_steps=5")
+    mixed = two_ranks(settings, "alone_then_two")
+    np.testing.assert_allclose([row[1] for row in losses(mixed)], [row[1] for row in losses(alone)], rtol=0, atol=1e-5)
+
+
+NAN_ON_RANK_1 = """
+import math, sys, torch
+sys.path.insert(0, {checkout!r})
+import distributed, train
+from config import ModelConfig, OptimConfig
+from data.loader import MicroBatch
+from model import GPT
+from optim import LossScale, Optimizer
+
+world = distributed.read_world()
+with distributed.process_group(world, torch.device("cpu"), 60.0):
+    torch.manual_seed(0)
+    model = GPT(ModelConfig(n_layer=1, n_head=2, n_embd=32, max_seq_len=16, vocab_size=50))
+    optimizer = Optimizer(model, OptimConfig(decay_steps=10))
+    wrapped = distributed.wrap(model, torch.device("cpu"), world)
+    tokens = torch.randint(50, (4, 17))[2 * world.rank:2 * world.rank + 2]
+    batches = [MicroBatch(tokens[i:i + 1, :-1], tokens[i:i + 1, 1:], None, i) for i in range(2)]
+    def step():
+        return train.train_step(wrapped, optimizer, batches, lr=1e-3, tokens_per_step=64, grad_clip=1.0,
+                                scale=LossScale(), step=0, world=world)
+    assert not step().skipped
+    before = {{k: v.clone() for k, v in (model.state_dict() | optimizer.state_tensors()).items()}}
+    poison = None
+    if world.rank == 1:
+        poison = model.final_norm.register_forward_hook(lambda module, args, output: output * math.nan)
+    assert step().skipped and optimizer.updates == 1
+    for name, tensor in (model.state_dict() | optimizer.state_tensors()).items():
+        assert torch.equal(tensor, before[name]), name
+    if poison is not None:
+        poison.remove()
+    assert not step().skipped
+    sums = distributed.gather([p.double().sum().item() for p in model.parameters()], world)
+    assert sums[0] == sums[1]
+    print("rank", world.rank, "unharmed")
+"""
+
+
+def test_a_nan_on_one_rank_changes_nothing_on_any(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(NAN_ON_RANK_1.format(checkout=str(CHECKOUT)))
+    process = subprocess.Popen([*TORCHRUN, str(script)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    output = finish(process)
+    assert process.returncode == 0, output
+    assert "rank 0 unharmed" in output and "rank 1 unharmed" in output
+
+
+def test_a_mistake_under_torchrun_is_one_line_from_rank_0(settings):
+    output = finish(process := start(TORCHRUN, settings, "refused", "train.tokens_per_step=48"))
+    assert process.returncode == 1  # torchrun's own, whatever its workers return
+    assert output.count("error: train.tokens_per_step = 48 does not divide") == 1
+    assert "near it: 32 or 64" in output
+    assert "exitcode  : 2" in output or "exitcode: 2" in output
+    assert not Path("refused").exists()
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_a_signal_saves_at_the_step_boundary_and_exits_0(settings, name):
+    long = [*settings, "train.max_steps=100000", "train.eval_every=0", "optim.decay_steps=100000"]
+    process = start([sys.executable], long, "stopped", "train.save_every=100000")
+    wait_for_step(Path("stopped"), 3, process)
+    process.send_signal(getattr(signal, name))
+    output = finish(process)
+    assert process.returncode == 0, output
+    stopped = json.loads(Path("stopped/STOPPED").read_text())
+    assert stopped["signal"] == name and f"stopped at step {stopped['step']} ({name})" in output
+    if name == "SIGTERM":  # the same command goes on, to the same bits as a run that was never stopped
+        step = stopped["step"]
+        last = [f"train.max_steps={step + 3}"]
+        assert_same_bits(tensors(run([*long, *last], "stopped"), step + 3),
+                         tensors(run([*long, *last], "whole"), step + 3))
+
+
+def test_sigterm_to_torchrun_stops_both_ranks_together(settings):
+    long = [*settings, "train.max_steps=100000", "train.eval_every=0", "train.save_every=100000"]
+    process = start([*TORCHRUN, "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1"], long, "stopped")
+    wait_for_step(Path("stopped"), 3, process)
+    process.send_signal(signal.SIGTERM)
+    output = finish(process)
+    step = json.loads(Path("stopped/STOPPED").read_text())["step"]
+    assert (Path("stopped/checkpoints") / f"step_{step:08d}").exists(), output
+    assert f"stopped at step {step}" in output
+
+
+def test_kill_9_in_a_save_heavy_loop_never_costs_more_than_a_save_interval(settings):
+    settings = [*settings, "train.save_every=2", "train.max_steps=400", "optim.decay_steps=400", "train.eval_every=0",
+                "train.keep=2", "train.log_every=1"]
+    rng, run_dir, reached = random.Random(0), Path("killed"), 0
+    for _ in range(5):
+        process = start([sys.executable], settings, "killed")
+        try:
+            wait_for_step(run_dir, reached + 1, process)
+            time.sleep(rng.uniform(0.05, 0.4))  # a step with its save takes a few hundredths of a second
+        finally:
+            process.kill()
+            process.wait()
+        logged = [row["step"] for row in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines()[:-1])]
+        newest = max(int(path.name[5:]) for path in (run_dir / "checkpoints").glob("step_????????"))
+        assert newest >= max(logged) - 2
+        reached = newest
+        if reached >= 398:
+            break
+    assert reached > 2
+    killed = run(settings, "killed", f"train.max_steps={reached + 10}")
+    whole = run(settings, "whole", f"train.max_steps={reached + 10}")
+    assert [row["step"] for row in rows(killed)] == list(range(1, reached + 11))
+    assert losses(killed) == losses(whole)
+    assert_same_bits(tensors(killed, reached + 10), tensors(whole, reached + 10))
+    assert not list((run_dir / "checkpoints").glob(".tmp*")), "leftovers of an interrupted save"
+
+
+def test_a_second_run_in_the_same_folder_is_refused(settings):
+    process = start([sys.executable], [*settings, "train.max_steps=100000", "train.eval_every=0"], "shared")
+    try:
+        wait_for_step(Path("shared"), 1, process)
+        second = start([sys.executable], settings, "shared")
+        output = finish(second)
+    finally:
+        process.kill()
+        process.wait()
+    assert second.returncode == 2
+    assert str(process.pid) in output and output.count("error:") == 1
+
+
+def test_a_full_disk_at_every_save_keeps_training_and_exits_1(settings):
+    if not hasattr(os, "fork"):
+        pytest.skip("no fork: the limit on file size cannot be set for the child alone")
+    limited = "import resource, sys, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); " \
+              "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); sys.argv = sys.argv[1:]; " \
+              "sys.path.insert(0, str(__import__('pathlib').Path(sys.argv[0]).parent)); " \
+              "runpy.run_path(sys.argv[0], run_name='__main__')"
+    process = start([sys.executable, "-c", limited], settings, "full")
+    output = finish(process)
+    assert process.returncode == 1, output
+    assert "warning: checkpoint of step 4 was not saved" in output and "error: the last checkpoint could not be saved" in output
+    assert [row["step"] for row in rows(Path("full"))] == list(range(1, 13))
+    assert not any(Path("full/checkpoints").iterdir())

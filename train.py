@@ -1,0 +1,645 @@
+"""Train a GPT: config -> data, model, optimizer -> train_step() -> log, evaluate, sample, save.
+
+python train.py [FILE.toml ...] [section.key=value ...]                 one process; configs/demo.toml if no FILE
+torchrun --standalone --nproc_per_node=N train.py [FILE.toml ...] ...   the same run on N ranks
+
+The same command again goes on where the run stopped. Batch k is a pure function of (seed, k), so there is no loader
+state and no RNG state to save: a checkpoint is weights, moments, and counters.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import platform
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+import checkpoint
+import config as configuration
+import distributed
+import eval as evaluation
+import kernels
+import metrics
+import sample
+from checkpoint import CheckpointError
+from config import Config, ConfigError, MachineError, ModelConfig, UserError
+from data.loader import MicroBatch, TrainLoader, ValLoader
+from data.prepare import PreparationStopped, ensure_prepared
+from data.shards import BackgroundVerifier, Dataset, open_dataset, open_split
+from data.tokenizer import Tokenizer, load_tokenizer
+from distributed import World
+from model import GPT, flops_per_token
+from optim import LossScale, Optimizer, clip_gradients, learning_rate
+
+DEMO = Path(__file__).parent / "configs" / "demo.toml"
+MAX_SKIPS_IN_A_ROW = 10
+SAMPLE_TOKENS = 128
+YARDSTICK_TOKENS = 1_000_000  # of validation text for gzip and xz, which need a second per 2 MB
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One optimizer step
+
+@dataclass(frozen=True)
+class StepResult:
+    loss: float  # mean over the global batch, nats per token; may be inf or nan
+    grad_norm: float  # before clipping; may be inf or nan
+    skipped: bool  # loss or gradient was not finite: nothing was updated
+
+
+def train_step(model: nn.Module, optimizer: Optimizer, micro_batches: list[MicroBatch], *, lr: float,
+               tokens_per_step: int, grad_clip: float, scale: LossScale, step: int, seed: int = 0,
+               dropout: float = 0.0, world: World = World()) -> StepResult:  # noqa: B008
+    """Forward and backward over this rank's micro_batches, then one update with the gradient of the global mean loss.
+
+    model is a GPT, or one wrapped by distributed.wrap. tokens_per_step counts the targets of all ranks' micro-batches;
+    step counts completed steps. A loss or gradient that is not finite on any rank changes nothing on any rank.
+    """
+    model.zero_grad(set_to_none=True)
+    nats = torch.zeros((), device=micro_batches[0].tokens.device)
+    for i, batch in enumerate(micro_batches):
+        if dropout > 0.0:
+            torch.manual_seed(dropout_seed(seed, step, batch.first_window))
+        # Gradients meet the other ranks' only in the last backward; no_sync must cover the forward too.
+        with distributed.gradient_sync(model, sync=i == len(micro_batches) - 1):
+            batch_nats = model(batch.tokens, batch.targets, documents=batch.documents, reduction="sum")
+            # Ranks' gradients are averaged: times world.size they are summed, over tokens_per_step that is the mean.
+            (batch_nats * (scale.scale * world.size / tokens_per_step)).backward()
+        nats += batch_nats.detach()
+    loss = (distributed.sum_over_ranks(nats, world) / tokens_per_step).item()
+    if scale.scale != 1.0:
+        torch._foreach_mul_([p.grad for p in model.parameters()], 1.0 / scale.scale)
+    grad_norm = clip_gradients(model, grad_clip).item()
+    finite = math.isfinite(loss) and math.isfinite(grad_norm)
+    if finite:
+        optimizer.step(lr)
+    scale.update(finite)
+    return StepResult(loss, grad_norm, skipped=not finite)
+
+
+def dropout_seed(seed: int, step: int, first_window: int) -> int:
+    """63 bits that depend on nothing but where in the run a micro-batch stands."""
+    digest = hashlib.blake2b(f"dropout {seed} {step} {first_window}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Stopping: SIGTERM, SIGINT and SIGUSR1 end the run at the next step boundary, on all ranks together
+
+class StopRequest:
+    """Set by a signal, polled by the loop. A second Ctrl-C does not wait."""
+
+    def __init__(self):
+        self.signal: str | None = None
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame) -> None:
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number).name
+
+    def __call__(self) -> bool:
+        return self.signal is not None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a run starts from: a checkpoint of its own, another run's, or nothing
+
+@dataclass
+class Progress:
+    """What a checkpoint's state.json holds beside weights and moments."""
+
+    step: int = 0  # completed steps
+    skips_in_a_row: int = 0
+    scale: LossScale = field(default_factory=LossScale)
+    val_loss: float | None = None  # of the evaluation at this very step, if there was one
+
+    def as_state(self, *, updates: int, data_hash: str, world: World) -> dict:
+        return {"step": self.step, "updates": updates, "skips_in_a_row": self.skips_in_a_row,
+                "loss_scale": [self.scale.scale, self.scale.good_steps], "val_loss": self.val_loss,
+                "data_hash": data_hash, "world_size": world.size, "threads": torch.get_num_threads(),
+                "torch": torch.__version__}
+
+
+@dataclass(frozen=True)
+class Start:
+    """The checkpoint a run starts from and how much of it is taken."""
+
+    path: Path | None = None
+    takes: str = "nothing"  # nothing | weights (init_from) | everything (fork_from, or the run's own: resume)
+    is_resume: bool = False
+    step: int = 0
+
+
+def find_start(config: Config, note: Callable[[str], None]) -> Start:
+    """Rank 0's choice: the run's own newest checkpoint beats fork_from and init_from. Raises CheckpointError."""
+    folder = Path(config.train.out_dir) / "checkpoints"
+    own = checkpoint.newest(Path(config.train.out_dir), note)
+    if own is not None:
+        return Start(own, "everything", is_resume=True)
+    if any(folder.glob("step_*.damaged")):
+        raise CheckpointError(f"every checkpoint in {str(folder)!r} is damaged and none is left to go on from; remove "
+                              "them to start from step 0, or choose another train.out_dir")
+    if config.train.fork_from is not None:
+        return Start(checkpoint.resolve(config.train.fork_from, note), "everything")
+    if config.train.init_from is not None:
+        return Start(checkpoint.resolve(config.train.init_from, note), "weights")
+    return Start()
+
+
+def agree_on_start(config: Config, dataset: Dataset, world: World, note: Callable[[str], None]) -> Start:
+    """Rank 0 chooses and checks what the run starts from; every rank gets the same answer. Raises CheckpointError."""
+    start = Start()
+    with distributed.together(world):
+        if world.is_main:
+            start = find_start(config, note)
+            if start.is_resume:
+                state = checkpoint.load_state(start.path)
+                check_resumable(config, state, dataset.hash)
+                start = replace(start, step=state["step"])
+    path, *others = distributed.gather(
+        [start.path and str(start.path), start.takes, start.is_resume, start.step], world)[0]
+    return Start(path and Path(path), *others)
+
+
+def check_same_tokenizer(parent: Path, tokenizer: Tokenizer) -> None:
+    """Raise ConfigError if the data was encoded by another tokenizer than the weights were trained on."""
+    if load_tokenizer(str(parent)).fingerprint != tokenizer.fingerprint:
+        raise ConfigError(f"data.tokenizer = {tokenizer.name!r} differs from that of {str(parent)!r}, whose weights "
+                          "this run takes; leave data.tokenizer out")
+
+
+def parent_run(config: Config) -> Path | None:
+    """The run that supplies [model] and the tokenizer: init_from or fork_from, or once it has a checkpoint, the run's
+    own folder (the parent may be gone by then)."""
+    parent = config.train.init_from or config.train.fork_from
+    if parent is None or has_checkpoint(config):
+        return parent and Path(config.train.out_dir)
+    path = Path(parent)
+    run_dir = checkpoint.run_dir_of(path) if path.name.startswith("step_") else path
+    if not (run_dir / "config.toml").exists():
+        raise ConfigError(f"{parent!r} is not a run folder (it has no config.toml); name one that train.py made")
+    return run_dir
+
+
+def has_checkpoint(config: Config) -> bool:
+    return any((Path(config.train.out_dir) / "checkpoints").glob("step_*"))
+
+
+def resolve_config(config: Config, given: set[str], *, tokenizer: Tokenizer, dtype: torch.dtype, data_dir: Path,
+                   parent: Path | None) -> Config:
+    """config with everything that was left to be found out: [model] of a parent run, vocab_size, decay_steps, dtype."""
+    model, optim = config.model, config.optim
+    if parent is not None:
+        model = _inherited_model(config, given, configuration.load_config(parent / "config.toml").model)
+    if model.vocab_size is None:
+        model = replace(model, vocab_size=tokenizer.vocab_size)
+    if model.vocab_size < tokenizer.vocab_size:
+        raise ConfigError(f"model.vocab_size = {model.vocab_size} is below the tokenizer's {tokenizer.vocab_size}; "
+                          "leave it out")
+    if optim.decay_steps is None:  # written at the first start, so that raising max_steps later changes no step's lr
+        saved = Path(config.train.out_dir) / "config.toml"
+        first = configuration.load_config(saved).optim.decay_steps if has_checkpoint(config) else None
+        optim = replace(optim, decay_steps=first or config.train.max_steps)
+    train = replace(config.train, dtype=str(dtype).removeprefix("torch."))
+    config = Config(model, replace(config.data, dir=str(data_dir)), optim, train)
+    configuration.check(config)
+    return config
+
+
+def _inherited_model(config: Config, given: set[str], parent: ModelConfig) -> ModelConfig:
+    """The parent's [model]; beside it only dropout and a smaller max_seq_len may be given."""
+    model = parent
+    for key in sorted(name.removeprefix("model.") for name in given if name.startswith("model.")):
+        value, theirs = getattr(config.model, key), getattr(parent, key)
+        if key == "dropout" or (key == "max_seq_len" and value <= theirs):
+            model = replace(model, **{key: value})
+        elif value != theirs:
+            raise ConfigError(f"model.{key} = {value} but the run it starts from has {theirs}; of [model] only dropout "
+                              "and a smaller max_seq_len may be given beside init_from and fork_from")
+    return model
+
+
+def check_resumable(config: Config, state: dict, data_hash: str) -> None:
+    """Raise CheckpointError with the list of what must not change in a resumed run and did."""
+    out_dir = Path(config.train.out_dir)
+    old = configuration.load_config(out_dir / "config.toml")
+    changes = configuration.differences(config.model, old.model, "model")
+    changes += configuration.differences(config.optim, old.optim, "optim")
+    for name in ("seed", "tokens_per_step", "dtype"):
+        if getattr(config.train, name) != getattr(old.train, name):
+            changes.append(f"train.{name}: {getattr(old.train, name)} -> {getattr(config.train, name)}")
+    if state["data_hash"] != data_hash:
+        changes.append(f"data: hash {state['data_hash'][:16]} -> {data_hash[:16]} ({config.data.dir})")
+    if changes:
+        raise CheckpointError(f"run {str(out_dir)!r} cannot go on with other settings ({'; '.join(changes)}); undo "
+                              "them, or choose another train.out_dir (train.fork_from continues as a new run)")
+
+
+def load_start(start: Start, model: GPT, optimizer: Optimizer, progress: Progress, config: Config) -> None:
+    """Fill model, optimizer and progress in place from the checkpoint. Raises CheckpointError."""
+    if start.path is None:
+        return
+    tensors = checkpoint.load_tensors(start.path, "model")
+    if model.wpe is not None and "wpe.weight" in tensors:  # init_from with a smaller max_seq_len
+        tensors["wpe.weight"] = tensors["wpe.weight"][:model.config.max_seq_len]
+    checkpoint.load_into(model, tensors, str(start.path))
+    if start.takes == "weights":
+        return
+    state = checkpoint.load_state(start.path)
+    try:
+        optimizer.load_state_tensors(checkpoint.load_tensors(start.path, "optimizer"), state["updates"])
+    except ValueError as error:
+        raise CheckpointError(f"checkpoint {str(start.path)!r}: {error}; keep optim.name as it was") from None
+    progress.step, progress.skips_in_a_row = state["step"], state["skips_in_a_row"]
+    if progress.step >= config.train.max_steps:
+        raise ConfigError(f"train.fork_from starts at step {progress.step} but train.max_steps = "
+                          f"{config.train.max_steps}; raise it, max_steps counts from step 0")
+    if progress.scale.dynamic:
+        progress.scale.scale, progress.scale.good_steps = state["loss_scale"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The run
+
+class Run:
+    """Everything that one rank holds while it trains, and what it does between steps."""
+
+    def __init__(self, config: Config, *, model: GPT, wrapped: nn.Module, optimizer: Optimizer, progress: Progress,
+                 tokenizer: Tokenizer, dataset: Dataset, loader: TrainLoader, val_loader: ValLoader,
+                 device: torch.device, world: World, log: metrics.RunLog, stop: StopRequest):
+        self.config, self.world, self.device, self.log, self.stop = config, world, device, log, stop
+        self.model, self.wrapped, self.optimizer, self.progress = model, wrapped, optimizer, progress
+        self.tokenizer, self.dataset, self.loader, self.val_loader = tokenizer, dataset, loader, val_loader
+        self.token_bytes = tokenizer.token_bytes()
+        self.flops_per_token = flops_per_token(config.model)
+        self.peak_flops = metrics.peak_flops(_device_name(device), config.train.dtype)
+        # Shards are hashed once per run: by the first process of each node, while the first epoch goes on.
+        first_epoch = progress.step * loader.windows_per_step < loader.windows_per_epoch
+        self.verifier = BackgroundVerifier(dataset) if first_epoch and world.local_rank == 0 else None
+        self.clock = metrics.StepClock()
+        self.steps_since_row = 0
+        self.last_save_failed = False
+
+    def train(self) -> None:
+        """Steps until max_steps or a stop signal, each followed by what is due at it."""
+        train = self.config.train
+        with contextlib.closing(self.loader.batches(self.progress.step, train.max_steps)) as batches:
+            for micro_batches in batches:
+                lr = learning_rate(self.progress.step, self.config.optim)
+                with self._profiled(self.progress.step + 1):
+                    result = train_step(
+                        self.wrapped, self.optimizer, micro_batches, lr=lr, tokens_per_step=train.tokens_per_step,
+                        grad_clip=self.config.optim.grad_clip, scale=self.progress.scale, step=self.progress.step,
+                        seed=train.seed, dropout=self.config.model.dropout, world=self.world)
+                self.progress.step += 1
+                self._log(result, lr)
+                self._count_skips(result)
+                if self._end_of_step():
+                    break
+        if self.last_save_failed:
+            raise MachineError("the last checkpoint could not be saved (see above); make room and start again with the "
+                               "same command")
+
+    def _end_of_step(self) -> bool:
+        """Evaluate, sample and save if they are due; True if the run is to stop here."""
+        train = self.config.train
+        evaluates, samples, saves = (self._due(n) for n in (train.eval_every, train.sample_every, train.save_every))
+        stopping = self._agree_to_stop()
+        with self.clock.paused():
+            self.progress.val_loss = None
+            if evaluates and not stopping:
+                self._evaluate()
+            if samples and not stopping:
+                self._sample()
+            if evaluates or samples:
+                stopping = stopping or self._agree_to_stop()
+            if saves or stopping:
+                self._save()
+        if stopping and self.progress.step < train.max_steps:
+            self._stopped()
+        return stopping
+
+    def _due(self, every: int) -> bool:
+        """Whether this step is a multiple of every (0 = never), or the last."""
+        step = self.progress.step
+        return step == self.config.train.max_steps or (every > 0 and step % every == 0)
+
+    def _log(self, result: StepResult, lr: float) -> None:
+        """One line and row per log step; also for the first step and for a skipped one."""
+        train, step = self.config.train, self.progress.step
+        self.steps_since_row += 1
+        if not (self._due(train.log_every) or result.skipped or step == 1):
+            return
+        seconds = self.clock.take()
+        rate = self.steps_since_row * train.tokens_per_step / seconds
+        row = {"step": step, "tokens": step * train.tokens_per_step, "loss": None if result.skipped else result.loss,
+               "lr": lr, "grad_norm": None if result.skipped else result.grad_norm, "tokens_per_second": rate,
+               "mfu": metrics.mfu(rate, self.flops_per_token, self.peak_flops, self.world.size), "seconds": seconds,
+               "skipped": result.skipped}
+        seconds_left = (train.max_steps - step) * seconds / self.steps_since_row
+        self.log.train(row, train.max_steps, seconds_left)
+        self.steps_since_row = 0
+
+    def _count_skips(self, result: StepResult) -> None:
+        self.progress.skips_in_a_row = self.progress.skips_in_a_row + 1 if result.skipped else 0
+        if self.progress.skips_in_a_row >= MAX_SKIPS_IN_A_ROW:
+            raise MachineError(
+                f"loss or gradient was not finite for {MAX_SKIPS_IN_A_ROW} steps in a row, up to step "
+                f"{self.progress.step}; none of them changed the weights, the newest checkpoint in "
+                f"{self.config.train.out_dir} is good. Lower optim.lr (now {self.config.optim.lr}), raise "
+                "optim.warmup_steps, lower optim.grad_clip, or use train.dtype=float32")
+
+    def _agree_to_stop(self) -> bool:
+        """Whether any rank was asked to stop. A damaged shard found by any rank ends the run on all."""
+        damaged = self.verifier is not None and self.verifier.error is not None
+        flags = torch.tensor([float(self.stop()), float(damaged)], device=self.device)
+        stopping, any_damaged = distributed.sum_over_ranks(flags, self.world).tolist()
+        if any_damaged:
+            with distributed.together(self.world):
+                if damaged:
+                    raise self.verifier.error
+        return stopping > 0
+
+    def _evaluate(self) -> None:
+        score = evaluation.evaluate(
+            self.model, self.val_loader.micro_batches(self.world.rank, self.world.size), token_bytes=self.token_bytes,
+            device=self.device, world=self.world, should_stop=self.stop)
+        if score is not None:
+            self.progress.val_loss = score.loss
+            row = {"step": self.progress.step, "loss": score.loss, "bits_per_byte": score.bits_per_byte}
+            self.log.val(row, self.config.train.max_steps)
+
+    def _sample(self) -> None:
+        if self.world.is_main:
+            text = sample.sample_text(self.model, self.tokenizer, "", max_new_tokens=SAMPLE_TOKENS, temperature=0.8,
+                                      top_k=200, seed=self.config.train.seed)
+            self.log.note(f"--- sample at step {self.progress.step}\n{text}\n---")
+
+    def _save(self) -> None:
+        """Rank 0 writes a checkpoint. A failure is a warning here, and ends the run only if it was the last save."""
+        if self.world.is_main:
+            state = self.progress.as_state(updates=self.optimizer.updates, data_hash=self.dataset.hash,
+                                           world=self.world)
+            try:
+                checkpoint.save(Path(self.config.train.out_dir), self.progress.step, model=self.model.state_dict(),
+                                optimizer=self.optimizer.state_tensors(), state=state, keep=self.config.train.keep)
+                self.last_save_failed = False
+            except checkpoint.SaveError as error:
+                self.last_save_failed = True
+                self.log.note(f"warning: {error}; training goes on and tries again at the next save")
+        self.last_save_failed = distributed.gather(self.last_save_failed, self.world)[0]
+
+    def _stopped(self) -> None:
+        reason = self.stop.signal or "another rank"
+        self.log.note(f"stopped at step {self.progress.step} ({reason}); the same command goes on from here")
+        if self.world.is_main:
+            row = {"step": self.progress.step, "signal": self.stop.signal}
+            (Path(self.config.train.out_dir) / "STOPPED").write_text(json.dumps(row) + "\n")
+
+    @contextlib.contextmanager
+    def _profiled(self, step: int) -> Iterator[None]:
+        """Trace one step on rank 0 into RUN/profile/step_N.json, which chrome://tracing and perfetto.dev show."""
+        if step not in self.config.train.profile_steps or not self.world.is_main:
+            yield
+            return
+        from torch.profiler import profile
+        path = Path(self.config.train.out_dir) / "profile" / f"step_{step:08d}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with profile(record_shapes=True) as profiler:
+            yield
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+        profiler.export_chrome_trace(str(path))
+        self.log.note(f"profiled step {step}: {path}")
+
+    def report(self) -> None:
+        """Last words of a finished run: what general compressors make of the validation text."""
+        if not self.world.is_main:
+            return
+        text = self.tokenizer.decode_bytes(_val_tokens(self.val_loader, limit=YARDSTICK_TOKENS))
+        if text:
+            sizes = evaluation.compressed_bits_per_byte(text)
+            self.log.note(f"yardsticks on the same validation text ({len(text) / 1e6:.2f} MB): "
+                          + ", ".join(f"{name} {bits:.4f} bits/byte" for name, bits in sizes.items()))
+        peak = metrics.peak_memory_bytes(self.device)
+        memory = "" if peak is None else f"peak memory {peak / 2 ** 20:.0f} MiB; "
+        self.log.note(f"finished {self.progress.step} steps; {memory}run folder {self.config.train.out_dir}: "
+                      f"python sample.py {self.config.train.out_dir}")
+
+
+def _val_tokens(loader: ValLoader, limit: int) -> np.ndarray:
+    """The targets of the evaluated validation windows in order, about limit at most."""
+    windows = np.arange(min(loader.windows, max(1, limit // loader.seq_len)))
+    return loader.stream.windows(windows * loader.seq_len + 1, loader.seq_len).reshape(-1)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type
+
+
+def _first_lines(config: Config, chosen: dict[str, str], *, device: torch.device, dataset: Dataset, model: GPT,
+                 world: World) -> list[str]:
+    """What a run says of itself before its first step: versions, choices and why, sizes, data."""
+    train = config.train
+    accumulation = math.ceil(train.tokens_per_step / (config.model.max_seq_len * train.micro_batch * world.size))
+    tokens = {split: open_split(dataset, split).tokens for split in ("train", "val")}
+    return [
+        f"flatgpt {_git_commit()} | python {platform.python_version()} | torch {torch.__version__} | "
+        f"numpy {np.__version__} | {platform.platform()}",
+        f"device: {device} ({chosen['device']}), ranks {world.size}, threads {torch.get_num_threads()}",
+        f"dtype: {train.dtype} ({chosen['dtype']}) | compile: {chosen['compile']}",
+        f"kernels: torch for {', '.join(kernels.OPS)} (plain PyTorch is the only backend here)",
+        f"data: {config.data.dir} (hash {dataset.hash[:16]}), {tokens['train']:,} training and {tokens['val']:,} "
+        f"validation tokens, vocabulary {config.model.vocab_size:,}",
+        f"model: {model.parameter_count():,} parameters, {flops_per_token(config.model) / 1e6:.1f} MFLOPs per token",
+        f"batch: {train.tokens_per_step:,} tokens a step = {world.size} ranks x {accumulation} micro-batches of up to "
+        f"{train.micro_batch} x {config.model.max_seq_len}; {train.max_steps} steps = "
+        f"{train.max_steps * train.tokens_per_step / tokens['train']:.2f} epochs",
+        chosen["start"],
+    ]
+
+
+def _git_commit() -> str:
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, timeout=10)
+        dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return "(no git)"
+    if commit.returncode:
+        return "(not a git checkout)"
+    return commit.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From the command line to the loop
+
+def train(config: Config, given: set[str], *, world: World, stop: StopRequest) -> None:
+    """The whole run, from raw text to the last checkpoint."""
+    # 1. What can be refused before any work, and the data. Preparing may take longer than a collective waits, so it
+    #    comes before ranks meet.
+    distributed.set_deterministic(config.train.deterministic)
+    device, device_reason = distributed.choose_device(config.train.device, world)
+    dtype, dtype_reason = distributed.choose_dtype(config.train.dtype, device)
+    compiles, compile_reason = distributed.choose_compile(config.train.compile, device)
+    distributed.prepare_cpu(device, world)
+    metrics.check_tracker(config.train.tracker)
+    parent = parent_run(config)
+    if parent is not None and config.data.tokenizer is None:
+        config = replace(config, data=replace(config.data, tokenizer=str(parent)))
+    try:
+        data_dir = ensure_prepared(config.data, local_rank=world.local_rank, note=_note, should_stop=stop)
+    except PreparationStopped as stopped:
+        _note(f"{stopped} ({stop.signal}); the same command goes on from there")
+        return
+    dataset = open_dataset(data_dir)
+    tokenizer = find_tokenizer(config, data_dir)
+    config = resolve_config(config, given, tokenizer=tokenizer, dtype=dtype, data_dir=data_dir, parent=parent)
+    if parent is not None:
+        check_same_tokenizer(parent, tokenizer)
+    loaders = make_loaders(config, dataset, tokenizer, device, world)
+
+    with contextlib.ExitStack() as stack:
+        # 2. Ranks meet, agree on the data and on the checkpoint to start from; rank 0 locks the run folder.
+        stack.enter_context(distributed.process_group(world, device, config.train.timeout_s))
+        notes: list[str] = []
+        with distributed.together(world):
+            check_same_data(dataset, world)
+            if world.is_main:
+                stack.enter_context(checkpoint.RunLock(Path(config.train.out_dir)))
+        start = agree_on_start(config, dataset, world, notes.append)
+        if start.is_resume and start.step >= config.train.max_steps:
+            if world.is_main:
+                print(f"run {config.train.out_dir!r} is finished: step {start.step} of {config.train.max_steps}; raise "
+                      "train.max_steps to go on, or choose another train.out_dir")
+            return
+
+        # 3. Model and optimizer, from the seed or the checkpoint: the same on every rank.
+        torch.manual_seed(config.train.seed)
+        model = GPT(config.model, compute_dtype=dtype,
+                    activation_checkpointing=config.train.activation_checkpointing).to(device)
+        native = distributed.computes_bfloat16(device)
+        optimizer = Optimizer(model, config.optim, newton_schulz_dtype=torch.bfloat16 if native else torch.float32)
+        progress = Progress(scale=LossScale.for_dtype(dtype))
+        with distributed.together(world):
+            load_start(start, model, optimizer, progress, config)
+        wrapped = distributed.wrap(torch.compile(model) if compiles else model, device, world)
+
+        # 4. The log, the loop, the last words.
+        with distributed.together(world):
+            if world.is_main:
+                write_run_files(config, tokenizer)
+        log = metrics.RunLog(Path(config.train.out_dir), resume_step=progress.step, tracker=config.train.tracker,
+                             config=dataclasses.asdict(config), enabled=world.is_main)
+        stack.callback(log.close)
+        chosen = {"device": device_reason, "dtype": dtype_reason,
+                  "compile": f"{'on' if compiles else 'off'} ({compile_reason})", "start": _start_line(start, progress)}
+        for line in notes + _first_lines(config, chosen, device=device, dataset=dataset, model=model, world=world):
+            log.note(line)
+        run = Run(config, model=model, wrapped=wrapped, optimizer=optimizer, progress=progress, tokenizer=tokenizer,
+                  dataset=dataset, loader=loaders[0], val_loader=loaders[1], device=device, world=world, log=log,
+                  stop=stop)
+        with _advice(config, log):
+            run.train()
+        if progress.step == config.train.max_steps:
+            run.report()
+
+
+def find_tokenizer(config: Config, data_dir: Path) -> Tokenizer:
+    """The tokenizer beside the shards, or for a foreign folder of shards the one that data.tokenizer names."""
+    return load_tokenizer(str(data_dir) if (data_dir / "tokenizer.json").exists() else config.data.tokenizer)
+
+
+def make_loaders(config: Config, dataset: Dataset, tokenizer: Tokenizer, device: torch.device,
+                 world: World) -> tuple[TrainLoader, ValLoader]:
+    """Raises ShardError if a split has no full window, ConfigError if the batch cannot be shared among the ranks."""
+    train, T = config.train, config.model.max_seq_len
+    if dataset.vocab_size is not None and dataset.vocab_size > config.model.vocab_size:
+        raise ConfigError(f"model.vocab_size = {config.model.vocab_size} but the shards in {config.data.dir!r} have "
+                          f"{dataset.vocab_size} ids; leave model.vocab_size out")
+    eot = tokenizer.eot if config.data.document_mask else None
+    return (TrainLoader(open_split(dataset, "train"), seq_len=T, tokens_per_step=train.tokens_per_step,
+                        micro_batch=train.micro_batch, seed=train.seed, rank=world.rank, world_size=world.size,
+                        device=device, eot=eot),
+            ValLoader(open_split(dataset, "val"), seq_len=T, eval_tokens=train.eval_tokens,
+                      micro_batch=train.micro_batch, device=device, eot=eot))
+
+
+def check_same_data(dataset: Dataset, world: World) -> None:
+    """Raise MachineError if ranks see different data: one node's copy is old or incomplete."""
+    hashes = distributed.gather(dataset.hash, world)
+    if len(set(hashes)) > 1:
+        odd = next(rank for rank, value in enumerate(hashes) if value != hashes[0])
+        raise MachineError(f"rank {odd} reads other data than rank 0 from {str(dataset.dir)!r} (hash "
+                           f"{hashes[odd][:16]} against {hashes[0][:16]}); copy the shards to every node again")
+
+
+def write_run_files(config: Config, tokenizer: Tokenizer) -> None:
+    """config.toml and tokenizer.json into the run folder, whole or not at all; a STOPPED left behind goes away."""
+    out_dir = Path(config.train.out_dir)
+    try:
+        tokenizer.save(out_dir / "tokenizer.json")
+        temporary = out_dir / ".config.toml.tmp"
+        temporary.write_text(configuration.to_toml(config), encoding="utf-8")
+        temporary.replace(out_dir / "config.toml")
+        (out_dir / "STOPPED").unlink(missing_ok=True)
+    except OSError as error:
+        raise MachineError(f"run folder {str(out_dir)!r} cannot be written: {error.strerror}") from None
+
+
+def _start_line(start: Start, progress: Progress) -> str:
+    if start.path is None:
+        return "start: new weights from train.seed"
+    if start.is_resume:
+        return f"start: going on from step {progress.step} ({start.path})"
+    return f"start: {start.takes} of {start.path}, at step {progress.step}"
+
+
+@contextlib.contextmanager
+def _advice(config: Config, log: metrics.RunLog) -> Iterator[None]:
+    """Runs that end badly end with one line that says what to do; a defect of ours still shows its traceback."""
+    try:
+        yield
+    except (MachineError, UserError) as error:
+        log.note(f"error: {error}")
+        raise
+    except (RuntimeError, MemoryError) as error:
+        text = str(error)
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
+            line = (f"out of memory: lower train.micro_batch (now {config.train.micro_batch}; the batch stays the "
+                    "same), or set train.activation_checkpointing=true, or lower model.max_seq_len")
+        elif any(word in text for word in ("Connection closed by peer", "Timed out", "NCCL", "gloo")):
+            line = (f"lost contact with another rank ({text.splitlines()[0][:160]}); the same command goes on from the "
+                    "newest checkpoint")
+        else:
+            raise
+        log.note(f"error: {line}")
+        raise MachineError(line) from error
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def main(argv: list[str]) -> None:
+    if any(word in ("-h", "--help") for word in argv):
+        print(configuration.help_text())
+        return
+    config, given = configuration.parse_arguments(argv, default_file=DEMO)
+    train(config, given, world=distributed.read_world(), stop=StopRequest())
+
+
+if __name__ == "__main__":
+    configuration.exit_cleanly(main)
