@@ -11,6 +11,7 @@ import difflib
 import json
 import math
 import os
+import re
 import sys
 import tomllib
 import types
@@ -54,9 +55,10 @@ def exit_cleanly(main: Callable[[list[str]], None]) -> None:
 # The knobs
 
 def knob(default, what: str, *, choices: tuple[str, ...] = (), minimum: float | None = None,
-         maximum: float | None = None, above: float | None = None):
+         maximum: float | None = None, above: float | None = None, may_be_inf: bool = False):
     """A dataclass field with its help text and its allowed range (minimum and maximum inclusive, above exclusive)."""
-    checks = {"what": what, "choices": choices, "minimum": minimum, "maximum": maximum, "above": above}
+    checks = {"what": what, "choices": choices, "minimum": minimum, "maximum": maximum, "above": above,
+              "may_be_inf": may_be_inf}
     return field(default=default, metadata=checks)
 
 
@@ -160,7 +162,7 @@ class OptimConfig:
     eps: float = knob(1e-8, "AdamW's term against division by zero", above=0.0)
     weight_decay: float = knob(0.1, "decoupled, on matrices and embeddings, never on norms and biases; 0.0 = off",
                                minimum=0.0)
-    grad_clip: float = knob(1.0, "largest global gradient norm; inf = off", above=0.0)
+    grad_clip: float = knob(1.0, "largest global gradient norm; inf = off", above=0.0, may_be_inf=True)
     muon_lr: float = knob(0.02, "peak learning rate of Muon; follows the schedule of lr", above=0.0)
     muon_momentum: float = knob(0.95, "Muon's Nesterov momentum", minimum=0.0, maximum=0.999)
 
@@ -207,16 +209,19 @@ class Config:
 # ----------------------------------------------------------------------------------------------------------------------
 # Reading: files and overrides -> Config
 
+OVERRIDE = re.compile(r"[\w.-]+=")  # a path with = in it has a / before
+
+
 def parse_arguments(arguments: list[str], default_file: Path | None = None) -> tuple[Config, set[str]]:
     """Config from FILE.toml and section.key=value words, left to right, and the names of the knobs they set.
 
     Without a file, default_file is read first. Raises ConfigError.
     """
-    if default_file is not None and not any(word.endswith(".toml") and "=" not in word for word in arguments):
+    if default_file is not None and all(OVERRIDE.match(word) for word in arguments):
         arguments = [str(default_file), *arguments]
     config, given = Config(), set()
     for word in arguments:
-        table = _override_table(word) if "=" in word else _file_table(word)
+        table = _override_table(word) if OVERRIDE.match(word) else _file_table(word)
         for section, values in table.items():
             for name in values:
                 given.add(f"{section}.{name}")
@@ -237,7 +242,7 @@ def _file_table(word: str) -> dict:
     if not word.endswith(".toml"):
         raise ConfigError(f"argument {word!r} is neither a FILE.toml nor section.key=value; --help lists every knob")
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1)
         raise ConfigError(f"config file {word!r} does not exist" + (f"; did you mean {near[0]!r}?" if near else
@@ -264,7 +269,17 @@ def _override_table(word: str) -> dict:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text  # an unquoted string, such as data.source=book.txt
+    if not isinstance(value, str | bool | list | dict) and _is_text(section, key):
+        value = text  # train.out_dir=2024 is a string too
+    *tables, key = key.split(".")
+    for name in reversed(tables):  # model.rope_scaling.factor=2
+        key, value = name, {key: value}
     return {section: {key: value}}
+
+
+def _is_text(section: str, key: str) -> bool:
+    kind = typing.get_type_hints(typing.get_type_hints(Config).get(section, Config)).get(key)
+    return kind in (str, str | None)
 
 
 def key_exists(section: str, key: str) -> bool:
@@ -290,7 +305,7 @@ def _apply_values(current, path: str, values: dict):
         name = f"{path}.{key}"
         if key not in knobs:
             raise ConfigError(f"{name} is not a knob{_did_you_mean(key, list(knobs))}")
-        changes[key] = _convert(name, hints[key], value)
+        changes[key] = _convert(name, hints[key], value, getattr(current, key))
         _check_range(name, changes[key], knobs[key].metadata)
     return replace(current, **changes)
 
@@ -300,20 +315,25 @@ def _did_you_mean(word: str, names: list[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else f"; there are: {', '.join(names)}"
 
 
-def _convert(name: str, kind: object, value: object):
-    """value as the knob's type, or ConfigError. An integer may be written 1e6, a list of one without brackets."""
+def _convert(name: str, kind: object, value: object, current: object = None):
+    """value as the knob's type, or ConfigError. An integer may be written 1e6, a list of one without brackets; a table
+    changes what it names of the current one."""
     if isinstance(kind, types.UnionType):
         kind = next(k for k in typing.get_args(kind) if k is not type(None))
     if dataclasses.is_dataclass(kind):
         if isinstance(value, dict):
-            return _apply_values(kind(), name, value)
+            return _apply_values(current or kind(), name, value)
     elif kind is bool:
         if isinstance(value, bool):
             return value
     elif kind is str:
         if isinstance(value, bool):
             return "true" if value else "false"
+        if value == "":
+            raise ConfigError(f"{name} is empty; give it a value or leave it out")
         if isinstance(value, str):
+            if any(0xD800 <= ord(character) <= 0xDFFF for character in value):
+                raise ConfigError(f"{name} = {value!r} is not UTF-8; rename the file or folder")
             return value
     elif kind is int:
         if isinstance(value, float) and value.is_integer():
@@ -343,6 +363,8 @@ def _type_name(kind: object) -> str:
 
 
 def _check_range(name: str, value: object, limits: typing.Mapping) -> None:
+    if isinstance(value, float) and math.isinf(value) and not limits["may_be_inf"]:
+        raise ConfigError(f"{name} = {value} should be finite")
     if limits["choices"] and value not in limits["choices"]:
         raise ConfigError(f"{name} = {value!r} should be one of {', '.join(limits['choices'])}")
     if limits["minimum"] is not None and value is not None and value < limits["minimum"]:
@@ -391,9 +413,10 @@ def _check_optim(optim: OptimConfig, train: TrainConfig) -> None:
     if optim.schedule != "constant" and optim.warmup_steps >= decay_steps:
         raise ConfigError(f"optim.warmup_steps = {optim.warmup_steps} leaves no step before decay ends at "
                           f"{decay_steps}; lower it or raise train.max_steps (optim.decay_steps if set)")
-    if optim.schedule == "wsd" and optim.warmup_steps > decay_steps * (1 - optim.decay_fraction):
+    decay_start = round(decay_steps * (1 - optim.decay_fraction), 6)  # 0.93 is no exact binary fraction
+    if optim.schedule == "wsd" and optim.warmup_steps > decay_start:
         raise ConfigError(f"optim.warmup_steps = {optim.warmup_steps} reaches into the decay, which starts at step "
-                          f"{decay_steps * (1 - optim.decay_fraction):.0f}; lower it or optim.decay_fraction")
+                          f"{decay_start:.0f}; lower it or optim.decay_fraction")
 
 
 def _check_train(config: Config) -> None:
@@ -461,14 +484,16 @@ def help_text() -> str:
         hints = typing.get_type_hints(kind)
         for f in fields(kind):
             lines.append(_help_line(f, hints[f.name]))
+            lines += [_help_line(inner, typing.get_type_hints(RopeScaling)[inner.name], indent=6)
+                      for inner in fields(RopeScaling) if f.name == "rope_scaling"]
         lines.append("")
     return "\n".join(lines)
 
 
-def _help_line(f: dataclasses.Field, kind: object) -> str:
+def _help_line(f: dataclasses.Field, kind: object, indent: int = 2) -> str:
     default = "left out" if f.default is None else _toml_value(f.default)
     type_or_choices = "|".join(f.metadata["choices"]) or _type_name(kind)
-    return f"  {f.name} = {default}  ({type_or_choices})\n      {f.metadata['what']}"
+    return f"{' ' * indent}{f.name} = {default}  ({type_or_choices})\n{' ' * indent}    {f.metadata['what']}"
 
 
 def main(argv: list[str]) -> None:

@@ -107,9 +107,11 @@ def peak_memory_bytes(device) -> int | None:
         import torch
         return torch.cuda.max_memory_allocated(device)
     if kind == "cpu":
+        if sys.platform == "linux":  # getrusage would count the parent's memory from before exec
+            status = Path("/proc/self/status").read_text()
+            return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) * 1024
         import resource
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts bytes
     return None
 
 
@@ -162,11 +164,6 @@ def human_seconds(seconds: float) -> str:
     if whole < 86_400:
         return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
     return f"{whole // 86_400}d {whole % 86_400 // 3600:02d}h"
-
-
-def time_left(seconds_per_step: float, steps: int) -> str:
-    """How long the steps will take, as text."""
-    return human_seconds(seconds_per_step * steps)
 
 
 def format_train_line(row: dict, max_steps: int, seconds_left: float | None) -> str:

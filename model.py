@@ -18,7 +18,10 @@ from config import ModelConfig, RopeScaling
 
 
 class Linear(nn.Linear):
-    """nn.Linear that computes in its input's dtype while the weight keeps its own."""
+    """nn.Linear that computes in its input's dtype while the weight keeps its own. GPT initialises it."""
+
+    def reset_parameters(self) -> None:
+        """Nothing: drawing numbers that GPT draws again would double the start of a large model."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
@@ -146,8 +149,8 @@ class GPT(nn.Module):
         self.config = config
         self.compute_dtype = compute_dtype
         self.activation_checkpointing = activation_checkpointing
-        self.wte = nn.Embedding(padded_vocab_size(config.vocab_size), config.n_embd)
-        self.wpe = nn.Embedding(config.max_seq_len, config.n_embd) if config.position == "learned" else None
+        self.wte = _embedding(padded_vocab_size(config.vocab_size), config.n_embd)
+        self.wpe = _embedding(config.max_seq_len, config.n_embd) if config.position == "learned" else None
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.final_norm = make_norm(config)
@@ -201,6 +204,10 @@ class GPT(nn.Module):
         """The residual stream after the last norm, (B, T, C) in compute_dtype. With a cache, tokens follow those in it
         and are added to it."""
         B, T = tokens.shape
+        if (0 if cache is None else cache.length) + T > self.config.max_seq_len:
+            raise ValueError(f"{T} more tokens do not fit into max_seq_len = {self.config.max_seq_len}")
+        if documents is not None and cache is not None:
+            raise ValueError("documents and cache exclude each other: a cache holds one document per row")
         positions, first_key = self._positions_and_first_keys(B, T, documents, cache, tokens.device)
         x = F.embedding(tokens, self.wte.weight).to(self.compute_dtype)
         rotation = None
@@ -221,8 +228,8 @@ class GPT(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 (..., vocab_size) of hidden (..., C)."""
-        head = self.wte.weight if self.lm_head is None else None
-        logits = self.lm_head(hidden) if head is None else F.linear(hidden, head.to(hidden.dtype))
+        tied = self.lm_head is None
+        logits = F.linear(hidden, self.wte.weight.to(hidden.dtype)) if tied else self.lm_head(hidden)
         logits = logits[..., :self.config.vocab_size].float()
         cap = self.config.logit_softcap
         return logits if cap == 0.0 else cap * torch.tanh(logits / cap)
@@ -249,6 +256,10 @@ class GPT(nn.Module):
         padding = self.wte.num_embeddings - self.config.vocab_size
         tables = 1 if self.lm_head is None else 2
         return sum(p.numel() for p in self.parameters()) - tables * padding * self.config.n_embd
+
+
+def _embedding(rows: int, columns: int) -> nn.Embedding:
+    return nn.Embedding.from_pretrained(torch.empty(rows, columns), freeze=False)  # GPT initialises it
 
 
 def padded_vocab_size(vocab_size: int) -> int:

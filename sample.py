@@ -98,7 +98,9 @@ def _prefill(model: GPT, contexts: list[list[int]], *, new_tokens: int) -> tuple
     padding = [T - len(context) for context in contexts]
     device = model.wte.weight.device
     tokens = torch.tensor([[0] * pad + context for pad, context in zip(padding, contexts, strict=True)], device=device)
-    cache = KVCache(model.config, batch=len(contexts), dtype=torch.float32, device=device,
+    # On the CPU, attention of one query is several times slower in bfloat16 than in float32 (docs/BENCHMARKS.md).
+    dtype = torch.float32 if device.type == "cpu" else model.compute_dtype
+    cache = KVCache(model.config, batch=len(contexts), dtype=dtype, device=device,
                     slots=min(max_seq_len, T + new_tokens),
                     padding=torch.tensor(padding, device=device) if any(padding) else None)
     return model.logits(model.hidden(tokens, cache=cache)[:, -1]), cache
@@ -172,8 +174,7 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """Keep the fewest largest of each row (B, V) whose probabilities reach p together, and those equal to the smallest.
-    """
+    """Keep the fewest largest of each row (B, V) that reach probability p together, and those equal to the smallest."""
     falling = _sort_falling(logits)
     mass_before = F.pad(falling.softmax(dim=-1).cumsum(dim=-1)[:, :-1], (1, 0))
     kept = (mass_before < p).sum(dim=-1, keepdim=True).clamp(min=1)
@@ -186,7 +187,7 @@ def keep_min_p(logits: Tensor, p: float) -> Tensor:
 
 
 def _keep_from(logits: Tensor, threshold: Tensor) -> Tensor:
-    return torch.where(logits >= threshold, logits, -math.inf)
+    return logits.masked_fill(logits < threshold, -math.inf)
 
 
 def _sort_falling(logits: Tensor) -> Tensor:
@@ -230,20 +231,27 @@ def generate_text(model: GPT, tokenizer: Tokenizer, prompts: list[str], *, max_n
                   use_cache: bool = True) -> Iterator[Piece]:
     """Continue each prompt as text, piece by piece, until end-of-text, a stop text (neither is emitted) or the length.
 
-    Every row ends with a piece whose finish is set; ended rows emit no more. Raises SampleError.
+    Every row ends with a piece whose finish is set; ended rows emit no more. Raises SampleError, at once.
     """
     if max_new_tokens < 1:
         raise SampleError(f"max_new_tokens = {max_new_tokens} should be at least 1")
     contexts = [encode_prompt(tokenizer, prompt, model.config.vocab_size) for prompt in prompts]
-    streams = {row: TextStream(tokenizer, context, stop) for row, context in enumerate(contexts)}  # unended rows
+    streams = {row: TextStream(tokenizer, context, stop) for row, context in enumerate(contexts)}
     steps = generate(model, contexts, max_new_tokens=max_new_tokens, sampling=sampling, use_cache=use_cache)
+    return _pieces(steps, streams, eot=tokenizer.eot, max_new_tokens=max_new_tokens)
+
+
+def _pieces(steps: Iterator[list[int]], streams: dict[int, "TextStream"], *, eot: int,
+            max_new_tokens: int) -> Iterator[Piece]:
+    """The pieces of generate_text; streams holds the rows that have not ended."""
     for count, tokens in enumerate(steps, start=1):
+        is_last = count == max_new_tokens
         for row, stream in list(streams.items()):
-            is_eot = tokens[row] == tokenizer.eot
+            is_eot = tokens[row] == eot
             text = "" if is_eot else stream.add(tokens[row])
-            if is_eot or count == max_new_tokens:
+            if is_eot or is_last:
                 text += stream.end()
-            finish = "stop" if is_eot or stream.stopped else "length" if count == max_new_tokens else None
+            finish = "stop" if is_eot or stream.stopped else "length" if is_last else None
             if finish is not None:
                 del streams[row]
             yield Piece(row, text, count, finish)
@@ -446,7 +454,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
                      epilog="Without a prompt the model starts a text of its own.")
     parser.add_argument("run", metavar="RUN", help="run folder (its newest checkpoint) or one checkpoint inside it")
     prompts = parser.add_mutually_exclusive_group()
-    prompts.add_argument("stdin", nargs="?", choices=("-",), metavar="-", help="read the prompt from stdin")
+    prompts.add_argument("-", dest="stdin", action="store_true", help="read the prompt from stdin")
     prompts.add_argument("--prompt", metavar="TEXT")
     prompts.add_argument("--prompt-file", metavar="FILE", help="the whole file is one prompt")
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="default 256")
@@ -512,7 +520,7 @@ def _print_samples(prompt: str, pieces: Iterator[Piece], num_samples: int) -> No
 
 def _read_prompt(args: argparse.Namespace) -> str:
     """The prompt's text, exactly as given: a final newline in a file counts. Raises SampleError."""
-    if args.stdin is None and args.prompt_file is None:
+    if not args.stdin and args.prompt_file is None:
         return args.prompt or ""
     try:
         data = sys.stdin.buffer.read() if args.stdin else Path(args.prompt_file).read_bytes()

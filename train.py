@@ -16,8 +16,8 @@ import platform
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,8 +31,7 @@ import eval as evaluation
 import kernels
 import metrics
 import sample
-from checkpoint import CheckpointError
-from config import Config, ConfigError, MachineError, ModelConfig, UserError
+from config import Config, ConfigError, MachineError, UserError
 from data.loader import MicroBatch, TrainLoader, ValLoader
 from data.prepare import PreparationStopped, ensure_prepared
 from data.shards import BackgroundVerifier, Dataset, open_dataset, open_split
@@ -40,6 +39,7 @@ from data.tokenizer import Tokenizer, load_tokenizer
 from distributed import World
 from model import GPT, flops_per_token
 from optim import LossScale, Optimizer, clip_gradients, learning_rate
+from start import Progress, agree_on_start, check_same_tokenizer, describe, load_start, parent_run, resolve_config
 
 DEMO = Path(__file__).parent / "configs" / "demo.toml"
 MAX_SKIPS_IN_A_ROW = 10
@@ -111,163 +111,6 @@ class StopRequest:
 
     def __call__(self) -> bool:
         return self.signal is not None
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What a run starts from: a checkpoint of its own, another run's, or nothing
-
-@dataclass
-class Progress:
-    """What a checkpoint's state.json holds beside weights and moments."""
-
-    step: int = 0  # completed steps
-    skips_in_a_row: int = 0
-    scale: LossScale = field(default_factory=LossScale)
-    val_loss: float | None = None  # of the evaluation at this very step, if there was one
-
-    def as_state(self, *, updates: int, data_hash: str, world: World) -> dict:
-        return {"step": self.step, "updates": updates, "skips_in_a_row": self.skips_in_a_row,
-                "loss_scale": [self.scale.scale, self.scale.good_steps], "val_loss": self.val_loss,
-                "data_hash": data_hash, "world_size": world.size, "threads": torch.get_num_threads(),
-                "torch": torch.__version__}
-
-
-@dataclass(frozen=True)
-class Start:
-    """The checkpoint a run starts from and how much of it is taken."""
-
-    path: Path | None = None
-    takes: str = "nothing"  # nothing | weights (init_from) | everything (fork_from, or the run's own: resume)
-    is_resume: bool = False
-    step: int = 0
-
-
-def find_start(config: Config, note: Callable[[str], None]) -> Start:
-    """Rank 0's choice: the run's own newest checkpoint beats fork_from and init_from. Raises CheckpointError."""
-    folder = Path(config.train.out_dir) / "checkpoints"
-    own = checkpoint.newest(Path(config.train.out_dir), note)
-    if own is not None:
-        return Start(own, "everything", is_resume=True)
-    if any(folder.glob("step_*.damaged")):
-        raise CheckpointError(f"every checkpoint in {str(folder)!r} is damaged and none is left to go on from; remove "
-                              "them to start from step 0, or choose another train.out_dir")
-    if config.train.fork_from is not None:
-        return Start(checkpoint.resolve(config.train.fork_from, note), "everything")
-    if config.train.init_from is not None:
-        return Start(checkpoint.resolve(config.train.init_from, note), "weights")
-    return Start()
-
-
-def agree_on_start(config: Config, dataset: Dataset, world: World, note: Callable[[str], None]) -> Start:
-    """Rank 0 chooses and checks what the run starts from; every rank gets the same answer. Raises CheckpointError."""
-    start = Start()
-    with distributed.together(world):
-        if world.is_main:
-            start = find_start(config, note)
-            if start.is_resume:
-                state = checkpoint.load_state(start.path)
-                check_resumable(config, state, dataset.hash)
-                start = replace(start, step=state["step"])
-    path, *others = distributed.gather(
-        [start.path and str(start.path), start.takes, start.is_resume, start.step], world)[0]
-    return Start(path and Path(path), *others)
-
-
-def check_same_tokenizer(parent: Path, tokenizer: Tokenizer) -> None:
-    """Raise ConfigError if the data was encoded by another tokenizer than the weights were trained on."""
-    if load_tokenizer(str(parent)).fingerprint != tokenizer.fingerprint:
-        raise ConfigError(f"data.tokenizer = {tokenizer.name!r} differs from that of {str(parent)!r}, whose weights "
-                          "this run takes; leave data.tokenizer out")
-
-
-def parent_run(config: Config) -> Path | None:
-    """The run that supplies [model] and the tokenizer: init_from or fork_from, or once it has a checkpoint, the run's
-    own folder (the parent may be gone by then)."""
-    parent = config.train.init_from or config.train.fork_from
-    if parent is None or has_checkpoint(config):
-        return parent and Path(config.train.out_dir)
-    path = Path(parent)
-    run_dir = checkpoint.run_dir_of(path) if path.name.startswith("step_") else path
-    if not (run_dir / "config.toml").exists():
-        raise ConfigError(f"{parent!r} is not a run folder (it has no config.toml); name one that train.py made")
-    return run_dir
-
-
-def has_checkpoint(config: Config) -> bool:
-    return any((Path(config.train.out_dir) / "checkpoints").glob("step_*"))
-
-
-def resolve_config(config: Config, given: set[str], *, tokenizer: Tokenizer, dtype: torch.dtype, data_dir: Path,
-                   parent: Path | None) -> Config:
-    """config with everything that was left to be found out: [model] of a parent run, vocab_size, decay_steps, dtype."""
-    model, optim = config.model, config.optim
-    if parent is not None:
-        model = _inherited_model(config, given, configuration.load_config(parent / "config.toml").model)
-    if model.vocab_size is None:
-        model = replace(model, vocab_size=tokenizer.vocab_size)
-    if model.vocab_size < tokenizer.vocab_size:
-        raise ConfigError(f"model.vocab_size = {model.vocab_size} is below the tokenizer's {tokenizer.vocab_size}; "
-                          "leave it out")
-    if optim.decay_steps is None:  # written at the first start, so that raising max_steps later changes no step's lr
-        saved = Path(config.train.out_dir) / "config.toml"
-        first = configuration.load_config(saved).optim.decay_steps if has_checkpoint(config) else None
-        optim = replace(optim, decay_steps=first or config.train.max_steps)
-    train = replace(config.train, dtype=str(dtype).removeprefix("torch."))
-    config = Config(model, replace(config.data, dir=str(data_dir)), optim, train)
-    configuration.check(config)
-    return config
-
-
-def _inherited_model(config: Config, given: set[str], parent: ModelConfig) -> ModelConfig:
-    """The parent's [model]; beside it only dropout and a smaller max_seq_len may be given."""
-    model = parent
-    for key in sorted(name.removeprefix("model.") for name in given if name.startswith("model.")):
-        value, theirs = getattr(config.model, key), getattr(parent, key)
-        if key == "dropout" or (key == "max_seq_len" and value <= theirs):
-            model = replace(model, **{key: value})
-        elif value != theirs:
-            raise ConfigError(f"model.{key} = {value} but the run it starts from has {theirs}; of [model] only dropout "
-                              "and a smaller max_seq_len may be given beside init_from and fork_from")
-    return model
-
-
-def check_resumable(config: Config, state: dict, data_hash: str) -> None:
-    """Raise CheckpointError with the list of what must not change in a resumed run and did."""
-    out_dir = Path(config.train.out_dir)
-    old = configuration.load_config(out_dir / "config.toml")
-    changes = configuration.differences(config.model, old.model, "model")
-    changes += configuration.differences(config.optim, old.optim, "optim")
-    for name in ("seed", "tokens_per_step", "dtype"):
-        if getattr(config.train, name) != getattr(old.train, name):
-            changes.append(f"train.{name}: {getattr(old.train, name)} -> {getattr(config.train, name)}")
-    if state["data_hash"] != data_hash:
-        changes.append(f"data: hash {state['data_hash'][:16]} -> {data_hash[:16]} ({config.data.dir})")
-    if changes:
-        raise CheckpointError(f"run {str(out_dir)!r} cannot go on with other settings ({'; '.join(changes)}); undo "
-                              "them, or choose another train.out_dir (train.fork_from continues as a new run)")
-
-
-def load_start(start: Start, model: GPT, optimizer: Optimizer, progress: Progress, config: Config) -> None:
-    """Fill model, optimizer and progress in place from the checkpoint. Raises CheckpointError."""
-    if start.path is None:
-        return
-    tensors = checkpoint.load_tensors(start.path, "model")
-    if model.wpe is not None and "wpe.weight" in tensors:  # init_from with a smaller max_seq_len
-        tensors["wpe.weight"] = tensors["wpe.weight"][:model.config.max_seq_len]
-    checkpoint.load_into(model, tensors, str(start.path))
-    if start.takes == "weights":
-        return
-    state = checkpoint.load_state(start.path)
-    try:
-        optimizer.load_state_tensors(checkpoint.load_tensors(start.path, "optimizer"), state["updates"])
-    except ValueError as error:
-        raise CheckpointError(f"checkpoint {str(start.path)!r}: {error}; keep optim.name as it was") from None
-    progress.step, progress.skips_in_a_row = state["step"], state["skips_in_a_row"]
-    if progress.step >= config.train.max_steps:
-        raise ConfigError(f"train.fork_from starts at step {progress.step} but train.max_steps = "
-                          f"{config.train.max_steps}; raise it, max_steps counts from step 0")
-    if progress.scale.dynamic:
-        progress.scale.scale, progress.scale.good_steps = state["loss_scale"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -545,7 +388,7 @@ def train(config: Config, given: set[str], *, world: World, stop: StopRequest) -
                              config=dataclasses.asdict(config), enabled=world.is_main)
         stack.callback(log.close)
         chosen = {"device": device_reason, "dtype": dtype_reason,
-                  "compile": f"{'on' if compiles else 'off'} ({compile_reason})", "start": _start_line(start, progress)}
+                  "compile": f"{'on' if compiles else 'off'} ({compile_reason})", "start": describe(start, progress)}
         for line in notes + _first_lines(config, chosen, device=device, dataset=dataset, model=model, world=world):
             log.note(line)
         run = Run(config, model=model, wrapped=wrapped, optimizer=optimizer, progress=progress, tokenizer=tokenizer,
@@ -597,14 +440,6 @@ def write_run_files(config: Config, tokenizer: Tokenizer) -> None:
         (out_dir / "STOPPED").unlink(missing_ok=True)
     except OSError as error:
         raise MachineError(f"run folder {str(out_dir)!r} cannot be written: {error.strerror}") from None
-
-
-def _start_line(start: Start, progress: Progress) -> str:
-    if start.path is None:
-        return "start: new weights from train.seed"
-    if start.is_resume:
-        return f"start: going on from step {progress.step} ({start.path})"
-    return f"start: {start.takes} of {start.path}, at step {progress.step}"
 
 
 @contextlib.contextmanager

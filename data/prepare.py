@@ -229,16 +229,15 @@ def whole_document_units(files: Sequence[TextFile], split: str | None, *, val_fr
 def units_split_by_characters(files: Sequence[TextFile], *, val_fraction: float, text_field: str,
                               unit_bytes: int) -> Iterator[Unit]:
     """The units of a text whose last val_fraction of characters is val (nanoGPT's way)."""
-    lengths = _document_lengths(files, text_field)
-    train_left = int(sum(lengths) * (1 - val_fraction))
-    remaining = iter(lengths)
+    blocks = {file: list(_block_lengths(file, text_field)) for file in files}
+    lengths = {file: sum(chars for chars, _ in blocks[file]) for file in files}
+    train_left = int(sum(lengths.values()) * (1 - val_fraction))
     for file in files:
         if file.kind == "txt":
-            length = next(remaining)
-            cut = file.bytes if length <= train_left else _byte_offset(file, train_left)
+            cut = file.bytes if lengths[file] <= train_left else _byte_offset(file, blocks[file], train_left)
             yield from _txt_units(file, 0, cut, split="train", ends=cut == file.bytes, unit_bytes=unit_bytes)
             yield from _txt_units(file, cut, file.bytes, split="val", ends=True, unit_bytes=unit_bytes)
-            train_left = max(0, train_left - length)
+            train_left = max(0, train_left - lengths[file])
             continue
         for text, invalid in _row_documents(file, text_field):
             head, tail = text[:train_left], text[train_left:]
@@ -536,13 +535,19 @@ def _digest_of_file(file: TextFile) -> bytes:
     return digest.digest()
 
 
-def _byte_offset(file: TextFile, chars: int) -> int:
+def _block_lengths(file: TextFile, text_field: str) -> Iterator[tuple[int, int]]:
+    """(characters, byte offset behind them) of a file's blocks; of its documents, without offset, if it has rows."""
+    found = _decoded_blocks(file) if file.kind == "txt" else ((text, 0) for text, _ in _row_documents(file, text_field))
+    return ((len(text), end) for text, end in found)
+
+
+def _byte_offset(file: TextFile, blocks: list[tuple[int, int]], chars: int) -> int:
     """The byte offset behind the first `chars` characters of a .txt that has more."""
     start = 0
-    for text, end in _decoded_blocks(file):
-        if len(text) >= chars:
+    for length, end in blocks:
+        if length >= chars:
             break
-        chars, start = chars - len(text), end
+        chars, start = chars - length, end
     data = _read_range(Unit("txt", file.path, 0, start=start, end=end))
     decoder = codecs.getincrementaldecoder("utf-8")  # counts whole characters
     return start + bisect_left(range(len(data)), chars, key=lambda n: len(decoder("replace").decode(data[:n])))
@@ -555,17 +560,6 @@ def _count_documents(files: Sequence[TextFile], text_field: str, limit: int) -> 
     return sum(1 for _ in itertools.islice(found, limit))
 
 
-def _document_lengths(files: Sequence[TextFile], text_field: str) -> list[int]:
-    """Characters of each document, in order."""
-    lengths = []
-    for file in files:
-        if file.kind == "txt":
-            lengths.append(sum(len(text) for text, _ in _decoded_blocks(file)))
-        else:
-            lengths.extend(len(text) for text, _ in _row_documents(file, text_field))
-    return lengths
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Encoding units, here or in worker processes
 
@@ -573,7 +567,7 @@ def _document_lengths(files: Sequence[TextFile], text_field: str) -> list[int]:
 class Encoded:
     """The tokens of a unit's documents of one split."""
 
-    tokens: bytes  # in the shards' dtype
+    tokens: bytearray  # in the shards' dtype
     text_bytes: int
     documents: int  # that end here
 
@@ -588,22 +582,24 @@ class Encoder:
 
     def encode(self, unit: Unit) -> tuple[dict[str, Encoded], int]:
         """Tokens by split, and how many invalid UTF-8 sequences were replaced."""
-        parts: dict[str, list[np.ndarray]] = {"train": [], "val": []}
-        end = np.array([self.tokenizer.eot], dtype=np.uint32)
+        encoded: dict[str, Encoded] = {}
+        end = np.array([self.tokenizer.eot], dtype=self.dtype)
         invalid_in_all = 0
         for text, invalid in documents(unit, self.text_field):
             split = unit.split or split_of(text, self.val_fraction)
-            parts[split].append(self.tokenizer.encode(text))
+            into = encoded.setdefault(split, Encoded(bytearray(), 0, 0))
+            into.tokens += self.tokenizer.encode(text).astype(self.dtype).data
+            into.text_bytes += len(text.encode())
             if unit.ends:
-                parts[split].append(end)
+                into.tokens += end.data
+                into.documents += 1
             invalid_in_all += invalid
-        encoded = {split: self.counted(np.concatenate(arrays)) for split, arrays in parts.items() if arrays}
         return encoded, invalid_in_all
 
-    def counted(self, tokens: np.ndarray) -> Encoded:
-        """Tokens with their counts. Text never encodes to end-of-text, so each one ends a document."""
-        return Encoded(tokens.astype(self.dtype).tobytes(), int(self.token_bytes[tokens].sum()),
-                       int(np.count_nonzero(tokens == self.tokenizer.eot)))
+    def counted(self, tokens: bytearray) -> Encoded:
+        """Some of a unit's tokens, counted from their ids: text never encodes to end-of-text."""
+        ids = np.frombuffer(tokens, self.dtype)
+        return Encoded(tokens, int(self.token_bytes[ids].sum()), int(np.count_nonzero(ids == self.tokenizer.eot)))
 
 
 _encoder: Encoder | None = None  # of a worker process
@@ -707,7 +703,7 @@ class SplitWriter:
         itemsize = self.encoder.dtype.itemsize
         while self.tokens + len(encoded.tokens) // itemsize > self.shard_tokens:
             room = (self.shard_tokens - self.tokens) * itemsize
-            first = self.encoder.counted(np.frombuffer(encoded.tokens[:room], self.encoder.dtype))
+            first = self.encoder.counted(encoded.tokens[:room])
             self._append(first)
             self.finish_shard()
             encoded = Encoded(encoded.tokens[room:], encoded.text_bytes - first.text_bytes,

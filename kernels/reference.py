@@ -112,13 +112,14 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, voc
     """
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction {reduction!r} should be mean, sum or none")
-    weight = weight if vocab_size is None else weight[:vocab_size]
+    vocab_size = weight.shape[0] if vocab_size is None else vocab_size
     rows = _default_chunk_rows(hidden, weight.shape[0]) if chunk_rows is None else chunk_rows
     if reduction == "none":
         with torch.no_grad():
-            return torch.cat(_losses_by_chunk(hidden, weight, targets, ignore_index, softcap, rows))
+            return torch.cat(_losses_by_chunk(hidden, weight, targets, vocab_size, ignore_index, softcap, rows))
     wants_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    total = _LinearCrossEntropySum.apply(hidden, weight, targets, ignore_index, softcap, rows, wants_grad)
+    total = _LinearCrossEntropySum.apply(hidden, weight, targets, vocab_size, ignore_index, softcap, rows,
+                                         wants_grad)
     return total if reduction == "sum" else total / (targets != ignore_index).sum()
 
 
@@ -133,10 +134,11 @@ def _chunk_logits(h: Tensor, weight: Tensor, softcap: float) -> Tensor:
     return logits if softcap == 0.0 else softcap * torch.tanh(logits / softcap)
 
 
-def _losses_by_chunk(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, softcap: float,
-                     rows: int) -> list[Tensor]:
+def _losses_by_chunk(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, ignore_index: int,
+                     softcap: float, rows: int) -> list[Tensor]:
     weight = weight.to(hidden.dtype)
-    return [F.cross_entropy(_chunk_logits(h, weight, softcap), t, ignore_index=ignore_index, reduction="none")
+    return [F.cross_entropy(_chunk_logits(h, weight, softcap)[:, :vocab_size], t, ignore_index=ignore_index,
+                            reduction="none")
             for h, t in zip(hidden.split(rows), targets.split(rows), strict=True)]
 
 
@@ -144,10 +146,10 @@ class _LinearCrossEntropySum(torch.autograd.Function):
     """Summed loss; both gradients are made in forward, while a chunk's logits are at hand, and scaled in backward."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, softcap: float, rows: int,
-                wants_grad: bool) -> Tensor:
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, ignore_index: int,
+                softcap: float, rows: int, wants_grad: bool) -> Tensor:
         if not wants_grad:
-            return torch.cat(_losses_by_chunk(hidden, weight, targets, ignore_index, softcap, rows)).sum()
+            return torch.cat(_losses_by_chunk(hidden, weight, targets, vocab_size, ignore_index, softcap, rows)).sum()
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         compute_weight = weight.to(hidden.dtype)  # once, not per chunk
         grad_hidden = torch.empty_like(hidden)
@@ -155,12 +157,13 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         for start in range(0, hidden.shape[0], rows):
             h, t = hidden[start:start + rows], targets[start:start + rows]
             logits = _chunk_logits(h, compute_weight, softcap)  # (rows, V)
+            # d loss / d logits = softmax - one-hot, 0 on ignored rows; through the softcap: times 1 - (z / cap)^2
+            slope = 1.0 - (logits / softcap).square() if softcap else None
+            logits[:, vocab_size:] = -math.inf  # the padding is multiplied, at full rate, and then takes no part
             lse = torch.logsumexp(logits, dim=-1, keepdim=True)
             keep = (t != ignore_index)[:, None]
             index = torch.where(keep, t[:, None], 0)
             total = total + torch.where(keep, lse - logits.gather(1, index), 0.0).sum()
-            # d loss / d logits = softmax - one-hot, 0 on ignored rows; through the softcap: times 1 - (z / cap)^2
-            slope = 1.0 - (logits / softcap).square() if softcap else None
             grad_logits = logits.sub_(lse).exp_()
             grad_logits.scatter_add_(1, index, torch.full_like(lse, -1.0))
             grad_logits = grad_logits.mul_(keep) if slope is None else grad_logits.mul_(slope).mul_(keep)
@@ -173,5 +176,6 @@ class _LinearCrossEntropySum(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output: Tensor):
         grad_hidden, grad_weight = ctx.saved_tensors
-        return (grad_hidden * grad_output.to(grad_hidden.dtype), grad_weight * grad_output.to(grad_weight.dtype),
-                None, None, None, None, None)
+        # float32: in bfloat16 a factor such as 1/200 is off by up to 2^-9, and with it the whole gradient of the body
+        grad_hidden = (grad_hidden.float() * grad_output).to(grad_hidden.dtype)
+        return grad_hidden, grad_weight * grad_output.to(grad_weight.dtype), None, None, None, None, None, None

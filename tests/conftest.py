@@ -1,8 +1,5 @@
-"""What all tests share: the checkout on the import path, and one thread, since small tensors lose time on more."""
+"""What all tests share: one thread, since small tensors lose time on more. pytest.ini puts the checkout on the path."""
 
 import os
-import sys
-from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before the first import of torch; subprocesses inherit it
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

@@ -24,9 +24,11 @@ ARROWS = {
     "eval": {"sample", "checkpoint", "model", "data", "distributed"},
     "convert": {"checkpoint", "model", "data"},
     "serve": {"sample", "checkpoint"},
-    "train": {"data", "kernels", "distributed", "metrics", "model", "optim", "checkpoint", "sample", "eval", "convert"},
+    "start": {"checkpoint", "model", "optim", "data", "distributed"},
+    "train": {"data", "kernels", "distributed", "metrics", "model", "optim", "checkpoint", "sample", "eval", "convert",
+              "start"},
     "bench": {"data", "kernels", "distributed", "metrics", "model", "optim", "checkpoint", "sample", "eval", "convert",
-              "serve", "train"},
+              "serve", "start", "train"},
 }
 # Imported where used: without them (and on a machine without triton) every file still imports.
 OPTIONAL = ("triton", "pyarrow", "zstandard", "matplotlib", "wandb", "tensorboard", "sacrebleu", "fastapi", "uvicorn",

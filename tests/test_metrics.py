@@ -146,10 +146,6 @@ def test_human_seconds_shows_two_units(seconds, text):
     assert metrics.human_seconds(seconds) == text
 
 
-def test_time_left_multiplies_steps_by_their_time():
-    assert metrics.time_left(0.5, 15_000) == "2h 05m"
-
-
 def test_train_line_reads_as_designed():
     line = metrics.format_train_line(train_row(1200, loss=3.41214), 19073, 7500.0)
     assert line == "step 1200/19073 | loss 3.4121 | lr 6.0e-04 | grad 0.41 | 812k tok/s | mfu 46.2% | 2h 05m left"

@@ -206,6 +206,7 @@ def test_a_full_disk_at_every_save_keeps_training_and_exits_1(settings):
     process = start([sys.executable, "-c", limited], settings, "full")
     output = finish(process)
     assert process.returncode == 1, output
-    assert "warning: checkpoint of step 4 was not saved" in output and "error: the last checkpoint could not be saved" in output
+    assert "warning: checkpoint of step 4 was not saved" in output
+    assert "error: the last checkpoint could not be saved" in output
     assert [row["step"] for row in rows(Path("full"))] == list(range(1, 13))
     assert not any(Path("full/checkpoints").iterdir())

@@ -1,0 +1,464 @@
+"""tokenizer.py against tiktoken and the `tokenizers` library, on a small BPE trained here and on GPT-2's where cached."""
+
+import argparse
+import hashlib
+import inspect
+import json
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import regex
+import tiktoken
+import tiktoken_ext.openai_public as openai_public
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer as HuggingFace
+
+from data import tokenizer as module
+from data.tokenizer import (
+    CUT,
+    END_OF_TEXT,
+    GPT2_PATTERN,
+    TIKTOKEN_FILES,
+    TokenizerError,
+    load_tokenizer,
+    pattern_allows_cuts,
+    pieces,
+    recovered_merges,
+    tokenizer_identity,
+    train_bpe,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+HARD = ("it's WE'LL don't 12 1234567 3.14 x_1\r\n\r\n\ttab  two   three    \n \n  x!?... --> naïve e\u0301a\u0301 "
+        "日本語。中文\n한국어 русский العربية हिन्दी 😀👨‍👩‍👧 \u00a0nbsp\u2003em \x00\x1f\u200b camelCaseHTML ''s /// <|endoftext|>   end  ")
+SOURCE = inspect.getsource(argparse)  # 100 kB of code and English that every machine has
+CORPUS = [*SOURCE.split("\n\n\n"), *[HARD] * 3, "    " * 200, "\n" * 300, "-" * 400, "1234567890" * 30, "aaaa" * 100,
+          "日本語中文" * 30, "😀" * 100, "e\u0301" * 50]
+
+
+def has_gpt2() -> bool:
+    cache = module._tiktoken_cache()
+    return cache is not None and all((cache / module._cache_name(url)).exists() for url in TIKTOKEN_FILES["gpt2"])
+
+
+needs_gpt2 = pytest.mark.skipif(not has_gpt2(), reason="GPT-2's two files are not in TIKTOKEN_CACHE_DIR; the same "
+                                                       "checks run on a small BPE")
+
+
+def openai_pattern(name: str) -> str:
+    """The pattern of a tiktoken encoding, without its vocabulary, which would be downloaded."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(openai_public, "load_tiktoken_bpe", lambda *args, **kwargs: {})
+        return getattr(openai_public, name)()["pat_str"]
+
+
+def small_ranks(pattern: str, vocab_size: int = 700) -> dict[bytes, int]:
+    """A BPE trained by the library with another split: what cl100k and o200k look like, without their download."""
+    hf = HuggingFace(models.BPE())
+    split = pre_tokenizers.Split(Regex(pattern.replace("}+", "}")), "isolated")
+    hf.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    hf.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False,
+                                                       initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+    return {module._bytes_of_word(word): i for word, i in hf.get_vocab().items()}
+
+
+def encoding_of(tokenizer: module.Tokenizer) -> tiktoken.Encoding:
+    """The oracle: tiktoken itself over the same vocabulary."""
+    return tiktoken.Encoding("oracle", pat_str=tokenizer._pattern, mergeable_ranks=tokenizer._ranks,
+                             special_tokens=tokenizer._specials)
+
+
+def fuzz(count: int, seed: int = 0) -> list[str]:
+    parts = ["a", "b", "Z", "é", "中", "😀", "e\u0301", " ", "  ", "     ", "\n", "\r\n", "\t", "\x00", "1", "12345", "!",
+             "'s", "'LL", "'", "-", "---", "word", " the", "\u00a0", "\u3000", "\x1c", "ß", "ǅ", END_OF_TEXT, "_", "/"]
+    rng = random.Random(seed)
+    return ["".join(rng.choices(parts, k=rng.randrange(1, 40))) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def bpe() -> module.Tokenizer:
+    return train_bpe(CORPUS, 700)
+
+
+@pytest.fixture(scope="module")
+def openai_like() -> dict[str, module.Tokenizer]:
+    found = {}
+    for name in ("cl100k_base", "o200k_base"):
+        pattern = openai_pattern(name)
+        found[name] = module.Tokenizer(name, {END_OF_TEXT: 705, "<|fim|>": 702}, ranks=small_ranks(pattern),
+                                       pattern=pattern)
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# bytes
+
+def test_bytes_are_the_utf8_bytes_and_end_of_text_comes_last():
+    tokenizer = load_tokenizer("bytes")
+    assert (tokenizer.vocab_size, tokenizer.eot) == (257, 256)
+    ids = tokenizer.encode(HARD)
+    assert ids.dtype == np.uint32 and ids.tolist() == list(HARD.encode())
+    assert tokenizer.token_bytes().tolist() == [1] * 256 + [0]
+
+
+def test_loading_bytes_imports_no_tokenizer_library():
+    code = ("import sys; from data.tokenizer import load_tokenizer; load_tokenizer('bytes').encode('x'); "
+            "print([m for m in ('torch', 'tiktoken', 'tokenizers', 'requests') if m in sys.modules])")
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "[]\n"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A trained BPE
+
+def test_a_trained_bpe_has_exactly_the_ids_asked_for_with_end_of_text_last(bpe):
+    assert (bpe.vocab_size, bpe.eot, bpe.name) == (700, 699, "bpe:700")
+    assert len(bpe.token_bytes()) == 700 and bpe.token_bytes()[699] == 0 and (bpe.token_bytes()[:699] > 0).all()
+
+
+def test_training_twice_gives_the_same_file_in_another_process_too(bpe):
+    code = ("import json, sys; from data.tokenizer import train_bpe; "
+            "print(train_bpe(json.load(sys.stdin), 700).fingerprint)")
+    other = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                           input=json.dumps(CORPUS), check=True).stdout.strip()
+    assert other == bpe.fingerprint
+
+
+def test_training_on_too_little_text_names_the_largest_vocabulary():
+    with pytest.raises(TokenizerError, match=r"the training text yields only (\d+) ids; use bpe:\1 or fewer"):
+        train_bpe(["hello hello"], 5000)
+
+
+@pytest.mark.parametrize("size", [0, 256])
+def test_a_bpe_without_room_for_the_bytes_is_refused(size):
+    with pytest.raises(TokenizerError, match="at least 257 ids"):
+        train_bpe(CORPUS, size)
+
+
+def test_a_trained_bpe_equals_tiktoken_and_the_library_on_hard_texts(bpe, tmp_path):
+    bpe.save(tmp_path / "tokenizer.json")
+    hf = HuggingFace.from_file(str(tmp_path / "tokenizer.json"))
+    hf.encode_special_tokens = True
+    oracle = encoding_of(bpe)
+    for text in [HARD, *CORPUS, *fuzz(2000)]:
+        ids = bpe.encode(text).tolist()
+        assert ids == oracle.encode_ordinary(text), text
+        assert ids == hf.encode(text).ids, text
+
+
+@pytest.mark.parametrize("name", ["cl100k_base", "o200k_base"])
+def test_openai_patterns_survive_saving_with_the_ids_of_the_library_and_of_tiktoken(name, openai_like, tmp_path):
+    tokenizer = openai_like[name]
+    tokenizer.save(tmp_path / "tokenizer.json")
+    again, hf = load_tokenizer(str(tmp_path)), HuggingFace.from_file(str(tmp_path / "tokenizer.json"))
+    assert again._hf is None and (again.vocab_size, again.eot) == (706, 705) == (tokenizer.vocab_size, tokenizer.eot)
+    hf.encode_special_tokens = True
+    oracle = encoding_of(tokenizer)
+    for text in [HARD, *CORPUS, *fuzz(1000, seed=1)]:
+        expected = oracle.encode_ordinary(text)
+        assert tokenizer.encode(text).tolist() == again.encode(text).tolist() == expected, text
+        assert hf.encode(text).ids == expected, text
+
+
+def test_merges_recovered_from_ranks_are_those_of_training(bpe):
+    trained = json.loads(bpe.file_text)["model"]["merges"]
+    recovered = recovered_merges(bpe._ranks)
+    assert [f"{module._word_of_bytes(a)} {module._word_of_bytes(b)}" for a, b in recovered] == trained
+
+
+def test_lone_surrogates_count_as_the_replacement_character(bpe):
+    for tokenizer in (bpe, load_tokenizer("bytes")):
+        assert tokenizer.encode("a\ud800b").tolist() == tokenizer.encode("a\ufffdb").tolist()
+        assert tokenizer.encode("\ud83d\ude00").tolist() == tokenizer.encode("😀").tolist()
+
+
+def test_text_that_spells_end_of_text_is_plain_text(bpe):
+    ids = bpe.encode(f"a{END_OF_TEXT}b")
+    assert bpe.eot not in ids and bpe.decode(ids) == f"a{END_OF_TEXT}b"
+
+
+def test_decoded_bytes_are_those_of_the_text_and_leave_special_tokens_out(bpe):
+    for text in fuzz(300, seed=2):
+        ids = bpe.encode(text)
+        assert bpe.decode_bytes(ids) == text.encode() and bpe.token_bytes()[ids].sum() == len(text.encode())
+    assert bpe.decode_bytes([bpe.eot, *bpe.encode("x")]) == b"x"
+    assert bpe.decode([*bpe.encode("x"), bpe.eot]) == f"x{END_OF_TEXT}"
+
+
+def test_decoding_part_of_a_character_gives_the_replacement_character():
+    tokenizer = load_tokenizer("bytes")
+    assert tokenizer.decode([0xE4, 0xB8]) == "\ufffd" and tokenizer.decode_bytes([0xE4, 0xB8]) == b"\xe4\xb8"
+
+
+@pytest.mark.parametrize("wrong", [700, -1])
+def test_an_id_outside_the_vocabulary_is_named(bpe, wrong):
+    with pytest.raises(TokenizerError, match=f"id {wrong} lies outside the 700 ids"):
+        bpe.decode([5, wrong])
+
+
+def test_unused_ids_below_the_special_ones_decode_to_nothing(openai_like):
+    assert openai_like["cl100k_base"].decode([703, 704, 702]) == "<|fim|>"
+
+
+def test_a_failed_save_leaves_the_old_file_and_nothing_else(bpe, tmp_path, monkeypatch):
+    (tmp_path / "tokenizer.json").write_text("old")
+    def full(*args):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(module.os, "replace", full)
+    with pytest.raises(OSError, match="No space"):
+        bpe.save(tmp_path / "tokenizer.json")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("tokenizer.json", "old")]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Cuts and long texts
+
+@pytest.mark.parametrize("pattern", [GPT2_PATTERN, openai_pattern("cl100k_base"), openai_pattern("o200k_base")],
+                         ids=["gpt2", "cl100k", "o200k"])
+def test_words_end_at_every_cut_of_each_pattern(pattern):
+    assert pattern_allows_cuts(pattern)
+    compiled, cuts = regex.compile(pattern), 0
+    for text in fuzz(2000, seed=3):
+        ends = {match.end() for match in compiled.finditer(text)}
+        for cut in CUT.finditer(text):
+            cuts += 1
+            assert cut.start() in ends, (text, cut.start())
+            assert compiled.findall(text[:cut.start()]) + compiled.findall(text[cut.start():]) == compiled.findall(text)
+    assert cuts > 1000
+
+
+@pytest.mark.parametrize("pattern", [None, r"[\s\S]+", r"\p{L}+(?: \p{L}+)?|[\s\S]", r"\S+\s*|\s+", r"[^\n]+\n?|\n+",
+                                     r" ?\p{L}+(?:\s\p{L}+)*|[\s\S]", r"[a-z]+ [a-z]+|[\s\S]"])
+def test_a_pattern_whose_words_reach_over_a_cut_is_found_out(pattern):
+    assert not pattern_allows_cuts(pattern)
+
+
+def test_pieces_join_to_the_text_and_are_cut_soon_after_their_size():
+    text = "".join(fuzz(500, seed=5))
+    parts = list(pieces(text, 100))
+    assert "".join(parts) == text and len(parts) > 20
+    assert all(len(part) >= 100 for part in parts[:-1])
+    assert all(CUT.match(before[-2:] + after[:2], 2) for before, after in zip(parts, parts[1:], strict=False))
+    assert list(pieces("some words here", 1)) == ["some", " words", " here"]
+    assert list(pieces("!!! ??? ...", 1)) == ["!!! ??? ..."]
+
+
+def test_a_long_text_has_the_ids_of_the_whole(bpe, openai_like, monkeypatch):
+    monkeypatch.setattr(module, "PIECE_CHARS", 50)
+    monkeypatch.setattr(module, "WINDOW_CHARS", 200)
+    for tokenizer in (bpe, *openai_like.values()):
+        oracle = encoding_of(tokenizer)
+        text = " and then ".join(fuzz(400, seed=6))
+        assert tokenizer.encode(text).tolist() == oracle.encode_ordinary(text)
+
+
+RUNS = [" ", "\n", "a", "0", "!", "-", "😀", "e\u0301", "\u0301", "中", "\r\n", "\t", " !", "ab", "\u00a0"]
+
+
+@pytest.mark.parametrize("unit", RUNS, ids=[repr(unit) for unit in RUNS])
+def test_a_run_without_a_cut_has_the_ids_of_the_whole(unit, bpe, openai_like, monkeypatch):
+    monkeypatch.setattr(module, "PIECE_CHARS", 500)
+    monkeypatch.setattr(module, "WINDOW_CHARS", 700)
+    for tokenizer in (bpe, *openai_like.values()):
+        oracle = encoding_of(tokenizer)
+        for count in (1999, 2000, 5003):
+            text = "Hello" + unit * count + "x y"
+            assert tokenizer.encode(text).tolist() == oracle.encode_ordinary(text), tokenizer.name
+
+
+def test_text_without_any_cut_has_the_ids_of_the_whole(bpe, monkeypatch):
+    monkeypatch.setattr(module, "PIECE_CHARS", 500)
+    monkeypatch.setattr(module, "WINDOW_CHARS", 700)
+    letters = random.Random(7)
+    for alphabet in ("abcdefgh", "0123456789abcdef", "日本語中文,。", " \n\t", "!?.-"):
+        text = "".join(letters.choices(alphabet, k=6000))
+        assert bpe.encode(text).tolist() == encoding_of(bpe).encode_ordinary(text)
+
+
+def test_blanks_beyond_the_regex_engines_stack_are_encoded_all_the_same(bpe):
+    text = " " * 1_100_000 + "x"
+    with pytest.raises(BaseException, match="[Ss]tack"):  # tiktoken's own limit: a ValueError or a Rust panic
+        encoding_of(bpe).encode_to_numpy(text)
+    assert bpe.decode_bytes(bpe.encode(text)) == text.encode()
+
+
+def test_the_time_of_a_run_grows_in_proportion_to_its_length(bpe):
+    def seconds(count: int) -> float:
+        started = time.process_time()
+        bpe.encode("-" * count)
+        return time.process_time() - started
+    short = min(seconds(600_000) for _ in range(3))
+    assert min(seconds(2_400_000) for _ in range(2)) < 8 * short + 0.1  # 4 if exactly proportional; other load adds
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files
+
+@pytest.mark.parametrize("name", ["bytes", "bpe"])
+def test_a_saved_tokenizer_loads_with_the_same_ids_and_writes_the_same_file(name, bpe, tmp_path):
+    tokenizer = bpe if name == "bpe" else load_tokenizer(name)
+    tokenizer.save(tmp_path / "tokenizer.json")
+    again = load_tokenizer(str(tmp_path))
+    assert (again.vocab_size, again.eot, again._hf) == (tokenizer.vocab_size, tokenizer.eot, None)
+    assert again.fingerprint == tokenizer.fingerprint
+    for text in fuzz(200, seed=8):
+        assert again.encode(text).tolist() == tokenizer.encode(text).tolist()
+    assert HuggingFace.from_file(str(tmp_path / "tokenizer.json")).encode(HARD[:60]).ids == \
+        tokenizer.encode(HARD[:60]).tolist()
+
+
+def test_a_retrained_tokenizer_under_the_same_path_is_the_new_one(tmp_path):
+    for text in ("hello world " * 50, "foo bar baz " * 50):
+        tokenizer = train_bpe([text], 262)
+        tokenizer.save(tmp_path / "tokenizer.json")
+        assert load_tokenizer(str(tmp_path / "tokenizer.json")).encode(text).tolist() == tokenizer.encode(text).tolist()
+
+
+def library_file(path: Path, **parts) -> HuggingFace:
+    """A tokenizer.json as others write them, trained on the small corpus; parts are set on the library's object."""
+    hf = HuggingFace(models.BPE(byte_fallback=parts.pop("byte_fallback", False), unk_token=None))
+    for name, part in parts.items():
+        setattr(hf, name, part)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    texts = [*CORPUS, *["1234567890" * 30] * 20]
+    hf.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=600, special_tokens=[END_OF_TEXT],
+                                                      initial_alphabet=alphabet, show_progress=False))
+    hf.save(str(path))
+    hf.encode_special_tokens = True
+    return hf
+
+
+def byte_level() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.ByteLevel(add_prefix_space=False)
+
+
+@pytest.mark.parametrize(("parts", "by_tiktoken"), [
+    ({"pre_tokenizer": byte_level()}, True),
+    ({"pre_tokenizer": byte_level(), "normalizer": normalizers.NFC()}, False),
+    ({"pre_tokenizer": pre_tokenizers.ByteLevel(add_prefix_space=True)}, False),
+    ({"pre_tokenizer": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level()])}, False),
+    # tiktoken reads the + after {1,3} as possessive, the library as "one or more times"
+    ({"pre_tokenizer": pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(r"\p{N}{1,3}+|[^\p{N}]+"), "isolated"),
+                                                pre_tokenizers.ByteLevel(False, use_regex=False)])}, False),
+    ({"pre_tokenizer": pre_tokenizers.Metaspace(), "decoder": decoders.Metaspace()}, False),
+], ids=["byte-level", "normalizer", "prefix space", "two splits", "regex read differently", "metaspace"])
+def test_any_tokenizer_file_gives_the_librarys_ids(parts, by_tiktoken, tmp_path):
+    hf = library_file(tmp_path / "tokenizer.json", **parts)
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert (tokenizer._hf is None) == by_tiktoken
+    for text in [HARD, "1234567 12345678", *fuzz(300, seed=9)]:
+        assert tokenizer.encode(text).tolist() == hf.encode(text, add_special_tokens=False).ids, text
+    tokenizer.save(tmp_path / "copy.json")
+    assert (tmp_path / "copy.json").read_bytes() == (tmp_path / "tokenizer.json").read_bytes()
+
+
+def test_a_tokenizer_that_is_not_byte_level_decodes_and_counts_its_text(tmp_path):
+    library_file(tmp_path / "tokenizer.json", pre_tokenizer=pre_tokenizers.Metaspace(), decoder=decoders.Metaspace())
+    tokenizer = load_tokenizer(str(tmp_path))
+    ids = tokenizer.encode("The house is a tree")
+    assert tokenizer.decode(ids) == "The house is a tree" and tokenizer.decode_bytes(ids) == b"The house is a tree"
+    assert tokenizer.token_bytes()[ids].sum() == len(" The house is a tree")  # the mark before the first word counts
+    assert tokenizer.token_bytes()[tokenizer.eot] == 0 and not tokenizer.cuttable
+
+
+def test_a_byte_level_file_whose_merges_are_not_in_the_order_of_ids_is_left_to_the_library(bpe, tmp_path):
+    file = json.loads(bpe.file_text)
+    vocab = file["model"]["vocab"]
+    first, second = (word for word, i in vocab.items() if i in (300, 301))
+    vocab[first], vocab[second] = vocab[second], vocab[first]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(file))
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert tokenizer._hf is not None
+    hf = HuggingFace.from_file(str(tmp_path / "tokenizer.json"))
+    assert tokenizer.encode(CORPUS[1]).tolist() == hf.encode(CORPUS[1]).ids
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    ("not json", "is not a Hugging Face tokenizer.json"),
+    ("{}", "is not a Hugging Face tokenizer.json: KeyError"),
+    ('{"added_tokens": [], "normalizer": null, "pre_tokenizer": null, "model": {"type": "Odd"}}', "is not a Hugging"),
+])
+def test_a_file_that_is_no_tokenizer_is_named(content, message, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(TokenizerError, match=message):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_tokenizer_without_end_of_text_is_refused(bpe, tmp_path):
+    file = json.loads(bpe.file_text.replace(END_OF_TEXT, "<|stop|>"))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(file))
+    with pytest.raises(TokenizerError, match=r"has no end-of-text token among its special tokens \(<\|stop\|>\)"):
+        load_tokenizer(str(tmp_path))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Names
+
+def test_a_name_that_is_nothing_lists_what_there_is(tmp_path):
+    with pytest.raises(TokenizerError, match="'gpt3' is neither a name nor a file; there are bytes, bpe:N, gpt2"):
+        load_tokenizer("gpt3")
+    with pytest.raises(TokenizerError, match="holds no tokenizer.json"):
+        load_tokenizer(str(tmp_path))
+    with pytest.raises(TokenizerError, match="'bpe:4096' must be trained on text first"):
+        load_tokenizer("bpe:4096")
+
+
+def test_the_identity_of_a_file_is_that_of_its_content(bpe, tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        bpe.save(tmp_path / folder / "tokenizer.json")
+    identity = tokenizer_identity(str(tmp_path / "a"))
+    assert identity == tokenizer_identity(str(tmp_path / "b" / "tokenizer.json"))
+    assert identity == load_tokenizer(str(tmp_path / "a")).name
+    assert identity.split(":")[1] == bpe.fingerprint[:12] and tokenizer_identity("bpe:7") == "bpe:7"
+
+
+@pytest.mark.parametrize("name", TIKTOKEN_FILES)
+def test_a_download_that_fails_says_how_to_work_offline(name, tmp_path, monkeypatch):
+    import requests
+
+    def unreachable(*args, **kwargs):
+        raise requests.exceptions.ConnectionError("no network")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(requests, "head", unreachable)
+    monkeypatch.setattr(requests, "get", unreachable)
+    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
+    with pytest.raises(TokenizerError) as caught:
+        load_tokenizer(name)
+    message = str(caught.value)
+    assert "\n" not in message and "TIKTOKEN_CACHE_DIR" in message and "bpe:N" in message and "bytes" in message
+    for url in TIKTOKEN_FILES[name]:
+        assert hashlib.sha1(url.encode()).hexdigest() in message
+
+
+def test_the_files_named_for_a_download_are_those_that_tiktoken_asks_for(monkeypatch):
+    asked = []
+    monkeypatch.setattr(openai_public, "load_tiktoken_bpe", lambda url, **kwargs: asked.append((url,)) or {})
+    monkeypatch.setattr(openai_public, "data_gym_to_mergeable_bpe_ranks",
+                        lambda **files: asked.append((files["vocab_bpe_file"], files["encoder_json_file"])) or {})
+    for name, urls in TIKTOKEN_FILES.items():
+        getattr(openai_public, name)()
+        assert asked.pop() == urls
+
+
+@needs_gpt2
+def test_gpt2_survives_saving_with_gpt2s_ids(tmp_path):
+    tokenizer, oracle = load_tokenizer("gpt2"), tiktoken.get_encoding("gpt2")
+    tokenizer.save(tmp_path / "tokenizer.json")
+    again, hf = load_tokenizer(str(tmp_path)), HuggingFace.from_file(str(tmp_path / "tokenizer.json"))
+    assert (again.vocab_size, again.eot, again._hf) == (50257, 50256, None)
+    hf.encode_special_tokens = True
+    for text in [HARD, *CORPUS, *fuzz(500, seed=10)]:
+        expected = oracle.encode_ordinary(text)
+        assert tokenizer.encode(text).tolist() == again.encode(text).tolist() == hf.encode(text).ids == expected, text
+
+
+@needs_gpt2
+def test_gpt2s_merges_are_those_that_openai_published():
+    file = module._tiktoken_cache() / module._cache_name(TIKTOKEN_FILES["gpt2"][0])
+    merges = json.loads(load_tokenizer("gpt2").file_text)["model"]["merges"]
+    assert merges == file.read_text(encoding="utf-8").split("\n")[1:-1]

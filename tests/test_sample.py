@@ -1,0 +1,547 @@
+"""sample.py: cached generation equals uncached, filters equal an oracle, text streams whole, the command line."""
+
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import sample
+from config import Config, ModelConfig, TrainConfig, UserError, to_toml
+from data.tokenizer import load_tokenizer
+from model import GPT
+from sample import SampleError, Sampling
+
+ROOT = Path(__file__).resolve().parents[1]
+BYTES = load_tokenizer("bytes")
+EOT = BYTES.eot
+GREEDY = Sampling(temperature=0.0)
+
+
+def make_model(seed: int = 0, **settings) -> GPT:
+    """A small model in eval mode whose weights are large enough for every token of the context to matter."""
+    torch.manual_seed(seed)
+    defaults = {"n_layer": 2, "n_head": 4, "n_embd": 24, "head_dim": 6, "vocab_size": 257, "max_seq_len": 32}
+    model = GPT(ModelConfig(**defaults | settings)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+    return model
+
+
+def all_tokens(model: GPT, prompts: list[list[int]], **arguments) -> list[list[int]]:
+    """generate()'s tokens, one list per row."""
+    return [list(row) for row in zip(*sample.generate(model, prompts, **arguments), strict=True)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokens: promise 8
+
+def random_case(seed: int) -> tuple[GPT, list[list[int]], int, Sampling]:
+    """Model, prompts of unequal lengths (some beyond the context), number of new tokens, sampling."""
+    pick = random.Random(seed)
+    max_seq_len = pick.choice((1, 2, 3, 7, 16, 16, 24))
+    model = make_model(
+        seed, max_seq_len=max_seq_len, vocab_size=pick.choice((50, 1030)),  # 1,030 is padded to 1,152 rows
+        norm=pick.choice(("layernorm", "rmsnorm")), position=pick.choice(("learned", "rope")),
+        mlp=pick.choice(("gelu", "gelu_exact", "swiglu", "relu2")), qk_norm=pick.random() < 0.5,
+        n_kv_head=pick.choice((None, 1, 2)), window=pick.choice((None, None, 1, 5)), bias=pick.random() < 0.5,
+        tie_embeddings=pick.random() < 0.5, logit_softcap=pick.choice((0.0, 5.0)), dropout=0.1)
+    lengths = [pick.randint(1, max_seq_len + 3) for _ in range(pick.randint(1, 4))]
+    prompts = [[pick.randrange(model.config.vocab_size) for _ in range(n)] for n in lengths]
+    sampling = pick.choice((GREEDY, Sampling(seed=seed), Sampling(0.7, top_k=9, top_p=0.9, min_p=0.02, seed=seed)))
+    return model, prompts, 2 * max_seq_len + 5, sampling
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+@pytest.mark.parametrize("seed", range(50))
+def test_cached_generation_gives_the_tokens_of_uncached(seed, packed):
+    model, prompts, new_tokens, sampling = random_case(seed)
+    expected = all_tokens(model, prompts, max_new_tokens=new_tokens, sampling=sampling, use_cache=False)
+    if packed:
+        sample.pack_for_decoding(model)
+    assert all_tokens(model, prompts, max_new_tokens=new_tokens, sampling=sampling) == expected
+    assert all(len(row) == new_tokens for row in expected)
+
+
+def test_a_row_alone_gives_the_tokens_it_gives_in_a_batch():
+    model = make_model(position="rope")
+    prompts = [[5, 6, 7], list(range(30)), [9]]
+    for sampling in (GREEDY, Sampling(seed=3)):
+        batch = all_tokens(model, prompts, max_new_tokens=60, sampling=sampling)
+        assert all_tokens(model, prompts[:1], max_new_tokens=60, sampling=sampling) == batch[:1]
+
+
+def test_past_max_seq_len_the_last_half_is_kept_and_positions_restart():
+    model = make_model(max_seq_len=8)
+    prompt = list(range(8))
+    tokens = all_tokens(model, [prompt], max_new_tokens=2, sampling=GREEDY)[0]
+    kept = (prompt + tokens)[5:9]  # 8 + 1 tokens have outgrown the context: the last 8 / 2 stay
+    assert tokens == [model(torch.tensor([prompt]))[0, -1].argmax(), model(torch.tensor([kept]))[0, -1].argmax()]
+
+
+def test_a_prompt_longer_than_the_context_keeps_its_last_half():
+    model = make_model(max_seq_len=8)
+    expected = all_tokens(model, [[4, 5, 6, 7]], max_new_tokens=6, sampling=GREEDY)
+    assert all_tokens(model, [[9] * 20 + [4, 5, 6, 7]], max_new_tokens=6, sampling=GREEDY) == expected
+
+
+def test_the_same_seed_repeats_and_rows_and_seeds_differ():
+    model = make_model()
+    def draw(seed: int) -> list[list[int]]:
+        return all_tokens(model, [[1], [1]], max_new_tokens=20, sampling=Sampling(temperature=5.0, seed=seed))
+    assert draw(1) == draw(1)
+    assert draw(1) != draw(2)
+    assert draw(1)[0] != draw(1)[1]
+
+
+def test_the_global_random_numbers_play_no_part():
+    model = make_model()
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    all_tokens(model, [[1]], max_new_tokens=3)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_prompt_without_tokens_is_refused():
+    with pytest.raises(SampleError, match="no tokens"):
+        next(sample.generate(make_model(), [[1], []], max_new_tokens=1))
+
+
+def test_logits_that_are_not_finite_are_an_error():
+    model = make_model()
+    with torch.no_grad():
+        model.final_norm.weight.fill_(math.nan)
+    for sampling in (GREEDY, Sampling(top_k=3, top_p=0.5)):
+        with pytest.raises(SampleError, match="not finite; try --dtype float32"):
+            next(sample.generate(model, [[1]], max_new_tokens=1, sampling=sampling))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Packed weights
+
+needs_packing = pytest.mark.skipif(not sample.packing_works(torch.float32),
+                                   reason="this PyTorch or CPU packs no weights: packed decoding stays unchecked")
+
+
+@needs_packing
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_linear_layer_and_the_head_are_packed(tied):
+    model = make_model(tie_embeddings=tied)
+    assert sample.pack_for_decoding(model) == "weights: packed by oneDNN"
+    assert sum(isinstance(m, sample.PackedLinear) for m in model.modules()) == 2 * 4 + 1  # 4 per block and the head
+
+
+@needs_packing
+@pytest.mark.parametrize("rows", [1, 3, 100])
+def test_a_packed_layer_computes_the_linear_map(rows):
+    generator = torch.Generator().manual_seed(1)
+    weight, bias, x = (torch.randn(shape, generator=generator) for shape in ((301, 77), (301,), (2, rows, 77)))
+    expected = x.double() @ weight.double().T + bias.double()
+    # float32: sums of 77 products of about 1
+    torch.testing.assert_close(sample.PackedLinear(weight, bias)(x).double(), expected, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(sample.PackedLinear(weight, None)(x).double(), expected - bias, atol=1e-4, rtol=1e-5)
+
+
+@needs_packing
+def test_packing_that_computes_something_else_is_not_used(monkeypatch):
+    forward = sample.PackedLinear.forward
+    monkeypatch.setattr(sample.PackedLinear, "forward", lambda self, x: forward(self, x) * 1.001)
+    model = make_model()
+    assert sample.pack_for_decoding(model) == "weights: as they are (this PyTorch or CPU does not pack torch.float32)"
+    assert not any(isinstance(m, sample.PackedLinear) for m in model.modules())
+
+
+def test_a_packing_operator_that_fails_is_not_used(monkeypatch):
+    def fail(self, x):
+        raise RuntimeError("unsupported")
+    monkeypatch.setattr(sample.PackedLinear, "forward", fail)
+    assert not sample.packing_works(torch.float32)
+
+
+def test_bfloat16_generates_packed_and_plain():
+    for pack in (False, True):
+        model = make_model().to(torch.bfloat16)
+        model.compute_dtype = torch.bfloat16
+        if pack:
+            sample.pack_for_decoding(model)
+        assert len(all_tokens(model, [[1, 2], [3]], max_new_tokens=40, sampling=GREEDY)[1]) == 40
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The choice of a token
+
+def oracle_filter(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
+    """The probabilities (V,) of one row in float64, by sorting and counting."""
+    scores = logits.astype(np.float64) / sampling.temperature
+    def probabilities() -> np.ndarray:
+        weights = np.exp(scores - scores.max())
+        return weights / weights.sum()
+    if sampling.top_k is not None:
+        smallest = sorted(scores)[::-1][:sampling.top_k][-1]
+        scores = np.where(scores >= smallest, scores, -np.inf)
+    if sampling.top_p < 1.0:
+        mass, kept = 0.0, set()
+        for p in sorted(probabilities())[::-1]:
+            if kept and mass >= sampling.top_p:
+                break
+            mass += p
+            kept.add(p)
+        scores = np.where(np.isin(probabilities(), list(kept)), scores, -np.inf)
+    if sampling.min_p > 0.0:
+        p = probabilities()
+        scores = np.where(p >= sampling.min_p * p.max(), scores, -np.inf)
+    return probabilities()
+
+
+@pytest.mark.parametrize("sampling", [
+    Sampling(), Sampling(0.3), Sampling(2.0, top_k=5), Sampling(top_k=1), Sampling(top_k=1000), Sampling(top_p=0.6),
+    Sampling(top_p=0.0), Sampling(top_p=0.999), Sampling(min_p=0.1), Sampling(min_p=1.0),
+    Sampling(0.8, top_k=40, top_p=0.8, min_p=0.05), Sampling(1.5, top_k=3, top_p=0.99)], ids=str)
+def test_filters_equal_the_float64_oracle(sampling):
+    logits = torch.randn(7, 63, generator=torch.Generator().manual_seed(0)) * 3
+    ours = sample.filter_logits(logits, sampling).softmax(dim=-1)
+    expected = np.stack([oracle_filter(row, sampling) for row in logits.numpy()])
+    assert ((ours.numpy() > 0) == (expected > 0)).all()
+    np.testing.assert_allclose(ours.numpy(), expected, rtol=2e-5)  # float32 exponentials of up to about 30
+
+
+@pytest.mark.parametrize("sampling, kept", [
+    (Sampling(top_k=2), [0, 1, 2]), (Sampling(top_k=1), [0]), (Sampling(top_p=0.6), [0, 1, 2]),
+    (Sampling(top_p=0.5), [0]), (Sampling(min_p=0.5), [0, 1, 2]), (Sampling(min_p=0.51), [0])], ids=str)
+def test_tokens_as_likely_as_the_last_one_kept_stay_too(sampling, kept):
+    # probabilities 1/2, 1/8, 1/8, 1/16 ..., or for min_p half the largest
+    top = 2.0 if sampling.min_p else 4.0
+    logits = torch.tensor([[top, 1.0, 1.0, 0.5, 0.5, 0.5, 0.5]]).log() if not sampling.min_p else \
+        torch.tensor([[2.0, 1.0, 1.0, 0.5]]).log()
+    assert sample.filter_logits(logits, sampling).isfinite().nonzero()[:, 1].tolist() == kept
+
+
+def test_a_tiny_temperature_is_greedy_and_does_not_overflow():
+    logits = torch.tensor([[-40.0, 80.0, 79.99, -math.inf]])
+    probabilities = sample.filter_logits(logits, Sampling(temperature=1e-40)).softmax(dim=-1)
+    assert probabilities.tolist() == [[0.0, 1.0, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize("V", [5, 50257])
+def test_temperature_0_takes_the_lowest_id_of_equals(V):
+    logits = torch.zeros(2, V)
+    logits[0, [3, V - 1]] = 1.0
+    logits[1, [2, 4]] = 7.0
+    assert sample.choose(logits, GREEDY, []) == [3, 2]
+
+
+def test_drawing_inverts_the_cumulated_probabilities():
+    logits = torch.randn(1, 301, generator=torch.Generator().manual_seed(0)) * 2
+    weights = np.exp(logits[0].double().numpy())
+    uniform = np.linspace(0.0, 1.0, 999, endpoint=False)
+    expected = np.searchsorted(np.cumsum(weights) / weights.sum(), uniform, side="right")
+    ours = sample.draw(logits.expand(999, -1), torch.from_numpy(uniform))
+    assert (ours.numpy() == expected).all()
+
+
+def test_a_removed_token_is_never_drawn():
+    logits = torch.tensor([[-math.inf, 0.0, -math.inf, 0.0, -math.inf]])
+    ends = torch.tensor([0.0, 0.5 - 2**-53, 0.5, 1.0 - 2**-53], dtype=torch.float64)
+    assert sample.draw(logits.expand(4, -1), ends).tolist() == [1, 1, 3, 3]
+
+
+@pytest.mark.parametrize("settings, message", [
+    ({"temperature": -0.1}, "temperature = -0.1 should be finite and at least 0"),
+    ({"temperature": math.nan}, "temperature = nan"), ({"temperature": math.inf}, "temperature = inf"),
+    ({"top_k": 0}, "top_k = 0 should be at least 1; leave it out"),
+    ({"top_p": 1.5}, "top_p = 1.5 should lie in 0 to 1"), ({"top_p": math.nan}, "top_p = nan"),
+    ({"min_p": -1.0}, "min_p = -1.0 should lie in 0 to 1")])
+def test_settings_out_of_range_are_named(settings, message):
+    with pytest.raises(SampleError, match=message.replace("(", r"\(")):
+        Sampling(**settings)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Text
+
+def stream(data: bytes, stop: tuple[str, ...] = ()) -> list[str]:
+    """What a TextStream says after each byte, and at the end."""
+    text = sample.TextStream(BYTES, [EOT], stop)
+    pieces = []
+    for byte in data:
+        pieces.append(text.add(byte))
+        if text.stopped:
+            break
+    return [*pieces, text.end()]
+
+
+def test_a_character_split_over_tokens_appears_whole():
+    assert stream("a😀é".encode()) == ["a", "", "", "", "😀", "", "é", ""]
+
+
+@pytest.mark.parametrize("data", [b"\xff\xfea", b"\xf0\x9f\x98a", b"a\xe2\x82", b"\xf0\x9f\x98\x80\x80", b"\xed\xa0",
+                                  b"\xed\xa0\x80", bytes(range(256))], ids=repr)
+def test_bytes_that_are_not_utf8_become_replacement_characters(data):
+    assert "".join(stream(data)) == data.decode("utf-8", errors="replace")
+
+
+def test_a_replacement_character_appears_only_once_it_is_certain():
+    assert stream(b"\xe2\x82a") == ["", "", "\ufffda", ""]
+
+
+@pytest.mark.parametrize("text, stop, expected", [
+    ("one END two", ("END",), "one "), ("EEND", ("END",), "E"), ("aaab", ("aab",), "a"), ("a\n\nb", ("\n\n",), "a"),
+    ("xaby", ("ab", "xaby"), "x"),  # the one complete first
+    ("abc", ("bc", "abc"), ""),  # complete together: the longer
+    ("no stop", ("END",), "no stop"), ("almost EN", ("END",), "almost EN"), ("é😀x", ("😀",), "é"),
+    ("END", ("END",), "")])
+def test_a_stop_text_ends_the_text_and_is_not_printed(text, stop, expected):
+    assert "".join(stream(text.encode(), stop)) == expected
+
+
+def test_text_is_held_back_only_while_it_may_become_a_stop_text():
+    assert stream(b"aENxEND", ("END",)) == ["a", "", "", "ENx", "", "", "", ""]
+
+
+def test_stop_texts_do_not_depend_on_where_tokens_end(tmp_path):
+    pick = random.Random(0)
+    for _ in range(300):
+        text = "".join(pick.choice("ab") for _ in range(12))
+        stops = tuple("".join(pick.choice("ab") for _ in range(pick.randint(1, 4))) for _ in range(2))
+        whole = sample.TextStream(BYTES, [EOT], stops)
+        whole._detokenizer.add = lambda token, text=text: text  # one token for all
+        assert whole.add(0) + whole.end() == "".join(stream(text.encode(), stops)), (text, stops)
+
+
+def llama_like_tokenizer(folder: Path):
+    """A tokenizer that is not byte-level: spaces as a mark before words, unknown characters as byte tokens."""
+    from tokenizers import Tokenizer as HuggingFace
+    from tokenizers import decoders, models, pre_tokenizers
+    words = ["<unk>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), "▁", "▁Hi", "▁you", "!"]
+    hf = HuggingFace(models.BPE({word: i for i, word in enumerate(words)}, [], unk_token="<unk>", byte_fallback=True))
+    hf.pre_tokenizer = pre_tokenizers.Metaspace()
+    hf.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+                                    decoders.Strip(" ", 1, 0)])
+    hf.add_special_tokens(["</s>"])
+    hf.save(str(folder / "tokenizer.json"))
+    return load_tokenizer(folder), {word: i for i, word in enumerate(words)}
+
+
+def test_a_tokenizer_that_is_not_byte_level_streams_spaces_and_whole_characters(tmp_path):
+    tokenizer, ids = llama_like_tokenizer(tmp_path)
+    assert not tokenizer.byte_level
+    tokens = [ids[word] for word in ("▁you", "!", "<0xF0>", "<0x9F>", "<0x98>", "<0x80>", "▁Hi", "<0xF0>")]
+    text = sample.TextStream(tokenizer, [ids["▁Hi"]])
+    assert [*(text.add(token) for token in tokens), text.end()] == [" you", "!", "", "", "", "😀", " Hi", "", "\ufffd"]
+
+
+def test_ids_beyond_the_tokenizer_stand_for_nothing():
+    text = sample.TextStream(BYTES, [EOT])
+    assert [text.add(97), text.add(5000), text.add(98)] == ["a", "", "b"]
+
+
+def scripted(monkeypatch, rows: list[list[int]]) -> None:
+    """Let generate() yield these tokens."""
+    monkeypatch.setattr(sample, "generate", lambda *args, **kwargs: (list(step) for step in zip(*rows, strict=True)))
+
+
+def test_a_row_ends_at_end_of_text_and_others_go_on(monkeypatch):
+    scripted(monkeypatch, [[97, EOT, 98, 98], [99, 0xF0, 100, 101]])
+    pieces = list(sample.generate_text(make_model(), BYTES, ["x", "y"], max_new_tokens=4))
+    assert [(p.row, p.text, p.tokens, p.finish) for p in pieces] == [
+        (0, "a", 1, None), (1, "c", 1, None), (0, "", 2, "stop"), (1, "", 2, None), (1, "\ufffdd", 3, None),
+        (1, "e", 4, "length")]
+
+
+def test_generation_stops_once_every_row_has_ended(monkeypatch):
+    scripted(monkeypatch, [[97, EOT, 98, 98], [99, 46, 46, 99]])
+    pieces = list(sample.generate_text(make_model(), BYTES, ["x", "y"], max_new_tokens=4, stop=("..",)))
+    assert [(p.row, p.text, p.finish) for p in pieces] == [
+        (0, "a", None), (1, "c", None), (0, "", "stop"), (1, "", None), (1, "", "stop")]
+
+
+def test_text_held_at_the_last_token_comes_out(monkeypatch):
+    scripted(monkeypatch, [[69, 78, 0xE2]])
+    pieces = list(sample.generate_text(make_model(), BYTES, [""], max_new_tokens=3, stop=("END",)))
+    assert pieces[-1] == sample.Piece(0, "EN\ufffd", 3, "length")
+
+
+def test_a_stop_text_with_the_last_token_is_a_stop(monkeypatch):
+    scripted(monkeypatch, [[97, 69, 78, 68]])
+    pieces = list(sample.generate_text(make_model(), BYTES, [""], max_new_tokens=4, stop=("END",)))
+    assert pieces[-1] == sample.Piece(0, "", 4, "stop")
+
+
+def test_an_empty_prompt_starts_from_end_of_text():
+    assert sample.encode_prompt(BYTES, "", 257) == [EOT]
+
+
+def test_special_tokens_in_a_prompt_are_plain_text():
+    assert EOT not in sample.encode_prompt(BYTES, "<|endoftext|>", 257)
+
+
+def test_text_errors_come_before_the_first_piece():
+    model = make_model()
+    with pytest.raises(SampleError, match="a stop text is empty"):
+        sample.generate_text(model, BYTES, ["x"], max_new_tokens=1, stop=("",))
+    with pytest.raises(SampleError, match="max_new_tokens = 0"):
+        sample.generate_text(model, BYTES, ["x"], max_new_tokens=0)
+    with pytest.raises(SampleError, match="token 120 but the model knows 50 ids"):
+        sample.generate_text(make_model(vocab_size=50), BYTES, ["x"], max_new_tokens=1)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_sample_text_leaves_the_model_in_its_mode_and_ignores_dropout(training):
+    model = make_model(dropout=0.5).train(training)
+    text = sample.sample_text(model, BYTES, "ab", max_new_tokens=30, temperature=0.0)
+    assert model.training == training
+    model.eval()
+    pieces = sample.generate_text(model, BYTES, ["ab"], max_new_tokens=30, sampling=GREEDY)
+    assert text == "".join(piece.text for piece in pieces)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory) -> Path:
+    """A run folder with two checkpoints of one untrained model."""
+    folder = tmp_path_factory.mktemp("sample") / "run"
+    folder.mkdir()
+    model = make_model()
+    config = replace(Config(), model=model.config, train=TrainConfig(tokens_per_step=model.config.max_seq_len))
+    (folder / "config.toml").write_text(to_toml(config))
+    BYTES.save(folder / "tokenizer.json")
+    for step in (1, 2):
+        checkpoint.save(folder, step, model=dict(model.named_parameters()), optimizer={}, state={}, keep=5)
+    return folder
+
+
+def run_main(capsys, *argv: object) -> tuple[str, str]:
+    """stdout and stderr of sample.main()."""
+    sample.main([str(word) for word in argv])
+    captured = capsys.readouterr()
+    return captured.out, captured.err
+
+
+def expected_text(prompt: str, **arguments) -> list[str]:
+    """Each row's text from the same model by generate_text."""
+    prompts = [prompt] * arguments.pop("rows", 1)
+    texts = [prompt] * len(prompts)
+    for piece in sample.generate_text(make_model(), BYTES, prompts, **arguments):
+        texts[piece.row] += piece.text
+    return texts
+
+
+def test_prompt_and_continuation_go_to_stdout_and_notes_to_stderr(run_dir, capsys):
+    out, err = run_main(capsys, run_dir, "--prompt", "Hé", "--max-new-tokens", 9, "--temperature", 0)
+    assert out == expected_text("Hé", max_new_tokens=9, sampling=GREEDY)[0] + "\n"
+    assert "step_00000002" in err and "9 new tokens" in err and "tokens/s" in err
+
+
+def test_samples_are_separated_by_a_line(run_dir, capsys):
+    out, _ = run_main(capsys, run_dir, "--prompt", "A", "--num-samples", 3, "--max-new-tokens", 5, "--seed", 4,
+                      "--temperature", 0.7, "--top-k", 20, "--top-p", 0.9, "--min-p", 0.001)
+    sampling = Sampling(0.7, top_k=20, top_p=0.9, min_p=0.001, seed=4)
+    texts = expected_text("A", rows=3, max_new_tokens=5, sampling=sampling)
+    assert out == "\n---\n".join(texts) + "\n"
+    assert len(set(texts)) > 1
+
+
+def test_the_first_sample_is_printed_as_it_arrives(capsys):
+    def pieces():
+        yield sample.Piece(0, "a", 1)
+        assert capsys.readouterr().out == "promptta"
+        yield sample.Piece(0, "b", 2, "length")
+    sample._print_samples("promptt", pieces(), 1)
+    assert capsys.readouterr().out == "b\n"
+
+
+def test_a_prompt_comes_from_a_file_or_stdin_exactly_as_it_is(run_dir, tmp_path, capsys, monkeypatch):
+    (tmp_path / "prompt.txt").write_bytes("é\r\n\n".encode())
+    expected = expected_text("é\r\n\n", max_new_tokens=4)[0] + "\n"
+    assert run_main(capsys, run_dir, "--prompt-file", tmp_path / "prompt.txt", "--max-new-tokens", 4)[0] == expected
+    with open(tmp_path / "prompt.txt") as file:
+        monkeypatch.setattr(sys, "stdin", file)
+        assert run_main(capsys, run_dir, "-", "--max-new-tokens", 4)[0] == expected
+    with open(tmp_path / "prompt.txt") as file:
+        monkeypatch.setattr(sys, "stdin", file)
+        assert run_main(capsys, run_dir, "--max-new-tokens", 4, "-")[0] == expected
+
+
+def test_without_a_prompt_the_text_starts_from_end_of_text(run_dir, capsys):
+    assert run_main(capsys, run_dir, "--max-new-tokens", 4)[0] == expected_text("", max_new_tokens=4)[0] + "\n"
+
+
+def test_stop_texts_end_a_sample(run_dir, capsys):
+    whole = expected_text("A", max_new_tokens=30, sampling=GREEDY)[0]
+    out, _ = run_main(capsys, run_dir, "--prompt", "A", "--temperature", 0, "--max-new-tokens", 30, "--stop", "never",
+                      whole[5:7])
+    assert out == whole[:whole.index(whole[5:7], 1)] + "\n"
+
+
+def test_a_checkpoint_and_a_copied_run_folder_are_sampled_too(run_dir, tmp_path, capsys):
+    copy = shutil.copytree(run_dir, tmp_path / "elsewhere")
+    expected = run_main(capsys, run_dir, "--max-new-tokens", 6)[0]
+    assert run_main(capsys, copy, "--max-new-tokens", 6)[0] == expected
+    out, err = run_main(capsys, copy / "checkpoints" / "step_00000001", "--max-new-tokens", 6)
+    assert out == expected and "step_00000001" in err
+
+
+def test_a_prompt_longer_than_the_context_is_noted(run_dir, capsys):
+    _, err = run_main(capsys, run_dir, "--prompt", "x" * 33, "--max-new-tokens", 1)
+    assert "the prompt has 33 tokens, more than the context of 32: its last 16 are used" in err
+
+
+def test_bfloat16_is_a_choice(run_dir, capsys):
+    assert "bfloat16" in run_main(capsys, run_dir, "--dtype", "bfloat16", "--max-new-tokens", 3)[1]
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["RUN", "--prompt", "a", "--prompt-file", "b"], "not allowed with argument"),
+    (["RUN", "--prompt", "a", "-"], "not allowed with argument"),
+    (["RUN", "--max-new-tokens", "0"], "--max-new-tokens 0 should be at least 1"),
+    (["RUN", "--num-samples", "-1"], "--num-samples -1 should be at least 1"),
+    (["RUN", "--max-new-tokens", "many"], "invalid int value: 'many'"),
+    (["RUN", "--temperature", "-1"], "temperature = -1.0 should be"),
+    (["RUN", "--top-p", "2"], "top_p = 2.0 should lie in 0 to 1"),
+    (["RUN", "--stop", ""], "a stop text is empty"),
+    (["RUN", "--dtype", "int8"], "invalid choice: 'int8'"),
+    (["RUN", "--promt", "a"], "unrecognized arguments: --promt"),
+    (["RUN", "--prompt-file", "missing.txt"], "prompt file 'missing.txt' cannot be read: No such file or directory"),
+    (["RUN", "--prompt-file", "latin1.txt"], "prompt file 'latin1.txt' is not valid UTF-8 at byte 1"),
+    (["nowhere"], "run 'nowhere' does not exist"), ([], "required: RUN")], ids=lambda v: " ".join(v) or "nothing")
+def test_user_mistakes_are_named(run_dir, tmp_path, monkeypatch, capsys, argv, message):
+    monkeypatch.chdir(tmp_path)
+    Path("latin1.txt").write_bytes(b"a\xe9")
+    with pytest.raises(UserError) as error:
+        sample.main([str(run_dir) if word == "RUN" else word for word in argv])
+    assert message in str(error.value)
+    assert capsys.readouterr().out == ""
+
+
+def command(*argv: object) -> list[str]:
+    return [sys.executable, str(ROOT / "sample.py"), *map(str, argv)]
+
+
+def test_a_mistake_is_one_line_and_exit_status_2(tmp_path):
+    result = subprocess.run(command("nowhere", "--device", "cpu"), cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.startswith("error: run 'nowhere' does not exist") and result.stderr.count("\n") == 1
+    assert os.listdir(tmp_path) == []
+
+
+def test_ctrl_c_ends_quietly_with_what_was_printed(run_dir):
+    arguments = command(run_dir, "--prompt", "Hello", "--max-new-tokens", 10**6)
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        start = process.stdout.read(20)  # it is generating
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert start.startswith(b"Hello") and out.endswith(b"\n")
+    assert b"Traceback" not in err
