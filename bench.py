@@ -43,7 +43,7 @@ from config import Config, MachineError, ModelConfig, UserError, exit_cleanly, p
 from data.loader import MicroBatch, TrainLoader
 from data.prepare import SMALL_BYTES, STDLIB, UNIT_BYTES, documents, find_files, prepare, whole_document_units
 from data.shards import open_dataset, open_split
-from data.tokenizer import GPT2_PATTERN, TIKTOKEN_FILES, load_tokenizer
+from data.tokenizer import GPT2_PATTERN, TIKTOKEN_FILES, train_bpe
 from distributed import World
 from metrics import format_table
 from model import GPT, padded_vocab_size
@@ -298,6 +298,8 @@ def read_documents(source: str, *, limit_bytes: float) -> list[str]:
         size += len(text.encode())
         if size >= limit_bytes:
             break
+    if not texts:
+        raise UserError(f"source {source!r} holds no text; name another")
     return texts
 
 
@@ -579,11 +581,10 @@ def _tokenizer_for_both(name: str, texts: list[str], folder: Path) -> tuple[str,
     """A tokenizer for data.prepare, trained here if it is bpe:N, and the same one as tiktoken is told of it."""
     if name in TIKTOKEN_FILES:
         return name, {"name": name}
-    write_jsonl(folder / "bpe.jsonl", texts)
-    prepare([str(folder / "bpe.jsonl")], folder / "bpe", tokenizer=name, val_fraction=0.0, note=lambda line: None)
-    tokenizer = load_tokenizer(folder / "bpe")
+    tokenizer = train_bpe(texts, int(name.removeprefix("bpe:")))
+    tokenizer.save(folder / "tokenizer.json")
     ranks = [(tokenizer.decode_bytes([i]).hex(), i) for i in range(tokenizer.vocab_size) if i != tokenizer.eot]
-    return str(folder / "bpe"), {"pattern": GPT2_PATTERN, "ranks": ranks}
+    return str(folder / "tokenizer.json"), {"pattern": GPT2_PATTERN, "ranks": ranks}
 
 
 def shared_out(texts: list[str], parts: int) -> list[list[str]]:

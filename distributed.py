@@ -6,6 +6,7 @@ Without torchrun everything here is the trivial case of one rank. Collectives go
 import contextlib
 import ctypes
 import datetime
+import importlib.util
 import json
 import os
 import platform
@@ -102,9 +103,10 @@ def choose_compile(wanted: str, device: torch.device) -> tuple[bool, str]:
         return wanted == "true", "asked for"
     if device.type != "cuda":
         return False, "does not pay off outside CUDA"
-    has_triton = torch.utils._triton.has_triton_package()
-    if not has_triton or not any(shutil.which(name) for name in (os.environ.get("CC") or "cc", "gcc", "clang")):
-        return False, "no triton" if not has_triton else "no C compiler"
+    if importlib.util.find_spec("triton") is None:
+        return False, "no triton"
+    if not any(shutil.which(name) for name in (os.environ.get("CC") or "cc", "gcc", "clang")):
+        return False, "no C compiler"
     return True, "CUDA with triton and a C compiler"
 
 

@@ -334,13 +334,11 @@ class TextStream:
 
     def end(self) -> str:
         """The rest: no more tokens come."""
-        if self.stopped:
-            return ""
         self._held += self._detokenizer.end()
         return self._release(0)
 
     def _release(self, keep: int) -> str:
-        """The held text up to a stop text, or without its last `keep` characters."""
+        """The held text up to a stop text, with which it then begins for good; or all but its last keep characters."""
         ends = [(start + len(stop), start) for stop in self._stop if (start := self._held.find(stop)) >= 0]
         self.stopped = bool(ends)
         cut = min(ends)[1] if ends else len(self._held) - keep

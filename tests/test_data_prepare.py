@@ -1,0 +1,717 @@
+"""prepare.py against a plain reading of the same texts: what is in the shards, how they are split, and what goes wrong."""
+
+import argparse
+import dataclasses
+import errno
+import gzip
+import hashlib
+import inspect
+import json
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import sysconfig
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from config import ConfigError, DataConfig, MachineError, UserError
+from data import prepare as module
+from data.prepare import data_dir_for, ensure_prepared, prepare
+from data.shards import open_dataset, open_split
+from data.tokenizer import load_tokenizer, train_bpe
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCE = inspect.getsource(argparse)  # 100 kB of code and English that every machine has
+PARTS = [part for part in SOURCE.split("\n\n") if part]
+
+
+@pytest.fixture(scope="module")
+def bpe(tmp_path_factory) -> str:
+    """A folder with a small tokenizer.json."""
+    folder = tmp_path_factory.mktemp("bpe")
+    train_bpe(PARTS, 600).save(folder / "tokenizer.json")
+    return str(folder)
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+def tokens_of(folder: Path, split: str) -> list[int]:
+    stream = open_split(open_dataset(folder), split)
+    return stream.windows(np.array([0]), stream.tokens)[0].tolist()
+
+
+def files_of(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+def jsonl(texts: list[str], field: str = "text") -> str:
+    return "".join(json.dumps({"id": i, field: text}) + "\n" for i, text in enumerate(texts))
+
+
+def by_hash(texts: list[str], split: str, fraction: float = 0.05) -> list[str]:
+    def hashed(text: str) -> float:
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") / 2**64
+    return [text for text in texts if (hashed(text) < fraction) == (split == "val")]
+
+
+def expected(tokenizer: str, texts: list[str]) -> list[int]:
+    """Each text's ids, tiktoken's encode_ordinary of the whole, and end-of-text."""
+    import tiktoken
+    found = load_tokenizer(tokenizer)
+    if found.name == "bytes":
+        return [i for text in texts for i in [*text.encode(), found.eot]]
+    oracle = tiktoken.Encoding("oracle", pat_str=found._pattern, mergeable_ranks=found._ranks, special_tokens={})
+    return [i for text in texts for i in [*oracle.encode_ordinary(text), found.eot]]
+
+
+def run(*words: str, **options) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "data.prepare", *map(str, words)], cwd=ROOT, capture_output=True,
+                          text=True, **options)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is written
+
+def test_one_text_is_split_by_characters_without_end_of_text_at_the_cut(tmp_path):
+    text = SOURCE[:5000] + "é中😀" * 500
+    (tmp_path / "book.txt").write_text(text, encoding="utf-8")
+    index = prepare([str(tmp_path / "book.txt")], tmp_path / "out", tokenizer="bytes", val_fraction=0.1, note=quiet)
+    cut = int(len(text) * 0.9)  # nanoGPT's data[:int(n * 0.9)]
+    assert tokens_of(tmp_path / "out", "train") == list(text[:cut].encode())
+    assert tokens_of(tmp_path / "out", "val") == [*text[cut:].encode(), 256]
+    assert index["val_split"] == "characters"
+    assert [(s["text_bytes"], s["documents"]) for s in index["shards"]] == [(len(text[:cut].encode()), 0),
+                                                                            (len(text[cut:].encode()), 1)]
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
+def test_a_few_documents_are_split_by_characters_over_all_of_them(kind, tmp_path, bpe):
+    texts = PARTS[:30]
+    if kind == "txt":
+        for i, text in enumerate(texts):
+            (tmp_path / f"{i:02d}.txt").write_text(text, newline="")
+    elif kind == "jsonl":
+        (tmp_path / "a.jsonl").write_text(jsonl(texts))
+    else:
+        write_parquet(tmp_path / "a.parquet", texts)
+    prepare([str(tmp_path)], tmp_path / ".out", tokenizer=bpe, val_fraction=0.2, note=quiet)
+    cut, eot = int(sum(map(len, texts)) * 0.8), load_tokenizer(bpe).eot
+    train, val = [], []
+    for text in texts:
+        head, tail = text[:cut], text[cut:]
+        train += expected(bpe, [head])[:None if not tail else -1] if head else []
+        val += expected(bpe, [tail]) if tail else []
+        cut = max(0, cut - len(text))
+    assert tokens_of(tmp_path / ".out", "train") == train
+    assert tokens_of(tmp_path / ".out", "val") == val
+    assert (train + val).count(eot) == len(texts)
+
+
+def test_many_documents_are_split_by_the_hash_of_their_text(tmp_path, bpe):
+    texts = [f"{part} {i}" for i, part in enumerate(PARTS[:300])]
+    (tmp_path / "a.jsonl").write_text(jsonl(texts))
+    index = prepare([str(tmp_path / "a.jsonl")], tmp_path / "out", tokenizer=bpe, note=quiet)
+    assert index["val_split"] == "hash" and 0 < len(by_hash(texts, "val")) < 60
+    for split in ("train", "val"):
+        assert tokens_of(tmp_path / "out", split) == expected(bpe, by_hash(texts, split))
+    counts = {shard["split"]: (shard["documents"], shard["text_bytes"]) for shard in index["shards"]}
+    assert counts == {split: (len(by_hash(texts, split)), sum(len(t.encode()) for t in by_hash(texts, split)))
+                      for split in ("train", "val")}
+
+
+def test_adding_documents_moves_none_from_one_split_to_the_other(tmp_path):
+    texts = [f"document {i}" for i in range(300)]
+    for name, count in (("a", 200), ("b", 300)):
+        (tmp_path / f"{name}.jsonl").write_text(jsonl(texts[:count]))
+        prepare([str(tmp_path / f"{name}.jsonl")], tmp_path / name, tokenizer="bytes", note=quiet)
+    few, many = tokens_of(tmp_path / "a", "val"), tokens_of(tmp_path / "b", "val")
+    assert many[:len(few)] == few
+
+
+def test_named_validation_text_is_all_of_val_and_nothing_else(tmp_path):
+    (tmp_path / "train.txt").write_text("one")
+    (tmp_path / "other.jsonl").write_text(jsonl(["two", "three"]))
+    index = prepare([str(tmp_path / "train.txt")], tmp_path / "out", tokenizer="bytes",
+                    val_sources=[str(tmp_path / "other.jsonl")], note=quiet)
+    assert tokens_of(tmp_path / "out", "train") == expected("bytes", ["one"])
+    assert tokens_of(tmp_path / "out", "val") == expected("bytes", ["two", "three"])
+    assert index["val_split"] == "given" and index["settings"]["val_fraction"] is None
+
+
+def test_a_val_fraction_of_zero_writes_no_val_shard(tmp_path):
+    (tmp_path / "a.txt").write_text("some text")
+    index = prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bytes", val_fraction=0.0, note=quiet)
+    assert [shard["split"] for shard in index["shards"]] == ["train"]
+    assert tokens_of(tmp_path / "out", "train") == expected("bytes", ["some text"])
+
+
+def test_a_long_text_cut_into_units_has_the_ids_of_the_whole(tmp_path, bpe, monkeypatch):
+    text = SOURCE + "Текст без латиницы. " * 500 + "日本語の文。\n" * 2000 + " " * 5000 + "x" + "-" * 5000
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8", newline="")
+    monkeypatch.setattr(module, "UNIT_BYTES", 700)
+    monkeypatch.setattr(module, "SEARCH_BYTES", 64)
+    file = module.find_files(str(tmp_path / "a.txt"))[0]
+    units = list(module._txt_units(file, 0, file.bytes, split="train", ends=True, unit_bytes=700))
+    assert len(units) > 150 and sorted(unit.bytes for unit in units)[-2] < 3000  # all but the runs at the end
+    prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer=bpe, val_fraction=0.0, note=quiet)
+    assert tokens_of(tmp_path / "out", "train") == expected(bpe, [text])
+
+
+def test_a_text_without_any_place_to_cut_is_cut_between_characters(tmp_path, monkeypatch):
+    text = "。" * 5000
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    monkeypatch.setattr(module, "UNIT_BYTES", 500)
+    monkeypatch.setattr(module, "LONGEST_UNIT_BYTES", 500)
+    index = prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bytes", val_fraction=0.0, note=quiet)
+    assert tokens_of(tmp_path / "out", "train") == expected("bytes", [text]) and index["invalid_utf8"] == 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_invalid_utf8_is_replaced_and_counted_wherever_units_are_cut(seed, tmp_path, monkeypatch):
+    rng = random.Random(seed)
+    data = b"".join(rng.choices([b"word ", b"\xff", b"\xe4\xb8", b"\xe4\xb8\xad", b"\x80\x80\x80\x80", b"\xf0\x9f", b" a",
+                                 b"\n", b"\xef\xbf\xbd", b"\xed\xa0\x80"], k=3000))
+    (tmp_path / "a.txt").write_bytes(data)
+    monkeypatch.setattr(module, "UNIT_BYTES", 200)
+    monkeypatch.setattr(module, "SEARCH_BYTES", 32)
+    index = prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bytes", val_fraction=0.3, note=quiet)
+    text = data.decode("utf-8", "replace")
+    assert bytes(tokens_of(tmp_path / "out", "train") + tokens_of(tmp_path / "out", "val")[:-1]).decode() == text
+    assert index["invalid_utf8"] == text.count("\ufffd") - data.count("\ufffd".encode())
+
+
+def test_lone_surrogates_in_json_are_replaced_and_counted(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a\\ud800b"}\n{"text": "\\ud83d\\ude00"}\n')
+    index = prepare([str(tmp_path / "a.jsonl")], tmp_path / "out", tokenizer="bytes", val_fraction=0.0, note=quiet)
+    assert tokens_of(tmp_path / "out", "train") == expected("bytes", ["a\ufffdb", "😀"]) and index["invalid_utf8"] == 1
+
+
+def test_full_shards_hold_exactly_shard_tokens_and_join_to_the_same_stream(tmp_path, bpe):
+    texts = [f"{part} é中 {i}" for i, part in enumerate(PARTS[:200])]
+    (tmp_path / "a.jsonl").write_text(jsonl(texts))
+    index = prepare([str(tmp_path / "a.jsonl")], tmp_path / "out", tokenizer=bpe, shard_tokens=1000, note=quiet)
+    train = [shard for shard in index["shards"] if shard["split"] == "train"]
+    assert len(train) > 5 and all(shard["tokens"] == 1000 for shard in train[:-1])
+    assert [shard["file"] for shard in train] == [f"train_{i:05d}.bin" for i in range(len(train))]
+    assert tokens_of(tmp_path / "out", "train") == expected(bpe, by_hash(texts, "train"))
+    tokenizer, ids = load_tokenizer(bpe), tokens_of(tmp_path / "out", "train")
+    for number, shard in enumerate(train):
+        part = ids[1000 * number:1000 * number + shard["tokens"]]
+        assert shard["text_bytes"] == len(tokenizer.decode_bytes(part))
+        assert shard["documents"] == part.count(tokenizer.eot)
+
+
+def test_ids_above_65535_are_written_as_uint32(tmp_path, bpe):
+    file = json.loads(Path(bpe, "tokenizer.json").read_text())
+    file["model"]["vocab"]["<|endoftext|>"] = file["added_tokens"][0]["id"] = 65_536
+    (tmp_path / "tokenizer.json").write_text(json.dumps(file))
+    (tmp_path / "a.txt").write_text("some text")
+    for eot, dtype in ((65_536, "uint32"), (65_535, "uint16")):
+        file["model"]["vocab"]["<|endoftext|>"] = file["added_tokens"][0]["id"] = eot
+        (tmp_path / "tokenizer.json").write_text(json.dumps(file))
+        index = prepare([str(tmp_path / "a.txt")], tmp_path / dtype, tokenizer=str(tmp_path / "tokenizer.json"),
+                        val_fraction=0.0, note=quiet)
+        assert (index["dtype"], index["vocab_size"]) == (dtype, eot + 1)
+        assert tokens_of(tmp_path / dtype, "train")[-1] == eot
+
+
+def write_parquet(path: Path, texts: list[str | None]) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed; parquet stays untested")
+    import pyarrow
+    parquet.write_table(pyarrow.table({"text": texts}), path, row_group_size=7)
+
+
+def write_zst(path: Path, data: bytes) -> None:
+    zstandard = pytest.importorskip("zstandard", reason="zstandard is not installed; .zst stays untested")
+    half = len(data) // 2  # two frames, as parallel compressors write them
+    path.write_bytes(zstandard.compress(data[:half]) + zstandard.compress(data[half:]))
+
+
+def write_as(kind: str, path: Path, texts: list[str]) -> Path:
+    path = path.with_suffix(f".{kind}")
+    rows = jsonl(texts).rstrip("\n")  # the last row may lack its newline
+    if kind == "parquet":
+        write_parquet(path, texts)
+    elif kind == "jsonl.gz":
+        path.write_bytes(gzip.compress(rows.encode()))
+    elif kind == "jsonl.zst":
+        write_zst(path, rows.encode())
+    else:
+        path.write_text(rows)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "jsonl.zst", "parquet"])
+def test_every_format_gives_the_same_documents(kind, tmp_path, monkeypatch):
+    texts = [*PARTS[:50], "", "é中😀"]
+    monkeypatch.setattr(module, "UNIT_BYTES", 1000)
+    path = write_as(kind, tmp_path / "a", texts)
+    prepare([str(path)], tmp_path / "out", tokenizer="bytes", val_fraction=0.0, note=quiet)
+    assert tokens_of(tmp_path / "out", "train") == expected("bytes", [text for text in texts if text])
+
+
+def test_a_parquet_row_without_text_is_left_out(tmp_path):
+    write_parquet(tmp_path / "a.parquet", ["one", None, "", "two"])
+    prepare([str(tmp_path / "a.parquet")], tmp_path / "out", tokenizer="bytes", val_fraction=0.0, note=quiet)
+    assert tokens_of(tmp_path / "out", "train") == expected("bytes", ["one", "two"])
+
+
+def test_a_folder_is_read_in_the_order_of_its_names_without_hidden_and_unknown_files(tmp_path):
+    for name, text in (("b.txt", "b"), ("a/z.txt", "az"), ("a/b/c.txt", "abc"), ("a.txt", "a"), ("c.md", "not text"),
+                       (".hidden.txt", "hidden"), (".git/x.txt", "git"), ("empty.txt", ""), ("UPPER.TXT", "upper")):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_text(text)
+    prepare([str(tmp_path / "in")], tmp_path / "out", tokenizer="bytes", val_fraction=0.0, note=quiet)
+    assert tokens_of(tmp_path / "out", "train") == expected("bytes", ["upper", "abc", "az", "a", "b"])
+
+
+def test_the_standard_library_is_its_source_without_tests():
+    files = module.find_files("python-stdlib")
+    names = [file.name for file in files]
+    assert "argparse.py" in names and "json/decoder.py" in names
+    assert names == sorted(names, key=lambda name: name.split("/"))
+    assert not any({"test", "tests", "idlelib", "site-packages"} & set(name.split("/")[:-1]) for name in names)
+    assert all(Path(sysconfig.get_paths()["stdlib"], name).stat().st_size == file.bytes
+               for name, file in zip(names, files, strict=True))
+
+
+def test_the_bytes_depend_neither_on_where_the_text_lies_nor_on_when(tmp_path, bpe):
+    for place in ("here", "there/deep"):
+        (tmp_path / place / "texts").mkdir(parents=True)
+        (tmp_path / place / "texts" / "a.txt").write_text(SOURCE)
+        prepare([str(tmp_path / place / "texts")], tmp_path / place / "out", tokenizer=bpe, note=quiet)
+    assert files_of(tmp_path / "here" / "out") == files_of(tmp_path / "there" / "deep" / "out")
+
+
+def test_a_bpe_is_trained_on_the_training_split_alone_and_saved_beside_the_shards(tmp_path):
+    texts = [f"{part} {i}" for i, part in enumerate(PARTS[:300])]
+    (tmp_path / "a.jsonl").write_text(jsonl(texts))
+    index = prepare([str(tmp_path / "a.jsonl")], tmp_path / "out", tokenizer="bpe:500", note=quiet)
+    alone = train_bpe(by_hash(texts, "train"), 500)
+    assert index["tokenizer"] == "bpe:500" and (index["vocab_size"], index["eot"]) == (500, 499)
+    assert index["tokenizer_sha256"] == alone.fingerprint == load_tokenizer(str(tmp_path / "out")).fingerprint
+
+
+def test_a_bpe_of_a_large_text_is_trained_on_a_sample_spread_over_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "BPE_SAMPLE_BYTES", 10_000)
+    monkeypatch.setattr(module, "UNIT_BYTES", 1000)
+    (tmp_path / "a.txt").write_text(SOURCE)
+    texts = module.choose_split(module.find_files(str(tmp_path / "a.txt")), [], 0.1, "text")
+    sample = list(module._training_texts(texts))
+    assert 4_000 < sum(map(len, sample)) < 20_000
+    found = [SOURCE.index(text) for text in sample]
+    assert found == sorted(found) and found[-1] > 0.7 * len(SOURCE) and found[-1] < 0.9 * len(SOURCE)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Workers, interruptions
+
+def many_files(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "a.jsonl").write_text(jsonl([f"{part} {i}" for i, part in enumerate(PARTS[:200])]))
+    (folder / "b.txt").write_text(SOURCE, newline="")
+    (folder / "c.jsonl.gz").write_bytes(gzip.compress(jsonl(PARTS[200:300]).encode(), mtime=0))
+
+
+def test_the_number_of_workers_does_not_change_the_bytes(tmp_path, bpe, monkeypatch):
+    many_files(tmp_path / "in")
+    monkeypatch.setattr(module, "SMALL_BYTES", 0)
+    monkeypatch.setattr(module, "UNIT_BYTES", 5000)
+    for workers in (1, 2, 3):
+        prepare([str(tmp_path / "in")], tmp_path / str(workers), tokenizer=bpe, workers=workers, shard_tokens=9000,
+                note=quiet)
+    assert len(files_of(tmp_path / "1")) > 5
+    assert files_of(tmp_path / "1") == files_of(tmp_path / "2") == files_of(tmp_path / "3")
+
+
+def test_small_inputs_start_no_process(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text(SOURCE)
+    monkeypatch.setattr("concurrent.futures.process.ProcessPoolExecutor.submit", None)
+    prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bytes", workers=4, note=quiet)
+
+
+def test_importing_prepare_imports_nothing_heavy():
+    code = ("import sys, data.prepare; print([m for m in ('torch', 'tiktoken', 'tokenizers', 'pyarrow', 'zstandard', "
+            "'tqdm', 'requests', 'multiprocessing', 'concurrent.futures') if m in sys.modules])")
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "[]\n"
+
+
+@pytest.mark.parametrize("stop_at", [0, 1, 3, 8, 25])
+def test_stopped_anywhere_the_same_call_goes_on_to_the_same_bytes(stop_at, tmp_path, bpe, monkeypatch):
+    many_files(tmp_path / "in")
+    monkeypatch.setattr(module, "UNIT_BYTES", 5000)
+    settings = {"tokenizer": bpe, "shard_tokens": 9000, "note": quiet}
+    prepare([str(tmp_path / "in")], tmp_path / "whole", **settings)
+    asked = iter(range(1000))
+    with pytest.raises(module.PreparationStopped, match="the same command again: it goes on"):
+        prepare([str(tmp_path / "in")], tmp_path / "out", should_stop=lambda: next(asked) == stop_at, **settings)
+    encoded = []
+    encode = module.Encoder.encode
+    monkeypatch.setattr(module.Encoder, "encode", lambda self, unit: encoded.append(unit) or encode(self, unit))
+    prepare([str(tmp_path / "in")], tmp_path / "out", **settings)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+    texts = module.choose_split(module.find_files(str(tmp_path / "in")), [], 0.05, "text")
+    assert encoded == list(texts.units(5000))[stop_at + 1:]  # nothing that was finished is done again
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from data import prepare as module
+module.UNIT_BYTES, module.CHECKPOINT_SECONDS = 5000, 0.0
+left = int(sys.argv[4])
+def killing(function):
+    def wrapped(*args, **kwargs):
+        global left
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), 9)
+        return function(*args, **kwargs)
+    return wrapped
+os.replace, os.fsync, os.unlink = map(killing, (os.replace, os.fsync, os.unlink))
+module.prepare([sys.argv[1]], Path(sys.argv[2]), tokenizer=sys.argv[3], shard_tokens=30_000, note=lambda line: None)
+"""
+
+
+def test_killed_at_any_write_the_same_command_goes_on_to_the_same_bytes(tmp_path):
+    (tmp_path / "a.txt").write_text(SOURCE[:60_000])
+
+    def killed(after: int, out: str) -> int:
+        arguments = [str(tmp_path / "a.txt"), str(tmp_path / out), "bpe:400", str(after)]
+        return subprocess.run([sys.executable, "-c", KILLED, *arguments], cwd=ROOT, capture_output=True,
+                              timeout=60).returncode
+    assert killed(1000, "whole") == 0
+    for after in (0, 1, 2, 3, 4, 5, 8, 12, 20, 3):  # each start is killed a few writes later
+        assert killed(after, "out") in (0, -signal.SIGKILL)
+    for after in range(14, 50, 6):
+        assert killed(after, f"out{after}") == -signal.SIGKILL
+        assert killed(1000, f"out{after}") == 0 and files_of(tmp_path / f"out{after}") == files_of(tmp_path / "whole")
+    assert killed(1000, "out") == 0 and files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+def test_a_full_disk_is_one_line_with_status_1_and_can_be_gone_on_from(tmp_path):
+    (tmp_path / "a.txt").write_text(SOURCE)
+
+    def small_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))  # bytes; Python ignores the signal, writes fail
+    words = [tmp_path / "a.txt", "--out", tmp_path / "out", "--tokenizer", "bytes"]
+    failed = run(*words, preexec_fn=small_files)
+    assert failed.returncode == 1 and len(failed.stderr.splitlines()) == 1
+    assert failed.stderr.startswith("error: writing ") and "the same command again" in failed.stderr
+    assert run(*words).returncode == 0
+    assert len(tokens_of(tmp_path / "out", "train")) == int(len(SOURCE) * 0.95)
+
+
+def children_of(pid: int) -> list[int]:
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout.split()
+    return [int(child) for child in found]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes with ps --ppid")
+@pytest.mark.parametrize("how", ["interrupt", "kill"])
+def test_workers_end_with_the_process_that_started_them(how, tmp_path, bpe):
+    (tmp_path / "a.txt").write_text((SOURCE + "\n") * 200)  # seconds of work
+    words = [tmp_path / "a.txt", "--out", tmp_path / "out", "--tokenizer", bpe, "--workers", "2"]
+    process = subprocess.Popen([sys.executable, "-m", "data.prepare", *map(str, words)], cwd=ROOT,
+                               stderr=subprocess.PIPE, text=True, start_new_session=True)
+    progress = tmp_path / "out" / ".progress.json"
+    deadline = time.monotonic() + 60
+    while not (progress.exists() and json.loads(progress.read_text())["units"]) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    children = children_of(process.pid)
+    assert len(children) >= 2
+    if how == "interrupt":
+        os.killpg(process.pid, signal.SIGINT)  # as the terminal does: to all of them
+        assert process.wait(30) == 130 and "Traceback" not in process.stderr.read()
+    else:
+        process.kill()
+        process.wait(30)
+    process.stderr.close()
+    while any(Path(f"/proc/{child}").exists() for child in children) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
+
+
+def test_a_worker_that_dies_is_one_line_and_the_same_call_goes_on(tmp_path, monkeypatch, bpe):
+    (tmp_path / "a.txt").write_text(SOURCE)
+    monkeypatch.setattr(module, "SMALL_BYTES", 0)
+    monkeypatch.setattr(module, "UNIT_BYTES", 5000)
+    def kill_workers() -> bool:
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        return False
+    with pytest.raises(MachineError, match="a worker process died.*fewer --workers"):
+        prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer=bpe, workers=2, note=quiet,
+                should_stop=kill_workers)
+    prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer=bpe, workers=2, note=quiet)
+    assert tokens_of(tmp_path / "out", "val") == expected(bpe, [SOURCE[int(len(SOURCE) * 0.95):]])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The user's mistakes: one line, status 2, nothing written
+
+def refused(tmp_path: Path, *words: str) -> str:
+    before = sorted(tmp_path.rglob("*"))
+    result = run(*words)
+    assert result.returncode == 2 and result.stdout == "", result
+    assert result.stderr.startswith("error: ") and len(result.stderr.splitlines()) == 1
+    assert sorted(tmp_path.rglob("*")) == before
+    return result.stderr
+
+
+def test_wrong_command_lines_are_one_line(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    text, out = tmp_path / "a.txt", ["--out", tmp_path / "out", "--tokenizer", "bytes"]
+    assert "unrecognized arguments: --nonsense" in refused(tmp_path, text, *out, "--nonsense")
+    assert "--out DIR is missing" in refused(tmp_path, text)
+    assert "not allowed with argument" in refused(tmp_path, text, *out, "--val", text, "--val-fraction", "0.1")
+    assert "--verify DIR stands alone" in refused(tmp_path, text, "--verify", tmp_path)
+
+
+def refusal(tmp_path: Path, sources: list, **settings) -> str:
+    """What prepare() says; nothing may be left behind."""
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError) as caught:
+        prepare([str(tmp_path / source) for source in sources], tmp_path / "out",
+                **{"tokenizer": "bytes", "note": quiet} | settings)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_sources_that_cannot_be_used_are_named(tmp_path):
+    for name in ("empty.txt", "notes.md", "rows.jsonl", "good.txt"):
+        (tmp_path / name).write_text({"notes.md": "x", "rows.jsonl": '{"text": ""}\n', "good.txt": "x"}.get(name, ""))
+    (tmp_path / "folder").mkdir()
+    assert "no source is named" in refusal(tmp_path, [])
+    assert "missing.txt' does not exist" in refusal(tmp_path, ["good.txt", "missing.txt"])
+    assert "empty.txt' is empty" in refusal(tmp_path, ["empty.txt"])
+    assert "notes.md' has an unknown suffix; it should end in one of .txt, .jsonl" in refusal(tmp_path, ["notes.md"])
+    assert "folder' holds no text" in refusal(tmp_path, ["folder"])
+    assert "rows.jsonl' holds no text: every row is empty" in refusal(tmp_path, ["rows.jsonl"])
+    assert "missing.txt' does not exist" in refusal(tmp_path, ["good.txt"], val_sources=[str(tmp_path / "missing.txt")])
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"shard_tokens": 0}, "--shard-tokens 0 should lie between 1 and"), ({"shard_tokens": 2**31}, "should lie between"),
+    ({"workers": 0}, "--workers 0 should be at least 1"), ({"val_fraction": 1.0}, "--val-fraction 1.0 should lie"),
+    ({"val_fraction": -0.1}, "--val-fraction -0.1 should lie"), ({"tokenizer": "gpt5"}, "'gpt5' is neither a name"),
+    ({"tokenizer": "bpe:x"}, "at least 257"), ({"tokenizer": "bpe:100000"}, "the training text yields only"),
+])
+def test_settings_out_of_range_are_named(settings, message, tmp_path):
+    (tmp_path / "a.txt").write_text("text " * 100)
+    assert message in refusal(tmp_path, ["a.txt"], **settings)
+
+
+@pytest.mark.parametrize(("row", "message"), [
+    ("{broken", "line 150 is not JSON"), ('["text"]', "line 150 has no text in a field 'text', only [\"text\"]"),
+    ('{"content": "x", "id": 3}', "line 150 has no text in a field 'text', only fields content, id"),
+    ('{"text": 7}', "line 150 has no text"), ("[" * 100_000, "line 150 is not JSON"),
+])
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz"])
+def test_a_row_that_is_no_document_is_named_by_file_and_line(row, message, kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "UNIT_BYTES", 1000)  # it lies in a later unit
+    rows = (jsonl(PARTS[:148]) + "\n" + row + "\n" + jsonl(PARTS[148:160])).encode()
+    (tmp_path / f"a.{kind}").write_bytes(gzip.compress(rows) if kind.endswith("gz") else rows)
+    found = refusal(tmp_path, [f"a.{kind}"])
+    assert message in found and f"a.{kind}'" in found
+
+
+def test_the_same_mistake_in_a_worker_is_the_same_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "UNIT_BYTES", 1000)
+    monkeypatch.setattr(module, "SMALL_BYTES", 0)
+    (tmp_path / "a.jsonl").write_text(jsonl(PARTS[:148]) + "{broken\n")
+    assert "line 149 is not JSON" in refusal(tmp_path, ["a.jsonl"], workers=2)
+
+
+@pytest.mark.parametrize("kind", ["jsonl.gz", "jsonl.zst", "parquet"])
+def test_a_damaged_file_is_named(kind, tmp_path):
+    path = write_as(kind, tmp_path / "a", PARTS[:200])
+    path.write_bytes(path.read_bytes()[:-20])
+    assert f"a.{kind}' cannot be read" in refusal(tmp_path, [path.name])
+    path.write_bytes(b"nonsense" * 10)
+    assert f"a.{kind}' cannot be read" in refusal(tmp_path, [path.name])
+
+
+def test_a_column_that_holds_no_text_is_named(tmp_path):
+    write_parquet(tmp_path / "a.parquet", ["x"])
+    assert "no column 'content' of text" in refusal(tmp_path, ["a.parquet"], text_field="content")
+    write_parquet(tmp_path / "a.parquet", [7])
+    assert "no column 'text' of text but int64" in refusal(tmp_path, ["a.parquet"])
+
+
+@pytest.mark.parametrize(("package", "name"), [("pyarrow", "a.parquet"), ("zstandard", "a.jsonl.zst")])
+def test_a_package_that_is_missing_is_named(package, name, tmp_path, monkeypatch):
+    (tmp_path / name).write_bytes(b"anything")
+    for known in [known for known in sys.modules if known.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, known)
+    monkeypatch.setitem(sys.modules, package, None)
+    assert f"needs the package {package}, which is not installed: pip install {package}" in refusal(tmp_path, [name])
+
+
+def test_a_split_without_one_window_says_what_to_change(tmp_path):
+    (tmp_path / "a.txt").write_text("x" * 1000)
+    found = refusal(tmp_path, ["a.txt"], min_window=129)
+    assert "the val split holds 51 tokens but needs 129; give more validation text, a larger --val-fraction" in found
+    assert "lower model.max_seq_len" in found
+    assert "the train split holds 950 tokens but needs 2,000" in refusal(tmp_path, ["a.txt"], min_window=2000)
+    prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bytes", min_window=51, note=quiet)
+
+
+def test_only_an_empty_folder_is_written_into(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "train_00000.bin").write_text("somebody's")
+    assert "out' is not empty, it holds train_00000.bin; name an empty or new one" in refusal(tmp_path, ["a.txt"])
+    assert (tmp_path / "out" / "train_00000.bin").read_text() == "somebody's"
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "out").write_text("a file")
+    assert "out' cannot be written: File exists" in refusal(tmp_path, ["a.txt"])
+
+
+def test_the_same_command_again_finds_it_done_and_another_lists_the_differences(tmp_path):
+    (tmp_path / "a.txt").write_text("some text " * 50)
+    first = prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bytes", note=quiet)
+    files, notes = files_of(tmp_path / "out"), []
+    assert prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bytes", note=notes.append) == first
+    assert "is prepared already" in notes[0] and files_of(tmp_path / "out") == files
+    found = refusal(tmp_path, ["a.txt"], val_fraction=0.1, tokenizer="bpe:300")
+    assert 'tokenizer: "bytes" -> "bpe:300"; val_fraction: 0.05 -> 0.1' in found and "text_field" not in found
+    (tmp_path / "a.txt").write_text("other text " * 50)
+    assert "made with other settings (sources:" in refusal(tmp_path, ["a.txt"])
+
+
+def test_an_unfinished_folder_of_other_settings_is_left_alone(tmp_path):
+    (tmp_path / "a.txt").write_text("some text " * 50)
+    with pytest.raises(module.PreparationStopped):
+        prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bytes", note=quiet, should_stop=lambda: True)
+    assert "val_fraction: 0.05 -> 0.2" in refusal(tmp_path, ["a.txt"], val_fraction=0.2)
+
+
+def test_two_processes_do_not_fill_the_same_folder(tmp_path):
+    (tmp_path / "a.txt").write_text("some text")
+
+    def second() -> bool:
+        assert "another process is preparing" in refusal(tmp_path, ["a.txt"])
+        return False
+    prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bytes", note=quiet, should_stop=second)
+    assert (tmp_path / "out" / "index.json").exists() and not (tmp_path / "out" / ".lock").exists()
+
+
+def test_no_space_in_the_middle_keeps_what_is_done(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("some text")
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(module, "write_index", full)
+    with pytest.raises(MachineError, match="No space left on device; make room and give the same command again"):
+        prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bytes", note=quiet)
+    assert (tmp_path / "out" / ".progress.json").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# --verify
+
+def test_verify_finds_a_flipped_bit_by_the_name_of_its_shard(tmp_path):
+    (tmp_path / "a.txt").write_text("some text " * 50)
+    assert run(tmp_path / "a.txt", "--out", tmp_path / "out", "--tokenizer", "bytes").returncode == 0
+    assert run("--verify", tmp_path / "out").returncode == 0
+    data = bytearray((tmp_path / "out" / "val_00000.bin").read_bytes())
+    data[-3] ^= 1
+    (tmp_path / "out" / "val_00000.bin").write_bytes(data)
+    found = run("--verify", tmp_path / "out")
+    assert found.returncode == 1 and "val_00000.bin' is damaged" in found.stderr.splitlines()[-1]
+    assert "is no folder" in refused(tmp_path, "--verify", tmp_path / "nowhere")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# For train.py
+
+@pytest.fixture
+def book(tmp_path, monkeypatch) -> DataConfig:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mybook.txt").write_text("some text " * 100)
+    return DataConfig(source=("mybook.txt",), tokenizer="bytes")
+
+
+def test_the_folder_is_named_after_the_source_and_the_settings(book):
+    folder = data_dir_for(book)
+    assert folder.parent == Path("shards") and folder.name.startswith("mybook-") and len(folder.name) == 7 + 8
+    changes = [{"tokenizer": "gpt2"}, {"val_fraction": 0.1}, {"val_source": ("x.txt",)}, {"text_field": "content"},
+               {"source": ("mybook.txt", "b.txt")}]
+    assert len({data_dir_for(dataclasses.replace(book, **change)) for change in [{}, *changes]}) == 6
+    assert data_dir_for(dataclasses.replace(book, dir="mine")) == Path("mine")
+    with pytest.raises(ConfigError, match="data.source and data.dir are both left out"):
+        data_dir_for(DataConfig())
+
+
+def test_local_rank_0_prepares_while_the_others_wait(book):
+    notes, found = [], []
+    waiting = threading.Thread(target=lambda: found.append(ensure_prepared(book, local_rank=1, note=notes.append)))
+    waiting.start()
+    time.sleep(0.2)
+    folder = ensure_prepared(book, local_rank=0, note=quiet)
+    waiting.join(10)
+    assert found == [folder] == [data_dir_for(book)] and (folder / "index.json").exists()
+
+
+def test_a_waiting_rank_says_so_now_and_then_and_stops_when_asked(book, monkeypatch):
+    monkeypatch.setattr(module, "NOTE_SECONDS", 0.0)
+    monkeypatch.setattr(module, "POLL_SECONDS", 0.01)
+    notes, asked = [], iter([False, False, True])
+    with pytest.raises(module.PreparationStopped, match="stopped"):
+        ensure_prepared(book, local_rank=1, note=notes.append, should_stop=lambda: next(asked))
+    assert len(notes) == 2 and "waiting for" in notes[0] and "index.json" in notes[0]
+
+
+def test_a_prepared_folder_is_taken_without_its_source(book):
+    folder = ensure_prepared(book, local_rank=0, note=quiet)
+    os.unlink("mybook.txt")
+    notes = []
+    assert ensure_prepared(book, local_rank=0, note=notes.append) == folder and "does not exist" in notes[0]
+
+
+def test_a_folder_made_with_other_settings_is_refused_with_the_list(book):
+    ensure_prepared(dataclasses.replace(book, dir="mine"), local_rank=0, note=quiet)
+    with pytest.raises(ConfigError, match=r"'mine' was made with other settings \(val_fraction: 0.05 -> 0.2\)"):
+        ensure_prepared(dataclasses.replace(book, dir="mine", val_fraction=0.2), local_rank=0, note=quiet)
+    Path("mybook.txt").write_text("longer text " * 100)
+    with pytest.raises(ConfigError, match=r"sources: .*1000.*1200"):
+        ensure_prepared(dataclasses.replace(book, dir="mine"), local_rank=1, note=quiet)
+
+
+def test_the_tokenizer_left_out_or_named_by_its_file_is_that_of_the_folder(book):
+    ensure_prepared(dataclasses.replace(book, dir="mine"), local_rank=0, note=quiet)
+    for tokenizer in (None, "mine", "mine/tokenizer.json", "bytes"):
+        for source in (book.source, ()):
+            data = DataConfig(source=source, dir="mine", tokenizer=tokenizer)
+            assert ensure_prepared(data, local_rank=0, note=quiet) == Path("mine")
+    with pytest.raises(ConfigError, match='tokenizer: "bytes" -> "gpt2"'):
+        ensure_prepared(DataConfig(dir="mine", tokenizer="gpt2"), local_rank=0, note=quiet)
+
+
+def test_foreign_shards_need_a_tokenizer_and_other_folders_a_source(book, tmp_path):
+    Path("foreign").mkdir()
+    with pytest.raises(ConfigError, match="'foreign' holds neither index.json nor .*set data.source"):
+        ensure_prepared(DataConfig(dir="foreign", tokenizer="gpt2"), local_rank=0, note=quiet)
+    Path("foreign", "fineweb_train_000001.bin").write_bytes(b"")
+    with pytest.raises(ConfigError, match="'foreign' holds shards without index.json; set data.tokenizer"):
+        ensure_prepared(DataConfig(dir="foreign"), local_rank=0, note=quiet)
+    assert ensure_prepared(DataConfig(dir="foreign", tokenizer="gpt2"), local_rank=0, note=quiet) == Path("foreign")
+    Path("half").mkdir()
+    Path("half", ".progress.json").write_text("{}")
+    with pytest.raises(ConfigError, match="'half' is not finished"):
+        ensure_prepared(DataConfig(dir="half"), local_rank=0, note=quiet)

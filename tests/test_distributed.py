@@ -1,0 +1,84 @@
+"""Ranks and devices in one process; test_train_processes.py has the real ranks."""
+
+import pytest
+import torch
+
+import distributed
+from config import ConfigError
+from distributed import World
+
+TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost",
+            "MASTER_PORT": "29500"}
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    for name in TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+def test_without_torchrun_there_is_one_rank(environment):
+    assert distributed.read_world() == World()
+
+
+def test_the_place_among_ranks_is_torchruns(environment):
+    for name, value in TORCHRUN.items():
+        environment.setenv(name, value)
+    assert distributed.read_world() == World(rank=3, local_rank=1, size=4, local_size=2)
+
+
+@pytest.mark.parametrize("missing", ["RANK", "WORLD_SIZE", "MASTER_ADDR"])
+def test_half_an_environment_is_named(environment, missing):
+    for name, value in TORCHRUN.items():
+        if name != missing:
+            environment.setenv(name, value)
+    with pytest.raises(ConfigError, match=missing):
+        distributed.read_world()
+
+
+def test_a_rank_that_is_no_number_is_refused(environment):
+    for name, value in (TORCHRUN | {"RANK": "first"}).items():
+        environment.setenv(name, value)
+    with pytest.raises(ConfigError, match="first"):
+        distributed.read_world()
+
+
+def test_more_processes_than_gpus_is_one_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match="4 processes on this node but 2 GPUs"):
+        distributed.choose_device("auto", World(rank=0, size=4, local_size=4))
+
+
+@pytest.mark.parametrize("cuda, mps, expected", [(False, True, "mps"), (False, False, "cpu")])
+def test_auto_takes_mps_before_the_cpu(monkeypatch, cuda, mps, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    assert distributed.choose_device("auto", World())[0].type == expected
+
+
+@pytest.mark.parametrize("capability, expected", [((7, 0), torch.float16), ((7, 5), torch.float16),
+                                                  ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)])
+def test_auto_takes_bfloat16_only_where_it_is_native(monkeypatch, capability, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert distributed.choose_dtype("auto", torch.device("cuda", 0))[0] == expected
+
+
+def test_auto_compiles_only_on_cuda_with_triton_and_a_compiler(monkeypatch):
+    assert distributed.choose_compile("auto", torch.device("cpu"))[0] is False
+    monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: "found")
+    monkeypatch.setattr(distributed.shutil, "which", lambda name: "/usr/bin/cc")
+    assert distributed.choose_compile("auto", torch.device("cuda", 0))[0] is True
+    monkeypatch.setattr(distributed.shutil, "which", lambda name: None)
+    on, reason = distributed.choose_compile("auto", torch.device("cuda", 0))
+    assert on is False and "compiler" in reason
+    monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: None)
+    assert distributed.choose_compile("auto", torch.device("cuda", 0)) == (False, "no triton")
+    assert distributed.choose_compile("true", torch.device("cpu"))[0] is True
+
+
+def test_one_rank_agrees_with_itself():
+    assert distributed.gather({"a": [1, None]}, World()) == [{"a": [1, None]}]
+    with pytest.raises(ConfigError, match="mine"), distributed.together(World()):
+        raise ConfigError("mine")
