@@ -245,11 +245,11 @@ class Worker:
     """A process that runs `script` once, then answers requests: JSON objects, a line each. Ends with the block."""
 
     def __init__(self, script: str, *arguments: str, cwd: Path, isolated: bool = False):
-        """isolated: without the checkout, PYTHONPATH and cwd on its import path."""
+        """isolated: without PYTHONPATH and cwd on its import path. Writes no bytecode beside a peer's files."""
         self._errors = tempfile.TemporaryFile(mode="w+", errors="replace")
         self._process = subprocess.Popen(
-            [sys.executable, *(["-I"] if isolated else []), "-c", WORKER + script, *arguments], cwd=cwd, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors)
+            [sys.executable, "-B", *(["-I"] if isolated else []), "-c", WORKER + script, *arguments], cwd=cwd,
+            text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors)
 
     def __enter__(self) -> "Worker":
         return self
@@ -513,7 +513,8 @@ import json, sys, time
 from data.prepare import prepare
 source, folder, tokenizer, workers, progress_file = sys.argv[1:]
 units = []
-prepare([source], folder, tokenizer=tokenizer, workers=int(workers), should_stop=lambda: units.append(time.monotonic()))
+prepare([source], folder, tokenizer=tokenizer, val_fraction=0.0, workers=int(workers),
+        should_stop=lambda: units.append(time.monotonic()))
 with open(progress_file, "w") as file:
     json.dump(units, file)
 """
@@ -555,8 +556,8 @@ def bench_data(args: argparse.Namespace, figures: Figures) -> dict:
     texts = repeated(source_texts, size=args.mb * 1e6)
     size = sum(len(text.encode()) for text in texts)
     setting = describe_machine()
-    setting["text"] = (f"{size / 1e6:.2f} MB of {args.source} in {len(texts):,} documents"
-                       f"{f', the same {len(source_texts):,} repeated' if len(texts) > len(source_texts) else ''}")
+    setting["text"] = (f"{size / 1e6:.2f} MB of {args.source} in {len(texts):,} documents made of "
+                       f"{len(source_texts):,}, no validation split")
     setting["tokenizer"], setting["processes"] = args.tokenizer, workers
     setting["MB/s"] = (f"{TIKTOKEN}: encode_to_numpy of documents in memory, all processes together; {PREPARED}: from "
                        "the first encoded unit to the synced index.json, one unit per process left out")
@@ -658,6 +659,7 @@ def bench_loader(config: Config, texts: list[str], args: argparse.Namespace, fig
     model = GPT(model_config, compute_dtype=dtype)
     optimizer, scale = Optimizer(model, config.optim), LossScale.for_dtype(dtype)
     resident = loader.batch(0)
+
     def train(batches: Iterable[list[MicroBatch]]) -> None:
         for micro_batches in batches:
             train_step(model, optimizer, micro_batches, lr=config.optim.lr, tokens_per_step=tokens_per_step,
@@ -724,7 +726,7 @@ serve(work)
 """
 
 
-Generate = Callable[[list[list[int]], int, int | None], object]  # prompts, new tokens, top_k
+Generate = Callable[[list[list[int]], int, int | None], int]  # prompts, new tokens, top_k -> tokens made in all
 
 
 def bench_sample(args: argparse.Namespace, figures: Figures) -> dict:

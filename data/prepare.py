@@ -686,6 +686,9 @@ class SplitWriter:
         self.tokens, self.text_bytes, self.documents = state["tokens"], state["text_bytes"], state["documents"]
         self._full_spools: list[Path] = []
         self._spool = open(self._spool_path(), "ab+")
+        if self._spool.tell() < self.tokens * encoder.dtype.itemsize:
+            raise UserError(f"spool {str(self._spool_path())!r} holds fewer bytes than {PROGRESS_FILE} says; remove the "
+                            "folder and start again")
         self._spool.truncate(self.tokens * encoder.dtype.itemsize)
 
     def _spool_path(self) -> Path:
@@ -792,10 +795,6 @@ class OutputFolder:
         if PROGRESS_FILE in names:
             self.progress = self._read_progress()
             refuse_differences(self.path, self.progress["settings"], self.settings)
-            splits = self.progress["splits"]
-            shards = [shard["file"] for state in splits.values() for shard in state["shards"]]
-            spools = [f".{split}_{len(state['shards']):05d}.part" for split, state in splits.items()]
-            self._remove_all_but([PROGRESS_FILE, *shards, *spools])  # written after .progress.json
         elif names:
             raise UserError(f"output folder {str(self.path)!r} is not empty, it holds "
                             f"{', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''}; name an empty or new "

@@ -334,6 +334,7 @@ def test_sampling_is_compared_with_peers_and_with_the_bound_of_memory(config_fil
             assert figures[f"flatgpt / transformers, float32, batch 1, {choice}", "ratio of tokens/s"]["median"] > 0
     assert figures["flatgpt / nanoGPT, float32, batch 1, top-k 200", "ratio of first token ms"]["median"] > 0
     assert ("nanoGPT, float32, batch 1, greedy", "tokens/s") not in figures
+    assert not (peer / "__pycache__").exists()
 
 
 def test_saving_is_compared_with_dd_and_leaves_nothing_behind(config_file, tmp_path):
