@@ -41,8 +41,9 @@ import eval as evaluation
 import sample
 from config import Config, MachineError, ModelConfig, UserError, exit_cleanly, parse_arguments
 from data.loader import MicroBatch, TrainLoader
-from data.prepare import SMALL_BYTES, STDLIB, UNIT_BYTES, documents, find_files, prepare, whole_document_units
+from data.prepare import SMALL_BYTES, prepare
 from data.shards import open_dataset, open_split
+from data.sources import STDLIB, UNIT_BYTES, documents, find_files, whole_document_units
 from data.tokenizer import GPT2_PATTERN, TIKTOKEN_FILES, train_bpe
 from distributed import World
 from metrics import format_table

@@ -27,6 +27,7 @@ import pytest
 
 from config import ConfigError, DataConfig, MachineError, UserError
 from data import prepare as module
+from data import sources
 from data.prepare import data_dir_for, ensure_prepared, prepare
 from data.shards import open_dataset, open_split
 from data.tokenizer import load_tokenizer, train_bpe
@@ -161,10 +162,10 @@ def test_a_val_fraction_of_zero_writes_no_val_shard(tmp_path):
 def test_a_long_text_cut_into_units_has_the_ids_of_the_whole(tmp_path, bpe, monkeypatch):
     text = SOURCE + "Текст без латиницы. " * 500 + "日本語の文。\n" * 2000 + " " * 5000 + "x" + "-" * 5000
     (tmp_path / "a.txt").write_text(text, encoding="utf-8", newline="")
-    monkeypatch.setattr(module, "UNIT_BYTES", 700)
-    monkeypatch.setattr(module, "SEARCH_BYTES", 64)
-    file = module.find_files(str(tmp_path / "a.txt"))[0]
-    units = list(module._txt_units(file, 0, file.bytes, split="train", ends=True, unit_bytes=700))
+    monkeypatch.setattr(sources, "UNIT_BYTES", 700)
+    monkeypatch.setattr(sources, "SEARCH_BYTES", 64)
+    file = sources.find_files(str(tmp_path / "a.txt"))[0]
+    units = list(sources._txt_units(file, 0, file.bytes, split="train", ends=True, unit_bytes=700))
     assert len(units) > 150 and sorted(unit.bytes for unit in units)[-2] < 3000  # all but the runs at the end
     prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer=bpe, val_fraction=0.0, note=quiet)
     assert tokens_of(tmp_path / "out", "train") == expected(bpe, [text])
@@ -172,13 +173,14 @@ def test_a_long_text_cut_into_units_has_the_ids_of_the_whole(tmp_path, bpe, monk
 
 def test_the_search_for_a_cut_finds_the_first_one_from_any_byte(tmp_path, monkeypatch):
     rng = random.Random(0)
-    text = "".join(rng.choices(["a", "é", "中", "😀", " ", "\n", "\u3000", "\u3000\n中", ".\n1", "中 中", "e\u0301"], k=800))
-    legal = [len(text[:cut.start()].encode()) for cut in module.CUT.finditer(text)]
+    text = "".join(rng.choices(["a", "é", "中", "😀", " ", "\n", "\u3000", "\u3000\n中", ".\n1", "中 中", "e\u0301"],
+                               k=800))
+    legal = [len(text[:cut.start()].encode()) for cut in sources.CUT.finditer(text)]
     (tmp_path / "a.txt").write_text(text, encoding="utf-8", newline="")
-    monkeypatch.setattr(module, "SEARCH_BYTES", 40)
+    monkeypatch.setattr(sources, "SEARCH_BYTES", 40)
     with open(tmp_path / "a.txt", "rb") as opened:
         for start in range(8, len(text.encode())):
-            found = module._next_cut(opened, start, 10**6)
+            found = sources._next_cut(opened, start, 10**6)
             assert found is None or found in legal
             # one right behind `start` may be missed: the two characters before it are needed
             assert (found or 10**6) <= next((cut for cut in legal if cut >= start + 8), 10**6)
@@ -187,8 +189,8 @@ def test_the_search_for_a_cut_finds_the_first_one_from_any_byte(tmp_path, monkey
 def test_a_text_without_any_place_to_cut_is_cut_between_characters(tmp_path, monkeypatch):
     text = "。" * 5000
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
-    monkeypatch.setattr(module, "UNIT_BYTES", 500)
-    monkeypatch.setattr(module, "LONGEST_UNIT_BYTES", 500)
+    monkeypatch.setattr(sources, "UNIT_BYTES", 500)
+    monkeypatch.setattr(sources, "LONGEST_UNIT_BYTES", 500)
     index = prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bytes", val_fraction=0.0, note=quiet)
     assert tokens_of(tmp_path / "out", "train") == expected("bytes", [text]) and index["invalid_utf8"] == 0
 
@@ -199,8 +201,8 @@ def test_invalid_utf8_is_replaced_and_counted_wherever_units_are_cut(seed, tmp_p
     data = b"".join(rng.choices([b"word ", b"\xff", b"\xe4\xb8", b"\xe4\xb8\xad", b"\x80\x80\x80\x80", b"\xf0\x9f",
                                  b" a", b"\n", b"\xef\xbf\xbd", b"\xed\xa0\x80"], k=3000))
     (tmp_path / "a.txt").write_bytes(data)
-    monkeypatch.setattr(module, "UNIT_BYTES", 200)
-    monkeypatch.setattr(module, "SEARCH_BYTES", 32)
+    monkeypatch.setattr(sources, "UNIT_BYTES", 200)
+    monkeypatch.setattr(sources, "SEARCH_BYTES", 32)
     index = prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bytes", val_fraction=0.3, note=quiet)
     text = data.decode("utf-8", "replace")
     assert bytes(tokens_of(tmp_path / "out", "train") + tokens_of(tmp_path / "out", "val")[:-1]).decode() == text
@@ -271,7 +273,7 @@ def write_as(kind: str, path: Path, texts: list[str]) -> Path:
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "jsonl.zst", "parquet"])
 def test_every_format_gives_the_same_documents(kind, tmp_path, monkeypatch):
     texts = [*PARTS[:50], "", "é中😀"]
-    monkeypatch.setattr(module, "UNIT_BYTES", 1000)
+    monkeypatch.setattr(sources, "UNIT_BYTES", 1000)
     path = write_as(kind, tmp_path / "a", texts)
     prepare([str(path)], tmp_path / "out", tokenizer="bytes", val_fraction=0.0, note=quiet)
     assert tokens_of(tmp_path / "out", "train") == expected("bytes", [text for text in texts if text])
@@ -285,7 +287,8 @@ def test_a_parquet_row_without_text_is_left_out(tmp_path):
 
 def test_a_folder_is_read_in_the_order_of_its_names_without_hidden_and_unknown_files(tmp_path):
     for name, text in (("b.txt", "b"), ("a/z.txt", "az"), ("a/b/c.txt", "abc"), ("a.txt", "a"), ("c.md", "not text"),
-                       (".hidden.txt", "hidden"), (".git/x.txt", "git"), ("empty.txt", ""), ("UPPER.TXT", "upper"), ("a/y.jsonl", '{"text": "row"}\n')):
+                       (".hidden.txt", "hidden"), (".git/x.txt", "git"), ("empty.txt", ""), ("UPPER.TXT", "upper"),
+                       ("a/y.jsonl", '{"text": "row"}\n')):
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "in" / name).write_text(text)
     prepare([str(tmp_path / "in")], tmp_path / "out", tokenizer="bytes", val_fraction=0.0, note=quiet)
@@ -293,7 +296,7 @@ def test_a_folder_is_read_in_the_order_of_its_names_without_hidden_and_unknown_f
 
 
 def test_the_standard_library_is_its_source_without_tests():
-    files = module.find_files("python-stdlib")
+    files = sources.find_files("python-stdlib")
     names = [file.name for file in files]
     assert "argparse.py" in names and "json/decoder.py" in names
     assert names == sorted(names, key=lambda name: name.split("/"))
@@ -321,9 +324,9 @@ def test_a_bpe_is_trained_on_the_training_split_alone_and_saved_beside_the_shard
 
 def test_a_bpe_of_a_large_text_is_trained_on_a_sample_spread_over_it(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "BPE_SAMPLE_BYTES", 10_000)
-    monkeypatch.setattr(module, "UNIT_BYTES", 1000)
+    monkeypatch.setattr(sources, "UNIT_BYTES", 1000)
     (tmp_path / "a.txt").write_text(SOURCE)
-    texts = module.choose_split(module.find_files(str(tmp_path / "a.txt")), [], 0.1, "text")
+    texts = sources.choose_split(sources.find_files(str(tmp_path / "a.txt")), [], 0.1, "text")
     sample = list(module._training_texts(texts))
     assert 4_000 < sum(map(len, sample)) < 20_000
     found = [SOURCE.index(text) for text in sample]
@@ -343,7 +346,7 @@ def many_files(folder: Path) -> None:
 def test_the_number_of_workers_does_not_change_the_bytes(tmp_path, bpe, monkeypatch):
     many_files(tmp_path / "in")
     monkeypatch.setattr(module, "SMALL_BYTES", 0)
-    monkeypatch.setattr(module, "UNIT_BYTES", 5000)
+    monkeypatch.setattr(sources, "UNIT_BYTES", 5000)
     for workers in (1, 2, 3):
         prepare([str(tmp_path / "in")], tmp_path / str(workers), tokenizer=bpe, workers=workers, shard_tokens=9000,
                 note=quiet)
@@ -366,7 +369,7 @@ def test_importing_prepare_imports_nothing_heavy():
 @pytest.mark.parametrize("stop_at", [0, 1, 3, 8, 25])
 def test_stopped_anywhere_the_same_call_goes_on_to_the_same_bytes(stop_at, tmp_path, bpe, monkeypatch):
     many_files(tmp_path / "in")
-    monkeypatch.setattr(module, "UNIT_BYTES", 5000)
+    monkeypatch.setattr(sources, "UNIT_BYTES", 5000)
     settings = {"tokenizer": bpe, "shard_tokens": 9000, "note": quiet}
     prepare([str(tmp_path / "in")], tmp_path / "whole", **settings)
     asked = iter(range(1000))
@@ -377,8 +380,8 @@ def test_stopped_anywhere_the_same_call_goes_on_to_the_same_bytes(stop_at, tmp_p
     monkeypatch.setattr(module.Encoder, "encode", lambda self, unit: encoded.append(unit) or encode(self, unit))
     prepare([str(tmp_path / "in")], tmp_path / "out", **settings)
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
-    texts = module.choose_split(module.find_files(str(tmp_path / "in")), [], 0.05, "text")
-    assert encoded == list(texts.units(5000))[stop_at + 1:]  # nothing that was finished is done again
+    texts = sources.choose_split(sources.find_files(str(tmp_path / "in")), [], 0.05, "text")
+    assert encoded == list(texts.units(cuttable=True))[stop_at + 1:]  # nothing that was finished is done again
 
 
 def killed_at(point: int, call: Callable[[], None]) -> bool:
@@ -405,7 +408,7 @@ def killed_at(point: int, call: Callable[[], None]) -> bool:
 
 def test_killed_at_any_moment_the_same_call_goes_on_to_the_same_bytes(tmp_path, bpe, monkeypatch):
     (tmp_path / "a.jsonl").write_text(jsonl([f"{part} {i}" for i, part in enumerate(PARTS[:110])]))
-    monkeypatch.setattr(module, "UNIT_BYTES", 4000)
+    monkeypatch.setattr(sources, "UNIT_BYTES", 4000)
     monkeypatch.setattr(module, "CHECKPOINT_SECONDS", 0.0)
 
     def call(out: str = "out") -> None:
@@ -433,13 +436,15 @@ def test_a_trained_bpe_is_not_trained_again_when_the_call_goes_on(tmp_path, monk
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
 
 
-def test_an_unfinished_folder_that_was_tampered_with_is_refused(tmp_path):
+def test_an_unfinished_folder_that_was_tampered_with_is_refused(tmp_path, bpe):
     def begin() -> None:
         with pytest.raises(module.PreparationStopped):
-            prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bytes", note=quiet, should_stop=lambda: True)
+            prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bytes", note=quiet,
+                    should_stop=lambda: True)
     (tmp_path / "a.txt").write_text("some text " * 50)
     for name, content, message in ((".train_00000.part", "short", "holds fewer bytes than"),
-                                   ("tokenizer.json", SOURCE, "tokenizer.json"), (".progress.json", "{", "is damaged")):
+                                   ("tokenizer.json", Path(bpe, "tokenizer.json").read_text(), "was changed meanwhile"),
+                                   (".progress.json", "{", "is damaged")):
         begin()
         (tmp_path / "out" / name).write_text(content)
         with pytest.raises(UserError, match=message):
@@ -477,6 +482,7 @@ def test_workers_end_with_the_process_that_started_them(how, tmp_path, bpe):
         time.sleep(0.02)
     assert len(children) == 3  # two workers and multiprocessing's resource tracker
     if how == "interrupt":
+        time.sleep(0.15)  # they are importing, or at work
         os.killpg(process.pid, signal.SIGINT)  # as the terminal does: to all of them
         assert process.wait(30) == 130 and "Traceback" not in process.stderr.read()
     else:
@@ -508,7 +514,7 @@ if __name__ == "__main__":
 def test_a_worker_that_dies_is_one_line_and_the_same_call_goes_on(tmp_path, monkeypatch, bpe):
     (tmp_path / "a.txt").write_text(SOURCE)
     monkeypatch.setattr(module, "SMALL_BYTES", 0)
-    monkeypatch.setattr(module, "UNIT_BYTES", 5000)
+    monkeypatch.setattr(sources, "UNIT_BYTES", 5000)
     def kill_workers() -> bool:
         for worker in multiprocessing.active_children():
             worker.kill()
@@ -583,7 +589,7 @@ def test_settings_out_of_range_are_named(settings, message, tmp_path):
 ])
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz"])
 def test_a_row_that_is_no_document_is_named_by_file_and_line(row, message, kind, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "UNIT_BYTES", 1000)  # it lies in a later unit
+    monkeypatch.setattr(sources, "UNIT_BYTES", 1000)  # it lies in a later unit
     rows = (jsonl(PARTS[:148]) + "\n" + row + "\n" + jsonl(PARTS[148:160])).encode()
     (tmp_path / f"a.{kind}").write_bytes(gzip.compress(rows) if kind.endswith("gz") else rows)
     found = refusal(tmp_path, [f"a.{kind}"])
@@ -591,7 +597,7 @@ def test_a_row_that_is_no_document_is_named_by_file_and_line(row, message, kind,
 
 
 def test_the_same_mistake_in_a_worker_is_the_same_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "UNIT_BYTES", 1000)
+    monkeypatch.setattr(sources, "UNIT_BYTES", 1000)
     monkeypatch.setattr(module, "SMALL_BYTES", 0)
     (tmp_path / "a.jsonl").write_text(jsonl(PARTS[:148]) + "{broken\n")
     assert "line 149 is not JSON" in refusal(tmp_path, ["a.jsonl"], workers=2)
@@ -672,6 +678,18 @@ def test_two_processes_do_not_fill_the_same_folder(tmp_path):
         return False
     prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bytes", note=quiet, should_stop=second)
     assert (tmp_path / "out" / "index.json").exists() and not (tmp_path / "out" / ".lock").exists()
+
+
+def test_a_source_that_goes_away_in_the_middle_keeps_what_is_done(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "UNIT_BYTES", 5000)
+    (tmp_path / "a.txt").write_text(SOURCE)
+
+    def remove() -> bool:
+        (tmp_path / "a.txt").unlink(missing_ok=True)
+        return False
+    with pytest.raises(MachineError, match="reading .*a.txt' failed: No such file or directory; give the same command"):
+        prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bytes", note=quiet, should_stop=remove)
+    assert (tmp_path / "out" / ".progress.json").exists()
 
 
 def test_no_space_in_the_middle_keeps_what_is_done(tmp_path, monkeypatch):

@@ -151,10 +151,11 @@ def test_every_linear_layer_and_the_head_are_packed(tied):
 def test_a_packed_layer_computes_the_linear_map(rows):
     generator = torch.Generator().manual_seed(1)
     weight, bias, x = (torch.randn(shape, generator=generator) for shape in ((301, 77), (301,), (2, rows, 77)))
-    expected = x.double() @ weight.double().T + bias.double()
-    # float32: sums of 77 products of about 1
-    torch.testing.assert_close(sample.PackedLinear(weight, bias)(x).double(), expected, atol=1e-4, rtol=1e-5)
-    torch.testing.assert_close(sample.PackedLinear(weight, None)(x).double(), expected - bias, atol=1e-4, rtol=1e-5)
+    expected = x.double() @ weight.double().T
+    for layer_bias in (bias, None):
+        packed = sample.PackedLinear(weight, layer_bias, torch.float32)(x)
+        whole = expected if layer_bias is None else expected + bias
+        torch.testing.assert_close(packed.double(), whole, atol=1e-4, rtol=1e-5)  # float32: 77 products of about 1
 
 
 @needs_packing
@@ -173,13 +174,17 @@ def test_a_packing_operator_that_fails_is_not_used(monkeypatch):
     assert not sample.packing_works(torch.float32)
 
 
-def test_bfloat16_generates_packed_and_plain():
-    for pack in (False, True):
-        model = make_model().to(torch.bfloat16)
-        model.compute_dtype = torch.bfloat16
-        if pack:
-            sample.pack_for_decoding(model)
-        assert len(all_tokens(model, [[1, 2], [3]], max_new_tokens=40, sampling=GREEDY)[1]) == 40
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=str)
+def test_bfloat16_gives_the_same_logits_packed_and_plain(weights):
+    model = make_model().to(weights)
+    model.compute_dtype = torch.bfloat16
+    tokens = torch.arange(20)[None]
+    with torch.inference_mode():
+        plain = model(tokens)
+        sample.pack_for_decoding(model)
+        torch.testing.assert_close(model(tokens), plain, atol=0.05, rtol=0.0)  # bf16: 8 bits of values up to 2
+    assert len(all_tokens(model, [[1, 2], [3]], max_new_tokens=40)[1]) == 40
+    assert plain.abs().max() > 1
 
 
 # ----------------------------------------------------------------------------------------------------------------------
