@@ -225,10 +225,14 @@ class Run:
             self.log.val(row, self.config.train.max_steps)
 
     def _sample(self) -> None:
-        if self.world.is_main:
+        if not self.world.is_main:
+            return
+        try:
             text = sample.sample_text(self.model, self.tokenizer, "", max_new_tokens=SAMPLE_TOKENS, temperature=0.8,
                                       top_k=200, seed=self.config.train.seed)
-            self.log.note(f"--- sample at step {self.progress.step}\n{text}\n---")
+        except sample.SampleError as error:  # logits that are not finite: the run itself may recover
+            text = f"(none: {error})"
+        self.log.note(f"--- sample at step {self.progress.step}\n{text}\n---")
 
     def _save(self) -> None:
         """Rank 0 writes a checkpoint. A failure is a warning here, and ends the run only if it was the last save."""
