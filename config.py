@@ -36,14 +36,16 @@ class MachineError(Exception):
 def exit_cleanly(main: Callable[[list[str]], None]) -> None:
     """Run main(argv); UserError becomes `error: ...` and exit 2, MachineError the same and exit 1, Ctrl-C exit 130.
 
-    Under torchrun only rank 0 prints, and every worker exits with the same status.
+    Under torchrun rank 0 prints (on other nodes their first rank, if the trouble may be theirs alone), and every worker
+    exits with the same status.
     """
     try:
         main(sys.argv[1:])
         sys.stdout.flush()
     except (UserError, MachineError) as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        rank, local_rank = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK")
+        if rank == "0" or (local_rank == "0" and not getattr(error, "is_everywhere", False)):
+            print(f"error: {error}" if rank == "0" else f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
         sys.exit(2 if isinstance(error, UserError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -194,7 +196,7 @@ class TrainConfig:
     sample_every: int = knob(0, "steps between printed samples; 0 = only at the end", minimum=0)
     tracker: str = knob("none", "also send metrics to", choices=("none", "tensorboard", "wandb"))
     deterministic: bool = knob(False, "bitwise repeatable on CUDA too, somewhat slower")
-    timeout_s: float = knob(600.0, "seconds a rank waits for another before the run ends with an error", above=0.0)
+    timeout_s: float = knob(600.0, "seconds a rank waits for another (for a save, say) before the run ends", above=0.0)
     profile_steps: tuple[int, ...] = knob((), "steps to trace into RUN/profile, as a list")
 
 
@@ -427,6 +429,8 @@ def _check_train(config: Config) -> None:
     if train.tokens_per_step % model.max_seq_len:
         raise ConfigError(f"train.tokens_per_step = {train.tokens_per_step} does not divide by model.max_seq_len = "
                           f"{model.max_seq_len}; near it: {near_multiples(train.tokens_per_step, model.max_seq_len)}")
+    if config.data.source and not config.data.val_source and config.data.val_fraction == 0.0:
+        raise ConfigError("data.val_fraction = 0.0 leaves nothing to validate on; raise it or name data.val_source")
     for step in train.profile_steps:
         if not 1 <= step <= train.max_steps:
             raise ConfigError(f"train.profile_steps names step {step}; steps run from 1 to {train.max_steps}")

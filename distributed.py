@@ -11,8 +11,10 @@ import json
 import os
 import platform
 import shutil
+import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -58,7 +60,7 @@ def read_world() -> World:
 
 def choose_device(wanted: str, world: World) -> tuple[torch.device, str]:
     """The device of this rank and the reason for it. Raises ConfigError if the wanted one is not there."""
-    has_mps = torch.backends.mps.is_available()
+    has_mps = torch.backends.mps.is_available() and world.size == 1  # no process group speaks MPS
     found = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
     kind = found if wanted == "auto" else wanted
     if kind == "cuda":
@@ -72,7 +74,8 @@ def choose_device(wanted: str, world: World) -> tuple[torch.device, str]:
         torch.cuda.set_device(device)
         return device, f"{torch.cuda.get_device_name(device)} ({'found' if wanted == 'auto' else 'asked for'})"
     if kind == "mps" and not has_mps:
-        raise ConfigError("train.device = 'mps' but this PyTorch has no MPS device; use device=auto or cpu")
+        raise ConfigError("train.device = 'mps' but there is no MPS device, or several ranks, which it cannot connect; "
+                          "use device=auto or cpu")
     reason = "asked for" if wanted != "auto" else "found" if kind == "mps" else "no CUDA device"
     return torch.device(kind), reason
 
@@ -103,10 +106,14 @@ def choose_compile(wanted: str, device: torch.device) -> tuple[bool, str]:
         return wanted == "true", "asked for"
     if device.type != "cuda":
         return False, "does not pay off outside CUDA"
+    if torch.cuda.get_device_capability(device) < (7, 0):
+        return False, "Inductor needs compute capability 7.0"
     if importlib.util.find_spec("triton") is None:
         return False, "no triton"
-    if not any(shutil.which(name) for name in (os.environ.get("CC") or "cc", "gcc", "clang")):
-        return False, "no C compiler"
+    if not any(shutil.which(name) for name in (os.environ.get("CC", "gcc"), "gcc", "clang")):
+        return False, "no C compiler: no CC, gcc or clang"
+    if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
+        return False, "no Python.h, which triton compiles against: install python3-dev"
     return True, "CUDA with triton and a C compiler"
 
 
@@ -125,7 +132,7 @@ def prepare_cpu(device: torch.device, world: World) -> None:
         torch.set_num_threads(max(1, cores // world.local_size))  # torchrun sets 1 whatever the machine has
     if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
         # A step frees and takes again the same megabytes. Left alone, glibc maps and unmaps them each time and the
-        # kernel zeroes every page: a quarter of a small model's step (docs/BENCHMARKS.md).
+        # kernel zeroes every page.
         libc = ctypes.CDLL(None)
         m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3
         for parameter, value in ((m_mmap_threshold, 32 << 20), (m_trim_threshold, 512 << 20), (m_top_pad, 64 << 20)):
@@ -141,12 +148,14 @@ def process_group(world: World, device: torch.device, timeout_s: float) -> Itera
     if world.size == 1:
         yield
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=world.rank, world_size=world.size,
-                            timeout=datetime.timedelta(seconds=timeout_s),
-                            device_id=device if device.type == "cuda" else None)
-    try:
-        yield
-    finally:
+    with naming_lost_rank():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=world.rank, world_size=world.size,
+                                timeout=datetime.timedelta(seconds=timeout_s),
+                                device_id=device if device.type == "cuda" else None)
+    yield
+    # Not after an error: there NCCL would wait for ranks that do not come, and the error would never be printed.
+    with naming_lost_rank():
+        dist.barrier()
         dist.destroy_process_group()
 
 
@@ -156,7 +165,7 @@ def wrap(model: nn.Module, device: torch.device, world: World) -> nn.Module:
         return model
     from torch.nn.parallel import DistributedDataParallel
     return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
-                                   gradient_as_bucket_view=True)
+                                   gradient_as_bucket_view=True, broadcast_buffers=False)  # RoPE's tables never change
 
 
 def gradient_sync(model: nn.Module, sync: bool):
@@ -205,7 +214,9 @@ def together(world: World) -> Iterator[None]:
     for rank, outcome in enumerate(outcomes):
         if outcome is not None:
             is_user_error, text = outcome
-            raise (UserError if is_user_error else MachineError)(text if rank == 0 else f"rank {rank}: {text}")
+            error = (UserError if is_user_error else MachineError)(text if rank == 0 else f"rank {rank}: {text}")
+            error.is_everywhere = True  # rank 0 says it for all
+            raise error
 
 
 @contextlib.contextmanager
@@ -213,7 +224,9 @@ def naming_lost_rank() -> Iterator[None]:
     """Turn a collective's failure into one line: another rank died or is stuck."""
     try:
         yield
-    except (RuntimeError, dist.DistBackendError) as error:
+    except RuntimeError as error:  # DistBackendError, DistStoreError and gloo's own
+        if isinstance(error, torch.OutOfMemoryError) or str(error).startswith("CUDA error"):
+            raise  # of an earlier kernel of this rank, seen here first
         reason = str(error).strip().splitlines()[0][:200]
         raise MachineError(f"lost contact with another rank ({reason}); start again with the same command to go on "
                            "from the newest checkpoint") from error

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import checkpoint
 import sample
 from config import UserError, exit_cleanly, load_config
 from data.loader import MicroBatch, ValLoader
@@ -73,8 +74,8 @@ def _exp(nats: float) -> float:
     return math.exp(nats) if nats < 700 else math.inf
 
 
-def text_batches(ids: np.ndarray, *, eot: int, seq_len: int, batch_size: int, device: torch.device,
-                 mask_documents: bool = False) -> Iterator[MicroBatch]:
+def text_batches(ids: np.ndarray, *, eot: int, seq_len: int, batch_size: int,
+                 device: torch.device) -> Iterator[MicroBatch]:
     """All of a text in windows that do not overlap; its first token is predicted from end-of-text. ids (n,), n >= 1."""
     tokens = np.concatenate([[eot], ids]).astype(np.int64)  # (n + 1,)
     windows = -(-len(ids) // seq_len)
@@ -101,12 +102,14 @@ def main(argv: list[str]) -> None:
     args = _parse(argv)
     device = sample.choose_device(args.device)
     model, tokenizer = sample.load_model(args.run, device=device, dtype=args.dtype, note=_note)
-    run_dir = Path(args.run).parent.parent if Path(args.run).name.startswith("step_") else Path(args.run)
-    data = Path(args.data) if args.data else Path(load_config(run_dir / "config.toml").data.dir)
+    run = Path(args.run)
+    run_dir = run if (run / "config.toml").exists() else checkpoint.run_dir_of(run)
+    data_config = load_config(run_dir / "config.toml").data
+    data = Path(args.data or data_config.dir)
     if not data.exists():
         raise UserError(f"data {str(data)!r} does not exist; name a folder of shards or a text file with --data")
     if data.is_dir():
-        batches = _shard_batches(data, model, tokenizer, args.batch_size, device)
+        batches = _shard_batches(data, model, tokenizer, args.batch_size, device, data_config.document_mask)
     else:
         batches = _file_batches(data, model, tokenizer, args.batch_size, device)
     score = evaluate(model, batches, token_bytes=tokenizer.token_bytes(), device=device)
@@ -132,8 +135,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def _shard_batches(data: Path, model: GPT, tokenizer: Tokenizer, batch_size: int,
-                   device: torch.device) -> Iterator[MicroBatch]:
+def _shard_batches(data: Path, model: GPT, tokenizer: Tokenizer, batch_size: int, device: torch.device,
+                   document_mask: bool) -> Iterator[MicroBatch]:
     dataset = open_dataset(data)
     has_own = (data / "tokenizer.json").exists()
     if has_own and load_tokenizer(str(data)).fingerprint != tokenizer.fingerprint:
@@ -141,7 +144,8 @@ def _shard_batches(data: Path, model: GPT, tokenizer: Tokenizer, batch_size: int
                         "another; prepare the text again with --tokenizer RUN")
     stream = open_split(dataset, "val")
     loader = ValLoader(stream, seq_len=model.config.max_seq_len, eval_tokens=stream.tokens, micro_batch=batch_size,
-                       device=device)
+                       device=device, eot=tokenizer.eot if document_mask else None,
+                       vocab_size=model.config.vocab_size)
     return loader.micro_batches()
 
 

@@ -30,10 +30,12 @@ class Progress:
     skips_in_a_row: int = 0
     scale: LossScale = field(default_factory=LossScale)
     val_loss: float | None = None  # of the evaluation at this very step, if there was one
+    val_due: bool = False  # a stop signal cut that evaluation short
 
     def as_state(self, *, updates: int, data_hash: str, world: World) -> dict:
         return {"step": self.step, "updates": updates, "skips_in_a_row": self.skips_in_a_row,
                 "loss_scale": [self.scale.scale, self.scale.good_steps], "val_loss": self.val_loss,
+                "val_due": self.val_due,
                 "data_hash": data_hash, "world_size": world.size, "threads": torch.get_num_threads(),
                 "torch": torch.__version__}
 
@@ -46,6 +48,7 @@ class Start:
     takes: str = "nothing"  # nothing | weights (init_from) | everything (fork_from, or the run's own: resume)
     is_resume: bool = False
     step: int = 0
+    is_finished: bool = False
 
 
 def find_start(config: Config, note: Callable[[str], None]) -> Start:
@@ -73,9 +76,10 @@ def agree_on_start(config: Config, dataset: Dataset, world: World, note: Callabl
             if start.is_resume:
                 state = checkpoint.load_state(start.path)
                 check_resumable(config, state, dataset.hash)
-                start = replace(start, step=state["step"])
+                finished = state["step"] >= config.train.max_steps and not state["val_due"]
+                start = replace(start, step=state["step"], is_finished=finished)
     path, *others = distributed.gather(
-        [start.path and str(start.path), start.takes, start.is_resume, start.step], world)[0]
+        [start.path and str(start.path), start.takes, start.is_resume, start.step, start.is_finished], world)[0]
     return Start(path and Path(path), *others)
 
 
@@ -103,12 +107,23 @@ def has_checkpoint(config: Config) -> bool:
     return any((Path(config.train.out_dir) / "checkpoints").glob("step_*"))
 
 
-def resolve_config(config: Config, given: set[str], *, tokenizer: Tokenizer, dtype: torch.dtype, data_dir: Path,
-                   parent: Path | None) -> Config:
-    """config with everything that was left to be found out: [model] of a parent run, vocab_size, decay_steps, dtype."""
-    model, optim = config.model, config.optim
+def inherit(config: Config, given: set[str], parent: Path | None, world: World) -> Config:
+    """config with [model] and the tokenizer of the parent run; then the batch must divide. Raises ConfigError."""
     if parent is not None:
         model = _inherited_model(config, given, configuration.load_config(parent / "config.toml").model)
+        data = config.data if config.data.tokenizer else replace(config.data, tokenizer=str(parent))
+        config = replace(config, model=model, data=data)
+    tokens, share = config.train.tokens_per_step, config.model.max_seq_len * world.size
+    if tokens % share:
+        raise ConfigError(f"train.tokens_per_step = {tokens} does not divide by model.max_seq_len x ranks = "
+                          f"{config.model.max_seq_len} x {world.size}; near it: "
+                          f"{configuration.near_multiples(tokens, share)}")
+    return config
+
+
+def resolve_config(config: Config, *, tokenizer: Tokenizer, dtype: torch.dtype, data_dir: Path) -> Config:
+    """config with what was left to be found out: vocab_size, decay_steps, dtype, the folder of the data."""
+    model, optim = config.model, config.optim
     if model.vocab_size is None:
         model = replace(model, vocab_size=tokenizer.vocab_size)
     if model.vocab_size < tokenizer.vocab_size:
@@ -157,23 +172,29 @@ def load_start(start: Start, model: GPT, optimizer: Optimizer, progress: Progres
     """Fill model, optimizer and progress in place from the checkpoint. Raises CheckpointError."""
     if start.path is None:
         return
-    tensors = checkpoint.load_tensors(start.path, "model")
-    if model.wpe is not None and "wpe.weight" in tensors:  # init_from with a smaller max_seq_len
-        tensors["wpe.weight"] = tensors["wpe.weight"][:model.config.max_seq_len]
-    checkpoint.load_into(model, tensors, str(start.path))
+    max_seq_len = model.config.max_seq_len
+    checkpoint.load_into(model, _cut_positions(checkpoint.load_tensors(start.path, "model"), max_seq_len),
+                         str(start.path))
     if start.takes == "weights":
         return
     state = checkpoint.load_state(start.path)
     try:
-        optimizer.load_state_tensors(checkpoint.load_tensors(start.path, "optimizer"), state["updates"])
+        moments = _cut_positions(checkpoint.load_tensors(start.path, "optimizer"), max_seq_len)
+        optimizer.load_state_tensors(moments, state["updates"])
     except ValueError as error:
         raise CheckpointError(f"checkpoint {str(start.path)!r}: {error}; keep optim.name as it was") from None
     progress.step, progress.skips_in_a_row = state["step"], state["skips_in_a_row"]
-    if progress.step >= config.train.max_steps:
+    if not start.is_resume and progress.step >= config.train.max_steps:
         raise ConfigError(f"train.fork_from starts at step {progress.step} but train.max_steps = "
                           f"{config.train.max_steps}; raise it, max_steps counts from step 0")
-    if progress.scale.dynamic:
+    progress.val_due = start.is_resume and state["val_due"]
+    if progress.scale.dynamic and state["loss_scale"][0] > 1.0:  # a fork from bfloat16 keeps float16's first scale
         progress.scale.scale, progress.scale.good_steps = state["loss_scale"]
+
+
+def _cut_positions(tensors: dict[str, torch.Tensor], max_seq_len: int) -> dict[str, torch.Tensor]:
+    """tensors with the tables of learned positions, and their moments, cut to a smaller max_seq_len."""
+    return {name: tensor[:max_seq_len] if name.endswith("wpe.weight") else tensor for name, tensor in tensors.items()}
 
 
 def describe(start: Start, progress: Progress) -> str:

@@ -9,6 +9,7 @@ state and no RNG state to save: a checkpoint is weights, moments, and counters.
 
 import contextlib
 import dataclasses
+import faulthandler
 import hashlib
 import json
 import math
@@ -39,7 +40,17 @@ from data.tokenizer import Tokenizer, load_tokenizer
 from distributed import World
 from model import GPT, flops_per_token
 from optim import LossScale, Optimizer, clip_gradients, learning_rate
-from start import Progress, agree_on_start, check_same_tokenizer, describe, load_start, parent_run, resolve_config
+from start import (
+    Progress,
+    Start,
+    agree_on_start,
+    check_same_tokenizer,
+    describe,
+    inherit,
+    load_start,
+    parent_run,
+    resolve_config,
+)
 
 DEMO = Path(__file__).parent / "configs" / "demo.toml"
 MAX_SKIPS_IN_A_ROW = 10
@@ -138,6 +149,8 @@ class Run:
     def train(self) -> None:
         """Steps until max_steps or a stop signal, each followed by what is due at it."""
         train = self.config.train
+        if self.progress.val_due:
+            self._make_up_for_evaluation()
         with contextlib.closing(self.loader.batches(self.progress.step, train.max_steps)) as batches:
             for micro_batches in batches:
                 lr = learning_rate(self.progress.step, self.config.optim)
@@ -161,7 +174,7 @@ class Run:
         evaluates, samples, saves = (self._due(n) for n in (train.eval_every, train.sample_every, train.save_every))
         stopping = self._agree_to_stop()
         with self.clock.paused():
-            self.progress.val_loss = None
+            self.progress.val_loss, self.progress.val_due = None, evaluates
             if evaluates and not stopping:
                 self._evaluate()
             if samples and not stopping:
@@ -197,7 +210,9 @@ class Run:
 
     def _count_skips(self, result: StepResult) -> None:
         self.progress.skips_in_a_row = self.progress.skips_in_a_row + 1 if result.skipped else 0
-        if self.progress.skips_in_a_row >= MAX_SKIPS_IN_A_ROW:
+        if self.progress.skips_in_a_row < MAX_SKIPS_IN_A_ROW:
+            return
+        with distributed.together(self.world):
             raise MachineError(
                 f"loss or gradient was not finite for {MAX_SKIPS_IN_A_ROW} steps in a row, up to step "
                 f"{self.progress.step}; none of them changed the weights, the newest checkpoint in "
@@ -207,7 +222,8 @@ class Run:
     def _agree_to_stop(self) -> bool:
         """Whether any rank was asked to stop. A damaged shard found by any rank ends the run on all."""
         damaged = self.verifier is not None and self.verifier.error is not None
-        flags = torch.tensor([float(self.stop()), float(damaged)], device=self.device)
+        # One rank alone need not wait for the device: the optimizer's step is still running there.
+        flags = torch.tensor([float(self.stop()), float(damaged)], device=self.device if self.world.size > 1 else "cpu")
         stopping, any_damaged = distributed.sum_over_ranks(flags, self.world).tolist()
         if any_damaged:
             with distributed.together(self.world):
@@ -220,9 +236,16 @@ class Run:
             self.model, self.val_loader.micro_batches(self.world.rank, self.world.size), token_bytes=self.token_bytes,
             device=self.device, world=self.world, should_stop=self.stop)
         if score is not None:
-            self.progress.val_loss = score.loss
+            self.progress.val_loss, self.progress.val_due = score.loss, False
             row = {"step": self.progress.step, "loss": score.loss, "bits_per_byte": score.bits_per_byte}
             self.log.val(row, self.config.train.max_steps)
+
+    def _make_up_for_evaluation(self) -> None:
+        """The evaluation that a stop signal cut short before this start."""
+        with self.clock.paused():
+            self._evaluate()
+            if not self.progress.val_due:
+                self._save()
 
     def _sample(self) -> None:
         if not self.world.is_main:
@@ -249,11 +272,16 @@ class Run:
         self.last_save_failed = distributed.gather(self.last_save_failed, self.world)[0]
 
     def _stopped(self) -> None:
+        if self.last_save_failed:
+            return  # train() ends with the error; STOPPED would say that all is saved
         reason = self.stop.signal or "another rank"
         self.log.note(f"stopped at step {self.progress.step} ({reason}); the same command goes on from here")
         if self.world.is_main:
             row = {"step": self.progress.step, "signal": self.stop.signal}
-            (Path(self.config.train.out_dir) / "STOPPED").write_text(json.dumps(row) + "\n")
+            try:
+                (Path(self.config.train.out_dir) / "STOPPED").write_text(json.dumps(row) + "\n")
+            except OSError as error:
+                self.log.note(f"warning: STOPPED could not be written: {error.strerror}")
 
     @contextlib.contextmanager
     def _profiled(self, step: int) -> Iterator[None]:
@@ -341,67 +369,74 @@ def train(config: Config, given: set[str], *, world: World, stop: StopRequest) -
     device, device_reason = distributed.choose_device(config.train.device, world)
     dtype, dtype_reason = distributed.choose_dtype(config.train.dtype, device)
     compiles, compile_reason = distributed.choose_compile(config.train.compile, device)
+    chosen = {"device": device_reason, "dtype": dtype_reason,
+              "compile": f"{'on' if compiles else 'off'} ({compile_reason})"}
     distributed.prepare_cpu(device, world)
     metrics.check_tracker(config.train.tracker)
     parent = parent_run(config)
-    if parent is not None and config.data.tokenizer is None:
-        config = replace(config, data=replace(config.data, tokenizer=str(parent)))
+    config = inherit(config, given, parent, world)
     try:
         data_dir = ensure_prepared(config.data, local_rank=world.local_rank, note=_note, should_stop=stop)
     except PreparationStopped as stopped:
         _note(f"{stopped} ({stop.signal}); the same command goes on from there")
         return
-    dataset = open_dataset(data_dir)
-    tokenizer = find_tokenizer(config, data_dir)
-    config = resolve_config(config, given, tokenizer=tokenizer, dtype=dtype, data_dir=data_dir, parent=parent)
-    if parent is not None:
-        check_same_tokenizer(parent, tokenizer)
-    loaders = make_loaders(config, dataset, tokenizer, device, world)
 
     with contextlib.ExitStack() as stack:
-        # 2. Ranks meet, agree on the data and on the checkpoint to start from; rank 0 locks the run folder.
+        # 2. Ranks meet and agree on config, data and the checkpoint to start from; rank 0 locks the run folder.
         stack.enter_context(distributed.process_group(world, device, config.train.timeout_s))
-        notes: list[str] = []
         with distributed.together(world):
-            check_same_data(dataset, world)
+            dataset = open_dataset(data_dir)
+            tokenizer = find_tokenizer(config, data_dir)
+            config = resolve_config(config, tokenizer=tokenizer, dtype=dtype, data_dir=data_dir)
+            loaders = make_loaders(config, dataset, tokenizer, device, world)
+            if parent is not None:
+                check_same_tokenizer(parent, tokenizer)
+        with distributed.together(world):
+            check_same_on_all_ranks(config, dataset, world)
             if world.is_main:
                 stack.enter_context(checkpoint.RunLock(Path(config.train.out_dir)))
-        start = agree_on_start(config, dataset, world, notes.append)
-        if start.is_resume and start.step >= config.train.max_steps:
+        notes: list[str] = []
+        start = agree_on_start(config, dataset, world, lambda line: (notes.append(line), _note(line)))
+        if start.is_finished:
             if world.is_main:
                 print(f"run {config.train.out_dir!r} is finished: step {start.step} of {config.train.max_steps}; raise "
                       "train.max_steps to go on, or choose another train.out_dir")
             return
 
-        # 3. Model and optimizer, from the seed or the checkpoint: the same on every rank.
-        torch.manual_seed(config.train.seed)
-        model = GPT(config.model, compute_dtype=dtype,
-                    activation_checkpointing=config.train.activation_checkpointing).to(device)
-        native = distributed.computes_bfloat16(device)
-        optimizer = Optimizer(model, config.optim, newton_schulz_dtype=torch.bfloat16 if native else torch.float32)
-        progress = Progress(scale=LossScale.for_dtype(dtype))
-        with distributed.together(world):
-            load_start(start, model, optimizer, progress, config)
-        wrapped = distributed.wrap(torch.compile(model) if compiles else model, device, world)
-
-        # 4. The log, the loop, the last words.
-        with distributed.together(world):
-            if world.is_main:
-                write_run_files(config, tokenizer)
-        log = metrics.RunLog(Path(config.train.out_dir), resume_step=progress.step, tracker=config.train.tracker,
-                             config=dataclasses.asdict(config), enabled=world.is_main)
-        stack.callback(log.close)
-        chosen = {"device": device_reason, "dtype": dtype_reason,
-                  "compile": f"{'on' if compiles else 'off'} ({compile_reason})", "start": describe(start, progress)}
-        for line in notes + _first_lines(config, chosen, device=device, dataset=dataset, model=model, world=world):
-            log.note(line)
-        run = Run(config, model=model, wrapped=wrapped, optimizer=optimizer, progress=progress, tokenizer=tokenizer,
-                  dataset=dataset, loader=loaders[0], val_loader=loaders[1], device=device, world=world, log=log,
-                  stop=stop)
-        with _advice(config, log):
-            run.train()
+        # 3. Model and optimizer, the log, the loop, the last words.
+        with _advice(config, world):
+            model, wrapped, optimizer, progress = build(start, config, dtype, device, compiles=compiles, world=world)
+            with distributed.together(world):
+                if world.is_main:
+                    write_run_files(config, tokenizer)
+                log = metrics.RunLog(Path(config.train.out_dir), resume_step=progress.step, enabled=world.is_main,
+                                     tracker=config.train.tracker, config=dataclasses.asdict(config))
+            stack.callback(log.close)
+            chosen["start"] = describe(start, progress)
+            for line in notes + _first_lines(config, chosen, device=device, dataset=dataset, model=model, world=world):
+                log.note(line)
+            run = Run(config, model=model, wrapped=wrapped, optimizer=optimizer, progress=progress,
+                      tokenizer=tokenizer, dataset=dataset, loader=loaders[0], val_loader=loaders[1], device=device,
+                      world=world, log=log, stop=stop)
+            with _logged(log):
+                run.train()
         if progress.step == config.train.max_steps:
             run.report()
+
+
+def build(start: Start, config: Config, dtype: torch.dtype, device: torch.device, *, compiles: bool,
+          world: World) -> tuple[GPT, nn.Module, Optimizer, Progress]:
+    """The model, the same compiled and wrapped for this world, its optimizer and its progress: from the seed or the
+    checkpoint, the same on every rank."""
+    torch.manual_seed(config.train.seed)
+    model = GPT(config.model, compute_dtype=dtype,
+                activation_checkpointing=config.train.activation_checkpointing).to(device)
+    native = distributed.computes_bfloat16(device)
+    optimizer = Optimizer(model, config.optim, newton_schulz_dtype=torch.bfloat16 if native else torch.float32)
+    progress = Progress(scale=LossScale.for_dtype(dtype))
+    with distributed.together(world):
+        load_start(start, model, optimizer, progress, config)
+    return model, distributed.wrap(torch.compile(model) if compiles else model, device, world), optimizer, progress
 
 
 def find_tokenizer(config: Config, data_dir: Path) -> Tokenizer:
@@ -419,18 +454,24 @@ def make_loaders(config: Config, dataset: Dataset, tokenizer: Tokenizer, device:
     eot = tokenizer.eot if config.data.document_mask else None
     return (TrainLoader(open_split(dataset, "train"), seq_len=T, tokens_per_step=train.tokens_per_step,
                         micro_batch=train.micro_batch, seed=train.seed, rank=world.rank, world_size=world.size,
-                        device=device, eot=eot),
+                        device=device, eot=eot, vocab_size=config.model.vocab_size),
             ValLoader(open_split(dataset, "val"), seq_len=T, eval_tokens=train.eval_tokens,
-                      micro_batch=train.micro_batch, device=device, eot=eot))
+                      micro_batch=train.micro_batch, device=device, eot=eot,
+                      vocab_size=config.model.vocab_size))
 
 
-def check_same_data(dataset: Dataset, world: World) -> None:
-    """Raise MachineError if ranks see different data: one node's copy is old or incomplete."""
-    hashes = distributed.gather(dataset.hash, world)
-    if len(set(hashes)) > 1:
-        odd = next(rank for rank, value in enumerate(hashes) if value != hashes[0])
-        raise MachineError(f"rank {odd} reads other data than rank 0 from {str(dataset.dir)!r} (hash "
-                           f"{hashes[odd][:16]} against {hashes[0][:16]}); copy the shards to every node again")
+def check_same_on_all_ranks(config: Config, dataset: Dataset, world: World) -> None:
+    """Raise MachineError if ranks would train differently: another config, or an old or incomplete copy of the data."""
+    with_paths_left_out = replace(config, data=replace(config.data, dir=None))
+    for what, mine in (("config", hashlib.sha256(configuration.to_toml(with_paths_left_out).encode()).hexdigest()),
+                       ("data", dataset.hash)):
+        hashes = distributed.gather(mine, world)
+        if len(set(hashes)) > 1:
+            odd = next(rank for rank, value in enumerate(hashes) if value != hashes[0])
+            way_out = "copy the shards to every node again" if what == "data" else \
+                "give every node the same command, checkout and kind of device"
+            raise MachineError(f"rank {odd} has another {what} than rank 0 (hash {hashes[odd][:16]} against "
+                               f"{hashes[0][:16]}, data {str(dataset.dir)!r}); {way_out}")
 
 
 def write_run_files(config: Config, tokenizer: Tokenizer) -> None:
@@ -447,13 +488,10 @@ def write_run_files(config: Config, tokenizer: Tokenizer) -> None:
 
 
 @contextlib.contextmanager
-def _advice(config: Config, log: metrics.RunLog) -> Iterator[None]:
+def _advice(config: Config, world: World) -> Iterator[None]:
     """Runs that end badly end with one line that says what to do; a defect of ours still shows its traceback."""
     try:
         yield
-    except (MachineError, UserError) as error:
-        log.note(f"error: {error}")
-        raise
     except (RuntimeError, MemoryError) as error:
         text = str(error)
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
@@ -464,8 +502,19 @@ def _advice(config: Config, log: metrics.RunLog) -> Iterator[None]:
                     "newest checkpoint")
         else:
             raise
-        log.note(f"error: {line}")
+        if not world.is_main:  # the others only see that this rank is gone
+            _note(f"rank {world.rank}: error: {line}")
         raise MachineError(line) from error
+
+
+@contextlib.contextmanager
+def _logged(log: metrics.RunLog) -> Iterator[None]:
+    """The error that ends the run also stands in its log."""
+    try:
+        yield
+    except (MachineError, UserError, RuntimeError, MemoryError) as error:
+        log.note(f"error: {error}")
+        raise
 
 
 def _note(text: str) -> None:
@@ -476,6 +525,7 @@ def main(argv: list[str]) -> None:
     if any(word in ("-h", "--help") for word in argv):
         print(configuration.help_text())
         return
+    faulthandler.enable()  # a shard that is cut short while mapped ends in SIGBUS: show where
     config, given = configuration.parse_arguments(argv, default_file=DEMO)
     train(config, given, world=distributed.read_world(), stop=StopRequest())
 

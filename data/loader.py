@@ -11,7 +11,7 @@ import hashlib
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -82,14 +82,25 @@ class MicroBatch:
     first_window: int  # train: place of its first window in the order of the whole run; val: that window's number
 
 
+def batch_to(batch: MicroBatch, device: torch.device) -> MicroBatch:
+    """The micro-batch on a device."""
+    return replace(batch, tokens=batch.tokens.to(device), targets=batch.targets.to(device),
+                   documents=None if batch.documents is None else batch.documents.to(device))
+
+
 def document_numbers(tokens: np.ndarray, eot: int) -> np.ndarray:
     """(B, T) int32: end-of-text tokens strictly before each position, so an eot belongs to the document it ends."""
     ends = tokens == eot
     return np.cumsum(ends, axis=1, dtype=np.int32) - ends
 
 
-def _tensors(windows: np.ndarray, eot: int | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """tokens, targets, documents of windows (B, T+1)."""
+def _read(stream: TokenStream, window_ids: np.ndarray, seq_len: int, eot: int | None,
+          vocab_size: int | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """tokens, targets, documents (B, T) of windows. Raises ShardError for an id the model does not know."""
+    windows = stream.windows(window_ids * seq_len, seq_len + 1)  # (B, T+1)
+    if vocab_size is not None and windows.max() >= vocab_size:
+        raise ShardError(f"{stream.name} holds token {windows.max()} but the vocabulary has {vocab_size} ids; these "
+                         "shards were made with another tokenizer: name it in data.tokenizer")
     tokens = torch.from_numpy(windows[:, :-1].astype(np.int64, order="C"))  # (B, T)
     targets = torch.from_numpy(windows[:, 1:].astype(np.int64, order="C"))  # (B, T)
     documents = None if eot is None else torch.from_numpy(document_numbers(windows[:, :-1], eot))
@@ -109,8 +120,10 @@ class TrainLoader:
     """This rank's share of every batch. tokens_per_step counts the batch of all ranks together."""
 
     def __init__(self, stream: TokenStream, *, seq_len: int, tokens_per_step: int, micro_batch: int, seed: int,
-                 rank: int = 0, world_size: int = 1, device: str | torch.device = "cpu", eot: int | None = None):
-        """micro_batch: windows, at most; eot: the end-of-text id if document numbers are wanted.
+                 rank: int = 0, world_size: int = 1, device: str | torch.device = "cpu", eot: int | None = None,
+                 vocab_size: int | None = None):
+        """micro_batch: windows, at most; eot: the end-of-text id if document numbers are wanted; vocab_size: an id from
+        there on raises ShardError when it is met (on CUDA it would end the process, in the embedding).
 
         Raises ShardError if the stream holds no window, ConfigError if tokens_per_step cannot be shared out.
         """
@@ -120,6 +133,7 @@ class TrainLoader:
                               f"= {seq_len} x {world_size}; near it: "
                               f"{near_multiples(tokens_per_step, seq_len * world_size)}")
         self.stream, self.seq_len, self.micro_batch, self.seed, self.eot = stream, seq_len, micro_batch, seed, eot
+        self.vocab_size = vocab_size
         self.device = torch.device(device)
         self.windows_per_step = tokens_per_step // seq_len
         self.windows_per_rank = self.windows_per_step // world_size
@@ -161,7 +175,7 @@ class TrainLoader:
         """The share of one step on the device, and on CUDA the event that its copies set when they are done."""
         first = step * self.windows_per_step + self.first_of_rank
         ids = self._windows_at(np.arange(first, first + self.windows_per_rank))
-        tensors = _tensors(self.stream.windows(ids * self.seq_len, self.seq_len + 1), self.eot)
+        tensors = _read(self.stream, ids, self.seq_len, self.eot, self.vocab_size)
         if self._copies is None:
             return self._micro_batches(tensors, first), None
         with torch.cuda.stream(self._copies):  # sets the device too: a new thread starts on device 0
@@ -178,12 +192,13 @@ class TrainLoader:
     def _receive(self, prepared: tuple[list[MicroBatch], torch.cuda.Event | None]) -> list[MicroBatch]:
         """Hand a step's tensors from the copying stream over to the current one."""
         batch, arrived = prepared
-        if arrived is not None:
-            current = torch.cuda.current_stream(self.device)
-            current.wait_event(arrived)
-            for tensor in (batch[0].tokens, batch[0].targets, batch[0].documents):
-                if tensor is not None:  # all micro-batches are views of one allocation: marking one marks it whole
-                    tensor.record_stream(current)  # its memory is not reused before the current stream is done with it
+        if arrived is None:
+            return [batch_to(micro_batch, self.device) for micro_batch in batch]
+        current = torch.cuda.current_stream(self.device)
+        current.wait_event(arrived)
+        for tensor in (batch[0].tokens, batch[0].targets, batch[0].documents):
+            if tensor is not None:  # all micro-batches are views of one allocation: marking one marks it whole
+                tensor.record_stream(current)  # its memory is not reused before the current stream is done with it
         return batch
 
 
@@ -194,9 +209,10 @@ class ValLoader:
     """
 
     def __init__(self, stream: TokenStream, *, seq_len: int, eval_tokens: int, micro_batch: int,
-                 device: str | torch.device = "cpu", eot: int | None = None):
+                 device: str | torch.device = "cpu", eot: int | None = None, vocab_size: int | None = None):
         self.windows = min(_check_length(stream, seq_len), max(1, eval_tokens // seq_len))
         self.stream, self.seq_len, self.micro_batch, self.eot = stream, seq_len, micro_batch, eot
+        self.vocab_size = vocab_size
         self.device = torch.device(device)
 
     def micro_batches(self, rank: int = 0, world_size: int = 1) -> Iterator[MicroBatch]:
@@ -204,5 +220,5 @@ class ValLoader:
         stop_of_rank = (rank + 1) * self.windows // world_size
         for first in range(rank * self.windows // world_size, stop_of_rank, self.micro_batch):
             ids = np.arange(first, min(first + self.micro_batch, stop_of_rank))
-            tensors = _tensors(self.stream.windows(ids * self.seq_len, self.seq_len + 1), self.eot)
-            yield MicroBatch(*(None if t is None else t.to(self.device) for t in tensors), first_window=first)
+            tensors = _read(self.stream, ids, self.seq_len, self.eot, self.vocab_size)
+            yield batch_to(MicroBatch(*tensors, first_window=first), self.device)

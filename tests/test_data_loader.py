@@ -168,6 +168,29 @@ def test_first_window_is_the_place_in_the_order_of_the_run(stream):
     assert places == [40, 43, 44, 47, 48, 51, 52, 55]  # 8 windows a step, 4 a rank, micro-batches of 3 and 1
 
 
+def test_batches_land_on_the_device_that_was_asked_for(stream):
+    # "meta" stands for MPS: a device that is neither the CPU nor CUDA
+    train = TrainLoader(stream, seq_len=16, tokens_per_step=64, micro_batch=2, seed=0, device="meta", eot=0)
+    val = ValLoader(stream, seq_len=16, eval_tokens=64, micro_batch=2, device="meta", eot=0)
+    for batch in (train.batch(0)[0], next(train.batches(0, 1))[0], next(val.micro_batches())):
+        assert {t.device.type for t in (batch.tokens, batch.targets, batch.documents)} == {"meta"}
+
+
+def test_an_id_outside_the_vocabulary_is_named_before_the_model_sees_it(stream):
+    highest = int(stream.windows(np.array([0]), stream.tokens).max())
+    arguments = dict(seq_len=16, micro_batch=2)
+    for vocab_size in (highest, highest + 1):
+        loaders = (TrainLoader(stream, tokens_per_step=16 * (stream.tokens // 16 - 1), seed=0, vocab_size=vocab_size,
+                               **arguments),
+                   ValLoader(stream, eval_tokens=stream.tokens, vocab_size=vocab_size, **arguments))
+        for read in (lambda: loaders[0].batch(0), lambda: list(loaders[1].micro_batches())):  # noqa: B023
+            if vocab_size > highest:
+                read()
+            else:
+                with pytest.raises(ShardError, match=f"holds token {highest} but the vocabulary has {highest} ids"):
+                    read()
+
+
 def test_tensors_are_contiguous_and_int64(stream):
     batch = make_loader(stream, eot=3).batch(0)[0]
     assert batch.tokens.dtype == batch.targets.dtype == torch.int64 and batch.documents.dtype == torch.int32

@@ -67,7 +67,9 @@ def test_auto_takes_bfloat16_only_where_it_is_native(monkeypatch, capability, ex
 
 def test_auto_compiles_only_on_cuda_with_triton_and_a_compiler(monkeypatch):
     assert distributed.choose_compile("auto", torch.device("cpu"))[0] is False
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: "found")
+    monkeypatch.setattr(distributed.Path, "exists", lambda path: path.name == "Python.h")
     monkeypatch.setattr(distributed.shutil, "which", lambda name: "/usr/bin/cc")
     assert distributed.choose_compile("auto", torch.device("cuda", 0))[0] is True
     monkeypatch.setattr(distributed.shutil, "which", lambda name: None)
@@ -75,6 +77,8 @@ def test_auto_compiles_only_on_cuda_with_triton_and_a_compiler(monkeypatch):
     assert on is False and "compiler" in reason
     monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: None)
     assert distributed.choose_compile("auto", torch.device("cuda", 0)) == (False, "no triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
+    assert distributed.choose_compile("auto", torch.device("cuda", 0))[0] is False
     assert distributed.choose_compile("true", torch.device("cpu"))[0] is True
 
 

@@ -101,6 +101,15 @@ def test_the_command_line_prints_one_json_object_that_repeats_the_val_row(settin
     assert printed["bytes"] == Path("text.txt").stat().st_size
 
 
+def test_the_command_line_keeps_documents_apart_as_training_did(settings, capsys):  # noqa: F811
+    Path("many.jsonl").write_text("".join(json.dumps({"text": f"a row of text number {i}"}) + "\n" for i in range(300)))
+    run_dir = run([settings[0], "data.source=many.jsonl"], "apart", "data.document_mask=true")
+    capsys.readouterr()
+    evaluation.main(["apart"])
+    row = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()][-1]
+    assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(row["loss"], rel=1e-6)
+
+
 @pytest.mark.parametrize("words, message", [
     (["nowhere"], "nowhere"),
     (["scored", "--data", "missing.txt"], "missing.txt"),

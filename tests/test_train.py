@@ -214,12 +214,13 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(settings):
     assert_same_bits(tensors(run_dir, 12), tensors(run(settings, "whole"), 12))
 
 
-def test_a_run_whose_every_checkpoint_is_damaged_does_not_start_anew(settings):
+def test_a_run_whose_every_checkpoint_is_damaged_does_not_start_anew(settings, capsys):
     run_dir = run(settings, "damaged", "train.max_steps=4")
     (run_dir / "checkpoints" / "step_00000004" / "model.safetensors").write_bytes(b"")
     for _ in range(2):  # also when they have been set aside already
         with pytest.raises(UserError, match="every checkpoint .* is damaged"):
             run(settings, "damaged")
+    assert "model.safetensors" in capsys.readouterr().err  # said when it was set aside, the first time
 
 
 def test_a_damaged_shard_stops_the_run_with_its_name(settings):
@@ -251,6 +252,31 @@ def test_a_stop_between_steps_saves_and_leaves_a_mark(settings):
     run(settings, "stopped")
     assert not (run_dir / "STOPPED").exists()
     assert_same_bits(tensors(run_dir, 12), tensors(run(settings, "whole"), 12))
+
+
+class StopInEvaluation:
+    """Asks to stop while the evaluation at a step looks at it, not before."""
+
+    signal = "SIGTERM"
+
+    def __init__(self, monkeypatch):
+        self.on, real = False, train.Run._evaluate
+        monkeypatch.setattr(train.Run, "_evaluate", lambda run: (setattr(self, "on", True), real(run)))
+
+    def __call__(self) -> bool:
+        return self.on
+
+
+@pytest.mark.parametrize("max_steps", [12, 5], ids=["in-the-middle", "at-the-last-step"])
+def test_an_evaluation_that_a_stop_cut_short_is_made_up_for(settings, monkeypatch, max_steps):
+    words = [*settings, f"train.max_steps={max_steps}"]
+    with monkeypatch.context() as patched:
+        stopped = run(words, "stopped", stop=StopInEvaluation(patched))
+    assert rows(stopped, "val") == [] and checkpoint.load_state(stopped / "checkpoints" / "step_00000005")["val_due"]
+    run(words, "stopped")
+    whole = run(words, "whole")
+    assert rows(stopped, "val") == rows(whole, "val")
+    assert losses(stopped) == losses(whole)
 
 
 def test_a_failed_save_warns_and_training_goes_on(settings, monkeypatch):
@@ -379,6 +405,18 @@ def test_fork_from_goes_on_with_moments_and_step_as_a_new_run(settings):
     assert [row["step"] for row in rows(branch)] == [9, 10, 11, 12]
 
 
+def test_a_fork_may_shorten_the_context_moments_and_all(settings):
+    run(settings, "trunk", "train.max_steps=4")
+    branch = run(settings, "branch", "train.fork_from=trunk", "model.max_seq_len=8", "train.max_steps=6")
+    assert tensors(branch, 6)["exp_avg.wpe.weight"].shape == (8, 32)
+
+
+def test_a_fork_from_float32_into_float16_starts_with_a_loss_scale_of_its_own(settings):
+    run(settings, "trunk", "train.max_steps=4")
+    branch = run(settings, "branch", "train.fork_from=trunk", "train.dtype=float16", "train.max_steps=5")
+    assert checkpoint.load_state(branch / "checkpoints" / "step_00000005")["loss_scale"][0] >= 2.0 ** 10
+
+
 def test_fork_from_past_max_steps_is_refused(settings):
     run(settings, "trunk")
     with pytest.raises(ConfigError, match="starts at step 12 but train.max_steps = 12"):
@@ -444,6 +482,7 @@ def test_a_profiler_trace_of_chosen_steps_is_written(settings):
     (["train.tokens_per_step=100"], "near it: 96 or 112"),
     (["train.device=cuda"], "no CUDA device"),
     (["data.val_fraction=0.0005"], "val"),
+    (["data.val_fraction=0"], "data.val_source"),
     (["model.vocab_size=100"], "model.vocab_size = 100 is below the tokenizer's 257"),
     (["train.init_from=nowhere"], "nowhere"),
     (["train.fork_from=nowhere"], "nowhere"),
