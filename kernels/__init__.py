@@ -9,10 +9,12 @@ from kernels.reference import (
     document_starts,
     first_visible_key,
     layer_norm,
+    linear,
     linear_cross_entropy,
     rms_norm,
 )
 
 OPS = ("attention", "layer_norm", "rms_norm", "linear_cross_entropy")
 
-__all__ = ["OPS", "attention", "document_starts", "first_visible_key", "layer_norm", "linear_cross_entropy", "rms_norm"]
+__all__ = ["OPS", "attention", "document_starts", "first_visible_key", "layer_norm", "linear",
+           "linear_cross_entropy", "rms_norm"]

@@ -4,6 +4,7 @@ Statistics and losses are float32 whatever the dtype of the inputs. Shapes: B ba
 H query heads, Hkv key/value heads, D head dim, N = B*T rows, C width, V vocabulary (rows of the padded table).
 """
 
+import functools
 import math
 
 import torch
@@ -48,6 +49,64 @@ class _RMSNormOnCPU(torch.autograd.Function):
         # not from LayerNorm's backward either: it sums bfloat16 in bfloat16, 5 % off
         grad_weight = (x * rstd).mul_(grad).view(-1, C).sum(0).to(weight.dtype)
         return grad_x, grad_weight, None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Matrix products
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (..., C) @ weight.T + bias in x's dtype; weight (M, C) and bias (M,) keep their own -> (..., M)."""
+    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    if _takes_onednn(x):
+        return _LinearByOneDNN.apply(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a (n, k) @ b (k, m), without gradient."""
+    return _onednn_matmul(a, b) if _takes_onednn(a) else a @ b
+
+
+def _takes_onednn(x: Tensor) -> bool:
+    """float32 on the CPU: PyTorch multiplies by MKL there, which leaves AMD's wide registers unused. oneDNN, just as
+    exact, is twice as fast on them (docs/BENCHMARKS.md); bfloat16 goes to oneDNN by itself."""
+    return (x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling()
+            and _onednn_works())
+
+
+@functools.cache
+def _onednn_works() -> bool:
+    """Whether the private operator is there and multiplies as accurately as float32 can, tried on a small product."""
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(48, 96, generator=generator), torch.randn(96, 80, generator=generator)
+    try:
+        with torch.no_grad():
+            products = _onednn_matmul(a, b), _onednn_matmul(b.T, a.T).T
+    except RuntimeError:
+        return False
+    return all(torch.allclose(p.double(), a.double() @ b.double(), rtol=0, atol=2e-5) for p in products)
+
+
+def _onednn_matmul(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(a, b.T, bias, "none", [], "")
+
+
+class _LinearByOneDNN(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.has_bias = bias is not None
+        return _onednn_matmul(x, weight.T, bias)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, weight = ctx.saved_tensors
+        rows, grad_rows = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+        grad_x = _onednn_matmul(grad_rows, weight).view(x.shape) if ctx.needs_input_grad[0] else None
+        grad_weight = _onednn_matmul(grad_rows.T, rows) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_weight, grad_rows.sum(0) if ctx.has_bias else None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -116,13 +175,18 @@ def _matmul_softmax(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tens
     """q (B, H, Tq, D), k and v (B, Hkv, Tk, D), mask as of visible_keys or None = causal -> (B, H, Tq, D)."""
     B, H, Tq, D = q.shape
     Hkv, Tk = k.shape[1], k.shape[2]
+    G = H // Hkv  # the G query heads of one key head stand as more rows of one matmul: k and v are never repeated
     if mask is None:
         mask = visible_keys(Tq, Tk, None, device=q.device)
     additive = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, -math.inf)
-    # The H / Hkv query heads of one key head stand as more rows of one matmul: k and v are never repeated.
-    scores = (q * scale).reshape(B, Hkv, H // Hkv * Tq, D) @ k.transpose(-1, -2)
-    weights = torch.softmax(scores.view(B, Hkv, H // Hkv, Tq, Tk) + additive[:, :, None], dim=-1)
-    return (weights.view(B, Hkv, H // Hkv * Tq, Tk) @ v).view(B, H, Tq, D)
+    additive = additive.expand(mask.shape[0], G, Tq, Tk).reshape(-1, 1, G * Tq, Tk)  # (B or 1, 1, G*Tq, Tk)
+    if mask.shape[0] > 1:
+        additive = additive.expand(B, Hkv, G * Tq, Tk).flatten(0, 1)
+    else:
+        additive = additive[0]
+    q, k, v = q.reshape(B * Hkv, G * Tq, D), k.reshape(B * Hkv, Tk, D), v.reshape(B * Hkv, Tk, D)
+    scores = torch.baddbmm(additive, q, k.mT, alpha=scale)  # (B*Hkv, G*Tq, Tk); scale and mask cost no extra pass
+    return (torch.softmax(scores, dim=-1) @ v).view(B, H, Tq, D)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -159,7 +223,7 @@ def _default_chunk_rows(hidden: Tensor, V: int) -> int:
 
 def _chunk_logits(h: Tensor, weight: Tensor, softcap: float) -> Tensor:
     """float32 logits (rows, V) of one chunk; may be overwritten by the caller. weight in h's dtype."""
-    logits = F.linear(h, weight).float()
+    logits = _matmul(h, weight.T).float()
     return logits if softcap == 0.0 else softcap * torch.tanh(logits / softcap)
 
 
@@ -197,8 +261,8 @@ class _LinearCrossEntropySum(torch.autograd.Function):
             grad_logits.scatter_add_(1, index, torch.full_like(lse, -1.0))
             grad_logits = grad_logits.mul_(keep) if slope is None else grad_logits.mul_(slope).mul_(keep)
             grad_logits = grad_logits.to(hidden.dtype)
-            grad_hidden[start:start + rows] = grad_logits @ compute_weight
-            grad_weight += grad_logits.T @ h
+            grad_hidden[start:start + rows] = _matmul(grad_logits, compute_weight)
+            grad_weight += _matmul(grad_logits.T, h)
         ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
         return total
 
