@@ -106,6 +106,33 @@ def test_norms_in_bfloat16_have_the_gradients_of_their_formula(name):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Matrix products
+
+@pytest.mark.parametrize("by_onednn", [True, False], ids=["oneDNN", "F.linear"])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 63, 60), (1000, 65)], ids=str)
+@pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no bias"])
+def test_linear_equals_its_formula(shape, has_bias, by_onednn, monkeypatch):
+    if by_onednn and not reference._onednn_works():
+        pytest.skip("this PyTorch has no oneDNN: its products are unchecked")
+    monkeypatch.setattr(reference, "_takes_onednn", lambda x: by_onednn and x.dtype == torch.float32)
+    inputs = [randn(*shape), randn(37, shape[-1], seed=1), randn(37, seed=2) if has_bias else None]
+    # float32: sums of up to 1,000 products of values around 1
+    assert_equal_to_float64(reference.linear, F.linear, inputs, tolerance={"rtol": 2e-5, "atol": 2e-4})
+
+
+def test_linear_computes_in_the_dtype_of_its_input_and_keeps_that_of_the_weight():
+    x, weight = randn(5, 16).bfloat16(), randn(8, 16, seed=1).requires_grad_()
+    y = reference.linear(x, weight, None)
+    y.float().sum().backward()
+    assert y.dtype == torch.bfloat16 and weight.grad.dtype == torch.float32
+
+
+def test_onednn_is_not_used_where_it_fails_its_trial(monkeypatch):
+    monkeypatch.setattr(reference, "_onednn_matmul", lambda a, b, bias=None: (a @ b) * 1.001)
+    assert reference._onednn_works.__wrapped__() is False
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Attention
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, first_key: list[list[int]], scale: float | None = None) -> Tensor:
