@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
-from config import ModelConfig, RopeScaling
+from config import ModelConfig, RopeScaling, load_config
 from model import GPT, KVCache, flops_per_token, padded_vocab_size
 
 SMALL = ModelConfig(n_layer=2, n_head=4, n_kv_head=2, n_embd=24, vocab_size=61, max_seq_len=80)
@@ -501,6 +502,24 @@ def test_flops_per_token_equal_those_that_pytorch_counts(config, monkeypatch):
     attention = counts["aten.bmm"] + counts["aten.baddbmm"]
     counted = counts["aten.mm"] + counts.get("aten.addmm", 0) + attention * visible
     assert flops_per_token(config, seq_len=T) == pytest.approx(counted / (B * T), rel=1e-9)
+
+
+CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_config_states_the_parameters_that_its_model_has(path):
+    text = path.read_text()
+    stated = re.search(r"([\d,]{7,}) parameters", text)
+    if stated is None:
+        assert path.stem == "finetune"  # its model is its parent's
+        return
+    read = load_config(path)
+    sizes = {"bytes": 257, "bpe:4096": 4096, None: 50257}
+    with torch.device("meta"):
+        model = GPT(replace(read.model, vocab_size=read.model.vocab_size or sizes[read.data.tokenizer]))
+    assert int(stated[1].replace(",", "")) == model.parameter_count()
+    assert len(text.splitlines()) < 30
 
 
 def test_flops_do_not_count_the_padding_of_the_table():
