@@ -431,8 +431,9 @@ def build(start: Start, config: Config, dtype: torch.dtype, device: torch.device
     torch.manual_seed(config.train.seed)
     model = GPT(config.model, compute_dtype=dtype,
                 activation_checkpointing=config.train.activation_checkpointing).to(device)
-    native = distributed.computes_bfloat16(device)
-    optimizer = Optimizer(model, config.optim, newton_schulz_dtype=torch.bfloat16 if native else torch.float32)
+    # Muon's products may be rough, but in a float32 run a rounding to bfloat16 would turn last bits into steps.
+    rough = distributed.computes_bfloat16(device) and dtype != torch.float32
+    optimizer = Optimizer(model, config.optim, newton_schulz_dtype=torch.bfloat16 if rough else torch.float32)
     progress = Progress(scale=LossScale.for_dtype(dtype))
     with distributed.together(world):
         load_start(start, model, optimizer, progress, config)

@@ -476,7 +476,9 @@ def test_workers_end_with_the_process_that_started_them(how, tmp_path, bpe):
     (tmp_path / "a.txt").write_text((SOURCE + "\n") * 200)  # seconds of work
     words = [tmp_path / "a.txt", "--out", tmp_path / "out", "--tokenizer", bpe, "--workers", "2"]
     process = subprocess.Popen([sys.executable, "-m", "data.prepare", *map(str, words)], cwd=ROOT,
-                               stderr=subprocess.PIPE, text=True, start_new_session=True)
+                               stderr=subprocess.PIPE, text=True, start_new_session=True,
+                               # a shell that runs the tests in the background has them ignore Ctrl-C
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     deadline = time.monotonic() + 60
     while len(children := children_of(process.pid)) < 3 and time.monotonic() < deadline:
         time.sleep(0.02)

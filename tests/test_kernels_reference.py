@@ -380,16 +380,16 @@ def test_an_unknown_reduction_is_refused_by_name():
 
 
 PEAK_MEMORY = """
-import resource, sys
 import torch
+import metrics
 from kernels import reference
 
 def growth_MiB(loss):
     # How far the highest resident memory of this process rises while loss and gradients are computed.
     hidden, weight = torch.randn(1024, 8, requires_grad=True), torch.randn(50304, 8, requires_grad=True)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = metrics.peak_memory_bytes("cpu")
     loss(hidden, weight, torch.randint(50257, (1024,))).backward()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / (1024 if sys.platform == "linux" else 2**20)
+    return (metrics.peak_memory_bytes("cpu") - before) / 2**20
 
 def chunked(softcap):
     return lambda h, w, t: reference.linear_cross_entropy(h, w, t, vocab_size=50257, softcap=softcap, chunk_rows=32)

@@ -557,7 +557,9 @@ def test_a_mistake_is_one_line_and_exit_status_2(tmp_path):
 
 def test_ctrl_c_ends_quietly_with_what_was_printed(run_dir):
     arguments = command(run_dir, "--prompt", "Hello", "--max-new-tokens", 10**6)
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          # a shell that runs the tests in the background has them ignore Ctrl-C
+                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as process:
         start = process.stdout.read(20)  # it is generating
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=30)
