@@ -13,6 +13,7 @@ Every change to the disk goes through the functions of the section "The disk": t
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import math
 import os
@@ -25,9 +26,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from config import MachineError, UserError
@@ -37,6 +39,8 @@ STATE, MANIFEST = "state.json", "manifest.json"
 REQUIRED = ("model.safetensors", STATE)
 STEP_NAME = re.compile(r"step_(\d{8,})(\.replaced)?")
 TEMPORARY = ".tmp-"  # prefix of folders that are being written or deleted
+DTYPE_NAMES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16",
+               torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}
 MARGIN_BYTES = 1 << 20  # free space asked for beyond the tensors: headers, JSON, folder blocks
 
 
@@ -60,10 +64,24 @@ def _write_bytes(path: Path, data: bytes) -> None:
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    path.touch()  # save_file leaves a file that only its owner may read; this one has the permissions of any other
-    mode = path.stat().st_mode
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
-    path.chmod(mode)
+    """A file in safetensors' format: length of the header, JSON header, raw bytes. Written straight from the tensors'
+    memory, one after the other; the library's writer would copy all of them first (a third of a save's time)."""
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data starts aligned
+    with open(path, "wb", buffering=0) as file:
+        _write_all(file, len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            _write_all(file, tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def _write_all(file: io.RawIOBase, data: bytes | np.ndarray) -> None:
+    rest = memoryview(data).cast("B")
+    while rest:  # one write() takes 2 GB at most, and a nearly full disk less
+        rest = rest[file.write(rest):]
 
 
 def _sync(path: Path) -> None:

@@ -113,7 +113,7 @@ class Encoder:
             split = unit.split or split_of(text, self.val_fraction)
             into = encoded.setdefault(split, Encoded(bytearray(), 0, 0))
             into.tokens += self.tokenizer.encode(text).astype(self.dtype).data
-            into.text_bytes += len(text.encode())
+            into.text_bytes += len(text) if text.isascii() else len(text.encode())
             if unit.ends:
                 into.tokens += end.data
                 into.documents += 1

@@ -205,6 +205,8 @@ class Tokenizer:
 
 def replace_surrogates(text: str) -> str:
     """The text with lone surrogates, which no UTF-8 can spell, as U+FFFD; a pair of them is the character it means."""
+    if text.isascii():  # known at once, where encoding is a pass over the text
+        return text
     try:
         text.encode()
         return text
