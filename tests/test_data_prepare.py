@@ -470,7 +470,7 @@ def children_of(pid: int) -> list[int]:
     return [int(child) for child in found]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes with ps --ppid")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs ps --ppid: that workers end with it is unchecked")
 @pytest.mark.parametrize("how", ["interrupt", "kill"])
 def test_workers_end_with_the_process_that_started_them(how, tmp_path, bpe):
     (tmp_path / "a.txt").write_text((SOURCE + "\n") * 200)  # seconds of work

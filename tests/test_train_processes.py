@@ -198,7 +198,7 @@ def test_a_second_run_in_the_same_folder_is_refused(settings):
 
 def test_a_full_disk_at_every_save_keeps_training_and_exits_1(settings):
     if not hasattr(os, "fork"):
-        pytest.skip("no fork: the limit on file size cannot be set for the child alone")
+        pytest.skip("no fork to limit the file size of the child alone: a full disk during a run is unchecked")
     limited = "import resource, sys, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); " \
               "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); sys.argv = sys.argv[1:]; " \
               "sys.path.insert(0, str(__import__('pathlib').Path(sys.argv[0]).parent)); " \
