@@ -6,22 +6,32 @@ H query heads, Hkv key/value heads, D head dim, N = B*T rows, C width, V vocabul
 
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, *, eps: float) -> Tensor:
-    """LayerNorm over the last dim (arXiv:1607.06450). x (..., C), weight and bias (C,) -> (..., C) in x's dtype."""
-    return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), None if bias is None else bias.to(x.dtype), eps)
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, *, eps: float,
+               residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    """kernels.layer_norm in plain PyTorch."""
+    if residual is not None:
+        x = x + residual
+    y = F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), None if bias is None else bias.to(x.dtype), eps)
+    return y if residual is None else (y, x)
 
 
-def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
-    """RMSNorm over the last dim (arXiv:1910.07467). x (..., C), weight (C,) -> (..., C) in x's dtype."""
+def rms_norm(x: Tensor, weight: Tensor, *, eps: float,
+             residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    """kernels.rms_norm in plain PyTorch."""
+    if residual is not None:
+        x = x + residual
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        return _RMSNormOnCPU.apply(x, weight, eps)
-    return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)
+        y = _RMSNormOnCPU.apply(x, weight, eps)
+    else:
+        y = F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)
+    return y if residual is None else (y, x)
 
 
 class _RMSNormOnCPU(torch.autograd.Function):
@@ -33,8 +43,7 @@ class _RMSNormOnCPU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        statistics = torch.promote_types(x.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=statistics)  # (..., 1)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=_statistics_dtype(x))  # (..., 1)
         rstd = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, rstd)
         return (x * rstd).mul_(weight).to(x.dtype)
@@ -49,6 +58,11 @@ class _RMSNormOnCPU(torch.autograd.Function):
         # not from LayerNorm's backward either: it sums bfloat16 in bfloat16, 5 % off
         grad_weight = (x * rstd).mul_(grad).view(-1, C).sum(0).to(weight.dtype)
         return grad_x, grad_weight, None
+
+
+def _statistics_dtype(x: Tensor) -> torch.dtype:
+    """float32; float64 for float64, which makes this file an oracle for the fused kernels."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -114,11 +128,7 @@ class _LinearByOneDNN(torch.autograd.Function):
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None,
               first_key: Tensor | None = None) -> Tensor:
-    """Causal attention. q (B, Tq, H, D), k and v (B, Tk, Hkv, D) with Hkv | H -> (B, Tq, H, D).
-
-    Query i stands at key Tk-Tq+i and sees the keys first_key[b, i] up to that one; first_key is int (B or 1, Tq) as
-    first_visible_key makes it, None = from key 0. Every query sees itself, so no row is empty. scale: None = D ** -0.5.
-    """
+    """kernels.attention in plain PyTorch."""
     Tq, Tk, D = q.shape[1], k.shape[1], q.shape[3]
     scale = D ** -0.5 if scale is None else scale
     q_BHTD, k_BHTD, v_BHTD = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -194,26 +204,18 @@ def _matmul_softmax(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tens
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, vocab_size: int | None = None,
                          ignore_index: int = -100, reduction: str = "mean", softcap: float = 0.0,
-                         chunk_rows: int | None = None) -> Tensor:
-    """Cross-entropy of softmax(hidden @ weight.T) against targets, in nats, without ever holding all logits.
-
-    hidden (N, C), weight (V, C) of any float dtype (matmuls run in hidden's), targets (N,) int64. Rows of weight from
-    vocab_size on are padding and take no part. Rows whose target is ignore_index cost nothing. reduction: "mean" over
-    the other rows or "sum" -> float32 (); "none" -> float32 (N,), without gradient. softcap > 0: logits become
-    softcap * tanh(logits / softcap). Gradients are computed chunk by chunk in the forward pass (as Liger-Kernel,
-    arXiv:2410.10989); chunk_rows rows of logits exist at a time.
-    """
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction {reduction!r} should be mean, sum or none")
-    vocab_size = weight.shape[0] if vocab_size is None else vocab_size
-    rows = _default_chunk_rows(hidden, weight.shape[0]) if chunk_rows is None else chunk_rows
-    if reduction == "none":
+                         z_loss: float = 0.0, chunk_rows: int | None = None) -> Tensor:
+    """kernels.linear_cross_entropy in plain PyTorch."""
+    rule = _LossRule(vocab_size=weight.shape[0] if vocab_size is None else vocab_size, ignore_index=ignore_index,
+                     softcap=softcap, z_loss=z_loss,
+                     rows=_default_chunk_rows(hidden, weight.shape[0]) if chunk_rows is None else chunk_rows)
+    if reduction != "none" and torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+        total = _LinearCrossEntropySum.apply(hidden, weight, targets, rule)
+    else:
         with torch.no_grad():
-            return torch.cat(_losses_by_chunk(hidden, weight, targets, vocab_size, ignore_index, softcap, rows))
-    wants_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    total = _LinearCrossEntropySum.apply(hidden, weight, targets, vocab_size, ignore_index, softcap, rows,
-                                         wants_grad)
-    return total if reduction == "sum" else total / (targets != ignore_index).sum()
+            losses = _losses(hidden, weight, targets, rule)
+        total = losses if reduction == "none" else losses.sum()
+    return total / (targets != ignore_index).sum() if reduction == "mean" else total
 
 
 def _default_chunk_rows(hidden: Tensor, V: int) -> int:
@@ -221,47 +223,62 @@ def _default_chunk_rows(hidden: Tensor, V: int) -> int:
     return 8192 if hidden.device.type == "cuda" else max(64, 2 ** 23 // V)
 
 
-def _chunk_logits(h: Tensor, weight: Tensor, softcap: float) -> Tensor:
-    """float32 logits (rows, V) of one chunk; may be overwritten by the caller. weight in h's dtype."""
-    logits = _matmul(h, weight.T).float()
-    return logits if softcap == 0.0 else softcap * torch.tanh(logits / softcap)
+class _LossRule(NamedTuple):
+    vocab_size: int
+    ignore_index: int
+    softcap: float
+    z_loss: float
+    rows: int  # per chunk
+
+    def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """float32 logits (rows, V) of one chunk; may be overwritten. weight in hidden's dtype."""
+        logits = _matmul(hidden, weight.T).to(_statistics_dtype(hidden))
+        return logits.div_(self.softcap).tanh_().mul_(self.softcap) if self.softcap else logits
+
+    def losses(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss of each row (rows, 1), and what scales exp(logits - largest), which logits become, to the gradient of
+        the log of the sum (rows, 1); both 0 where ignored."""
+        keep = (targets != self.ignore_index)[:, None]
+        target_logit = logits.gather(1, torch.where(keep, targets[:, None], 0))
+        logits[:, self.vocab_size:] = -math.inf  # the padding is multiplied, at full rate, and then takes no part
+        largest = logits.amax(dim=-1, keepdim=True)
+        total = logits.sub_(largest).exp_().sum(dim=-1, keepdim=True)
+        lse = largest + total.log()
+        losses = lse - target_logit + self.z_loss * lse.square()
+        slope = (1.0 + 2.0 * self.z_loss * lse) / total
+        return torch.where(keep, losses, 0.0), torch.where(keep, slope, 0.0)
 
 
-def _losses_by_chunk(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, ignore_index: int,
-                     softcap: float, rows: int) -> list[Tensor]:
+def _losses(hidden: Tensor, weight: Tensor, targets: Tensor, rule: _LossRule) -> Tensor:
+    """Loss of each row, (N,)."""
     weight = weight.to(hidden.dtype)
-    return [F.cross_entropy(_chunk_logits(h, weight, softcap)[:, :vocab_size], t, ignore_index=ignore_index,
-                            reduction="none")
-            for h, t in zip(hidden.split(rows), targets.split(rows), strict=True)]
+    return torch.cat([rule.losses(rule.logits(h, weight), t)[0].squeeze(1)
+                      for h, t in zip(hidden.split(rule.rows), targets.split(rule.rows), strict=True)])
 
 
 class _LinearCrossEntropySum(torch.autograd.Function):
     """Summed loss; both gradients are made in forward, while a chunk's logits are at hand, and scaled in backward."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, ignore_index: int,
-                softcap: float, rows: int, wants_grad: bool) -> Tensor:
-        if not wants_grad:
-            return torch.cat(_losses_by_chunk(hidden, weight, targets, vocab_size, ignore_index, softcap, rows)).sum()
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, rule: _LossRule) -> Tensor:
+        total = torch.zeros((), dtype=_statistics_dtype(hidden), device=hidden.device)
         compute_weight = weight.to(hidden.dtype)  # once, not per chunk
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-        for start in range(0, hidden.shape[0], rows):
-            h, t = hidden[start:start + rows], targets[start:start + rows]
-            logits = _chunk_logits(h, compute_weight, softcap)  # (rows, V)
-            # d loss / d logits = softmax - one-hot, 0 on ignored rows; through the softcap: times 1 - (z / cap)^2
-            slope = 1.0 - (logits / softcap).square() if softcap else None
-            logits[:, vocab_size:] = -math.inf  # the padding is multiplied, at full rate, and then takes no part
-            lse = torch.logsumexp(logits, dim=-1, keepdim=True)
-            keep = (t != ignore_index)[:, None]
-            index = torch.where(keep, t[:, None], 0)
-            total = total + torch.where(keep, lse - logits.gather(1, index), 0.0).sum()
-            grad_logits = logits.sub_(lse).exp_()
-            grad_logits.scatter_add_(1, index, torch.full_like(lse, -1.0))
-            grad_logits = grad_logits.mul_(keep) if slope is None else grad_logits.mul_(slope).mul_(keep)
+        grad_weight = torch.zeros_like(weight, dtype=total.dtype)
+        for start in range(0, hidden.shape[0], rule.rows):
+            h, t = hidden[start:start + rule.rows], targets[start:start + rule.rows]
+            logits = rule.logits(h, compute_weight)  # (rows, V)
+            # through the softcap: times 1 - (z / cap)^2
+            slope = 1.0 - (logits / rule.softcap).square() if rule.softcap else None
+            losses, scale = rule.losses(logits, t)
+            total = total + losses.sum()
+            keep = (t != rule.ignore_index)[:, None]
+            grad_logits = logits.mul_(scale)  # softmax, less the one-hot:
+            grad_logits.scatter_add_(1, torch.where(keep, t[:, None], 0), -keep.to(logits.dtype))
+            if slope is not None:
+                grad_logits.mul_(slope)
             grad_logits = grad_logits.to(hidden.dtype)
-            grad_hidden[start:start + rows] = _matmul(grad_logits, compute_weight)
+            grad_hidden[start:start + rule.rows] = _matmul(grad_logits, compute_weight)
             grad_weight += _matmul(grad_logits.T, h)
         ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
         return total
@@ -270,5 +287,5 @@ class _LinearCrossEntropySum(torch.autograd.Function):
     def backward(ctx, grad_output: Tensor):
         grad_hidden, grad_weight = ctx.saved_tensors
         # float32: in bfloat16 a factor such as 1/200 is off by up to 2^-9, and with it the whole gradient of the body
-        grad_hidden = (grad_hidden.float() * grad_output).to(grad_hidden.dtype)
-        return grad_hidden, grad_weight * grad_output.to(grad_weight.dtype), None, None, None, None, None, None
+        grad_hidden = (grad_hidden.to(grad_output.dtype) * grad_output).to(grad_hidden.dtype)
+        return grad_hidden, grad_weight * grad_output.to(grad_weight.dtype), None, None

@@ -1,0 +1,58 @@
+"""Tile sizes of the Triton kernels: one table, read by the launchers and by the ahead-of-time gate of the tests.
+
+Chosen by plain functions instead of triton.autotune: a training step never stops to tune, ranks never differ, and
+every choice that a launch can make is known to tests/test_kernels_aot.py, which compiles it for GPUs that are not here.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # what the kernels compute in and for
+
+
+@dataclass(frozen=True)
+class Tile:
+    """rows x columns elements by warps x 32 threads."""
+
+    rows: int
+    columns: int
+    warps: int
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Norms: a tile holds whole rows
+
+MAX_NORM_WIDTH = 16_384
+NORM_BLOCKS = tuple(2 ** n for n in range(4, 15))  # the columns of a tile: the width rounded up to a power of 2
+
+
+def norm_forward(width: int) -> Tile:
+    """4,096 elements a tile: 32 a thread, four 16-byte loads of bfloat16 in flight. Wide rows take more warps."""
+    columns = max(NORM_BLOCKS[0], next_power_of_2(width))
+    return Tile(rows=max(1, 4096 // columns), columns=columns, warps=max(4, columns // 1024))
+
+
+def norm_backward(width: int) -> Tile:
+    """Half of that a thread: x, dy and the sums for the weight and the bias stay in registers over all tiles."""
+    columns = max(NORM_BLOCKS[0], next_power_of_2(width))
+    return Tile(rows=max(1, 2048 // columns), columns=columns, warps=min(32, max(4, columns // 512)))
+
+
+NORM_BACKWARD_PROGRAMS_PER_SM = 4  # each writes one row of partial sums for the weight: few rows, all SMs busy
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Cross-entropy: a program walks one row of logits in steps of `columns`
+
+def cross_entropy(vocab_size: int) -> Tile:
+    """16 elements a thread. Few programs an SM, so that rows read in the first sweep are still in L2 in the second."""
+    columns = min(8192, max(256, next_power_of_2(vocab_size)))
+    return Tile(rows=1, columns=columns, warps=max(1, columns // 512))
+
+
+CROSS_ENTROPY_CHUNK_ROWS = 8192  # fewer lose: each chunk reads and writes the float32 gradient of the weight once

@@ -1,0 +1,198 @@
+"""Linear layer + cross-entropy in chunks of rows: matmuls by cuBLAS, one Triton kernel between them.
+
+A chunk's logits are computed, turned into losses and, in place, into their own gradient, and multiplied out into the
+gradients of hidden and weight, all in the forward pass; backward only scales. No more than one chunk of logits ever
+exists (the idea of Liger-Kernel, arXiv:2410.10989). The chunk is much larger here, since each one reads and writes the
+weight's whole gradient, which is summed in float32.
+
+Dims: N rows, C width, V vocabulary (rows of the padded table).
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels import configs
+
+
+def takes(hidden: Tensor) -> bool:
+    """Whether this file computes with hidden's dtype."""
+    return hidden.dtype in configs.DTYPES
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, vocab_size: int, ignore_index: int,
+                         reduction: str, softcap: float, z_loss: float, chunk_rows: int | None) -> Tensor:
+    """kernels.linear_cross_entropy by Triton."""
+    rows = configs.CROSS_ENTROPY_CHUNK_ROWS if chunk_rows is None else chunk_rows
+    args = vocab_size, ignore_index, softcap, z_loss, rows
+    if reduction != "none" and torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+        total, _, _ = summed_loss(hidden, weight, targets, *args)
+    else:
+        total = token_losses(hidden.detach(), weight.detach(), targets, *args)
+        total = total if reduction == "none" else total.sum()
+    return total / (targets != ignore_index).sum() if reduction == "mean" else total
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Operators
+
+@torch.library.custom_op("flatgpt::token_losses", mutates_args=())
+def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, ignore_index: int, softcap: float,
+                 z_loss: float, rows: int) -> Tensor:
+    """Loss of each row, float32 (N,), without gradient."""
+    losses, _, _ = _by_chunk(hidden, weight, targets, vocab_size, ignore_index, softcap, z_loss, rows,
+                             wants_grad=False)
+    return losses
+
+
+@token_losses.register_fake
+def _(hidden, weight, targets, vocab_size, ignore_index, softcap, z_loss, rows):
+    return hidden.new_empty(hidden.shape[0], dtype=torch.float32)
+
+
+@torch.library.custom_op("flatgpt::summed_loss", mutates_args=())
+def summed_loss(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, ignore_index: int, softcap: float,
+                z_loss: float, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum of the losses, float32 (), and its gradients: (N, C) in hidden's dtype and (V, C) in float32."""
+    losses, grad_hidden, grad_weight = _by_chunk(hidden, weight, targets, vocab_size, ignore_index, softcap, z_loss,
+                                                 rows, wants_grad=True)
+    return losses.sum(), grad_hidden, grad_weight
+
+
+@summed_loss.register_fake
+def _(hidden, weight, targets, vocab_size, ignore_index, softcap, z_loss, rows):
+    return (hidden.new_empty((), dtype=torch.float32),
+            torch.empty_like(hidden, memory_format=torch.contiguous_format),
+            torch.empty_like(weight, dtype=torch.float32, memory_format=torch.contiguous_format))
+
+
+def _save_for_backward(ctx, inputs, output) -> None:
+    ctx.weight_dtype = inputs[1].dtype
+    ctx.save_for_backward(*output[1:])
+
+
+def _gradients(ctx, grad_total, _grad_hidden, _grad_weight):
+    grad_hidden, grad_weight = ctx.saved_tensors
+    # float32: in bfloat16 a factor such as 1/200 is off by up to 2^-9, and with it the whole gradient of the body
+    grad_hidden = (grad_hidden.float() * grad_total).to(grad_hidden.dtype)
+    return grad_hidden, (grad_weight * grad_total).to(ctx.weight_dtype), *[None] * 6
+
+
+summed_loss.register_autograd(_gradients, setup_context=_save_for_backward)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Chunks
+
+def _by_chunk(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, ignore_index: int, softcap: float,
+              z_loss: float, rows: int, *, wants_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses (N,), gradient of their sum by hidden (N, C) and by weight (V, C) float32; both empty unless wanted."""
+    N, V = hidden.shape[0], weight.shape[0]
+    hidden, targets = hidden.contiguous(), targets.contiguous()
+    compute_weight = weight.to(hidden.dtype)  # once, not per chunk
+    losses = hidden.new_empty(N, dtype=torch.float32)
+    grad_hidden = torch.empty_like(hidden if wants_grad else hidden[:0])
+    grad_weight = torch.zeros((V, hidden.shape[1]) if wants_grad else 0, dtype=torch.float32, device=hidden.device)
+    buffer = hidden.new_empty((min(rows, N), V))  # one for all chunks
+    for start in range(0, N, rows):
+        chunk = hidden[start:start + rows]
+        logits = torch.matmul(chunk, compute_weight.T, out=buffer[:chunk.shape[0]])  # (rows, V)
+        _loss_and_gradient(logits, targets[start:], losses[start:], vocab_size, ignore_index, softcap, z_loss,
+                           wants_grad=wants_grad)
+        if wants_grad:  # the logits have become their own gradient
+            torch.matmul(logits, compute_weight, out=grad_hidden[start:start + rows])
+            _add_product(grad_weight, logits.T, chunk)
+    return losses, grad_hidden, grad_weight
+
+
+def _loss_and_gradient(logits: Tensor, targets: Tensor, losses: Tensor, vocab_size: int, ignore_index: int,
+                       softcap: float, z_loss: float, *, wants_grad: bool) -> None:
+    """Write the loss of each row of logits (rows, V) into losses, and its gradient over the logits."""
+    rows, V = logits.shape
+    tile = configs.cross_entropy(V)
+    _loss_kernel[(rows,)](logits, targets, losses, ignore_index, softcap, z_loss, V=V, VOCAB_SIZE=vocab_size,
+                          BLOCK_V=tile.columns, HAS_SOFTCAP=softcap != 0.0, WANTS_GRAD=wants_grad,
+                          num_warps=tile.warps)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total (m, n) float32 += a (m, k) @ b (k, n), without rounding the product to their dtype where cuBLAS can."""
+    if a.dtype == torch.float32:
+        total.addmm_(a, b)
+    elif a.is_cuda and _adds_to_float32(a.device, a.dtype):
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total += a @ b
+
+
+@functools.cache
+def _adds_to_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this PyTorch's addmm takes a float32 sum beside 16-bit factors: some versions want three equal dtypes."""
+    a, total = torch.ones(16, 16, device=device, dtype=dtype), torch.ones(16, 16, device=device)
+    try:
+        torch.addmm(total, a, a, out_dtype=torch.float32, out=total)
+    except (RuntimeError, TypeError):
+        return False
+    return bool((total == 17.0).all())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Kernel
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _loss_kernel(LOGITS, TARGETS, LOSSES, ignore_index, softcap, z_loss, V: tl.constexpr, VOCAB_SIZE: tl.constexpr,
+                 BLOCK_V: tl.constexpr, HAS_SOFTCAP: tl.constexpr, WANTS_GRAD: tl.constexpr):
+    """Program i: the loss of row i of LOGITS (rows, V), and its gradient in the row's place. Columns from VOCAB_SIZE on
+    are padding. Two sweeps; the second goes backwards, over what the first left in the caches."""
+    row = tl.program_id(0)
+    LOGITS += row.to(tl.int64) * V  # rows * V passes 2^31 at 43k rows of GPT-2's vocabulary
+    target = tl.load(TARGETS + row)
+    if target == ignore_index:
+        tl.store(LOSSES + row, 0.0)
+        if WANTS_GRAD:
+            for tile in range(0, tl.cdiv(V, BLOCK_V)):
+                column = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+                tl.store(LOGITS + column, tl.zeros((BLOCK_V,), LOGITS.dtype.element_ty), mask=column < V)
+        return
+    target_logit = tl.load(LOGITS + target).to(tl.float32)  # before the gradient takes its place
+    if HAS_SOFTCAP:
+        target_logit = softcap * _tanh(target_logit / softcap)
+
+    # Sweep 1: the largest logit, and lane by lane the sum of exp(logit - largest)
+    largest = -float("inf")
+    sums = tl.zeros((BLOCK_V,), tl.float32)
+    for tile in range(0, tl.cdiv(VOCAB_SIZE, BLOCK_V)):
+        column = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+        x = tl.load(LOGITS + column, mask=column < VOCAB_SIZE, other=-float("inf")).to(tl.float32)
+        if HAS_SOFTCAP:
+            x = tl.where(column < VOCAB_SIZE, softcap * _tanh(x / softcap), -float("inf"))
+        new_largest = tl.maximum(largest, tl.max(x, axis=0))
+        sums = sums * tl.exp2((largest - new_largest) * LOG2_E) + tl.exp2((x - new_largest) * LOG2_E)
+        largest = new_largest
+    lse = largest + tl.log(tl.sum(sums, axis=0))
+    tl.store(LOSSES + row, lse - target_logit + z_loss * lse * lse)
+
+    # Sweep 2: softmax - one-hot, through the z-loss and the softcap
+    if WANTS_GRAD:
+        factor = 1.0 + 2.0 * z_loss * lse
+        n_tiles: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
+        for i in range(0, n_tiles):
+            column = (n_tiles - 1 - i) * BLOCK_V + tl.arange(0, BLOCK_V)
+            x = tl.load(LOGITS + column, mask=column < VOCAB_SIZE, other=-float("inf")).to(tl.float32)
+            if HAS_SOFTCAP:
+                x = softcap * _tanh(x / softcap)
+            grad = factor * tl.exp2((x - lse) * LOG2_E) - tl.where(column == target, 1.0, 0.0)
+            if HAS_SOFTCAP:
+                grad *= 1.0 - (x / softcap) * (x / softcap)  # of the padding, where x = -softcap: 0
+            tl.store(LOGITS + column, grad.to(LOGITS.dtype.element_ty), mask=column < V)
+
+
+@triton.jit
+def _tanh(x):
+    return 2.0 * tl.sigmoid(2.0 * x) - 1.0  # libdevice's tanh does not run in the interpreter
