@@ -27,8 +27,9 @@ ARROWS = {
     "start": {"kernels", "checkpoint", "model", "optim", "data", "distributed"},
     "train": {"data", "kernels", "distributed", "metrics", "model", "optim", "checkpoint", "sample", "eval", "convert",
               "start"},
-    "bench": {"data", "kernels", "distributed", "metrics", "model", "optim", "checkpoint", "sample", "eval", "convert",
-              "serve", "start", "train"},
+    "bench_kernels": {"kernels", "metrics"},
+    "bench": {"bench_kernels", "data", "kernels", "distributed", "metrics", "model", "optim", "checkpoint", "sample",
+              "eval", "convert", "serve", "start", "train"},
 }
 # Imported where used: without them (and on a machine without triton) every file still imports.
 OPTIONAL = ("triton", "pyarrow", "zstandard", "matplotlib", "wandb", "tensorboard", "sacrebleu", "fastapi", "uvicorn",
