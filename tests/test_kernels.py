@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import start
 from config import Config, ConfigError, ModelConfig, TrainConfig
 from distributed import World
 from kernels import self_check
+from model import GPT
 from tests.test_train import losses, run, settings  # noqa: F401 (a fixture)
 
 CPU = torch.device("cpu")
@@ -187,3 +189,30 @@ def test_fifty_steps_on_the_gpu_give_the_same_loss_curve(gpu, settings):  # noqa
     curves = [[row[1] for row in losses(run(settings, backend, *more, f"train.kernels={backend}"))]
               for backend in ("triton", "torch")]
     assert all(abs(a - b) < 0.01 for a, b in zip(*curves, strict=True))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Packed documents
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("model", [GPT2, QWEN], ids=["GPT-2", "Qwen3"])
+def test_what_changes_in_one_document_changes_no_bit_of_another(model, backend, kernel_device, triton_backends):
+    """Neither its logits nor the gradients that its input embeddings get from the loss of the whole row."""
+    if backend == "torch":
+        kernels.choose_backends(())
+    torch.manual_seed(0)
+    gpt = GPT(replace(model, max_seq_len=70)).to(kernel_device)
+    tokens = torch.randint(model.vocab_size, (2, 70)).to(kernel_device)
+    documents = torch.tensor([[0] * 20 + [1] * 50, [0] * 45 + [1] * 25]).to(kernel_device)
+    changed = torch.where(documents == 0, (tokens + 1) % model.vocab_size, tokens)
+    results = []
+    for text in (tokens, changed):
+        embedded = []
+        handle = gpt.dropout.register_forward_hook(lambda module, args, output: embedded.append(output))  # noqa: B023
+        logits = gpt(text, documents=documents)
+        gradient, = torch.autograd.grad(gpt(text, text, documents=documents, reduction="sum"), embedded[1])
+        handle.remove()
+        results.append((logits, gradient))
+    for before, after in zip(*results, strict=True):
+        assert torch.equal(before[documents == 1], after[documents == 1])
+        assert not torch.isclose(before[documents == 0], after[documents == 0]).all(-1).any()
