@@ -24,6 +24,7 @@ from config import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 OTHER_ENDS = ("<|end_of_text|>", "</s>", "<eos>", "[SEP]")  # what others call it: Llama 3, Llama 2, Gemma, BERT
+BEGINNINGS = ("<|begin_of_text|>", "<s>", "<bos>")  # of a text: Llama 3, Llama 2, Gemma
 TOKENIZER_FILE = "tokenizer.json"
 
 # GPT-2's split of text into words, the form that tiktoken runs fastest; bpe:N is trained with the same split.
@@ -87,6 +88,27 @@ class Tokenizer:
     def byte_level(self) -> bool:
         """Whether any ids, decoded with decode_bytes, give the bytes of their text, one id after the other."""
         return self._ranks is not None
+
+    @property
+    def special_ids(self) -> dict[str, int]:
+        """The special tokens and their ids; text that spells one is encoded as plain text all the same."""
+        return dict(self._specials)
+
+    @property
+    def eos_token(self) -> str:
+        """How end-of-text is spelled."""
+        return next(token for token, i in self._specials.items() if i == self.eot)
+
+    @property
+    def bos_token(self) -> str:
+        """How the token that begins a text is spelled, as chat templates name it; "" if there is none."""
+        return next((token for token in BEGINNINGS if token in self._specials), "")
+
+    def encodes_like(self, other: "Tokenizer") -> bool:
+        """Whether both give every text the same ids; files of other spelling may still hold the same tokenizer."""
+        if self._ranks is None or other._ranks is None:
+            return self.fingerprint == other.fingerprint
+        return (self._ranks, self._specials, self._pattern) == (other._ranks, other._specials, other._pattern)
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of the text, uint32 (n,): those of tiktoken's encode_ordinary of the whole, for any length.
