@@ -163,6 +163,15 @@ class Tokenizer:
             return self._hf.decode(ids, skip_special_tokens=True).encode()
         return b"".join(self._bytes_of_id[i] for i in ids)
 
+    def spelling(self, token: int) -> bytes:
+        """The bytes of one token, of a special token too; b"" for an id that stands for nothing.
+
+        Of a tokenizer that is not byte-level from the spelling of the token (a word's mark counts as a space).
+        """
+        if not 0 <= token < self.vocab_size:
+            return b""
+        return self._spelled_specials.get(token) or self._bytes_of_id[token]
+
     def _known(self, ids: Iterable[int]) -> list[int]:
         ids = [int(i) for i in ids]
         if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
