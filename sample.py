@@ -154,7 +154,7 @@ def choose(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]
 
 @torch.inference_mode()
 def pick(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> Tensor:
-    """choose() left on the device: one token id per row, (B,); -1 where a row of logits (B, V) has no finite maximum."""
+    """choose() left on the device: a token id per row (B,), -1 where a row of logits (B, V) has no finite maximum."""
     if sampling.temperature == 0.0:
         tokens = logits.argmax(dim=-1)  # the first of equals
     else:
