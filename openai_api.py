@@ -4,7 +4,8 @@
 field is honoured or refused by its name, never ignored. Nothing here knows HTTP but the status that an error has.
 
 Beyond OpenAI's fields: top_k and min_p, as in sample.py. logprobs are the model's own, before temperature, filters,
-penalties and biases; text_offset counts the characters of the answer's text.
+penalties and biases; text_offset counts the characters of the answer's text (a token inside a character, or that breaks
+one off, begins where that character does).
 """
 
 import math
@@ -249,8 +250,10 @@ def _prompt(value: object, served: Served) -> Prompt:
         text = replace_surrogates(value)
         tokens = encode_bounded(text, served, "prompt")
         return Prompt(text, tokens or [served.tokenizer.eot], is_implied=not tokens)
-    if not isinstance(value, list) or not value or not all(map(_is_token, value)):
+    if not isinstance(value, list) or not all(map(_is_token, value)):
         raise wrong("prompt", value, "a text, a list of texts, a list of token ids, or a list of such lists")
+    if not value:  # lm-evaluation-harness sends an empty context so
+        return _prompt("", served)
     tokens = _known(_fitting(value, served, "prompt"), served)
     return Prompt(detokenized(served.tokenizer, tokens)[0], tokens)
 
@@ -436,14 +439,13 @@ def usage(asked: Asked, made: list[int]) -> dict:
 def _choice(asked: Asked, number: int, part: Part, tokenizer: Tokenizer, *, is_first: bool) -> dict:
     """One element of choices, of a completion or of a chat's chunk."""
     row, prompt = asked.rows[number], asked.prompt_of(number)
-    has_logprobs = row.top_logprobs is not None
+    has_logprobs, logprobs = row.top_logprobs is not None, None
     if asked.is_chat:
         delta = ({"role": "assistant"} if is_first else {}) | ({"content": part.text} if part.text or is_first else {})
-        shown = [one for one in part.tokens if one.token not in row.stop_tokens]
-        logprobs = {"content": [_chat_logprob(one, tokenizer) for one in shown], "refusal": None}
-        return {"index": number, "delta": delta, "logprobs": logprobs if has_logprobs else None,
-                "finish_reason": part.finish}
-    logprobs = None
+        if has_logprobs:
+            shown = [one for one in part.tokens if one.token not in row.stop_tokens]
+            logprobs = {"content": [_chat_logprob(one, tokenizer) for one in shown], "refusal": None}
+        return {"index": number, "delta": delta, "logprobs": logprobs, "finish_reason": part.finish}
     if has_logprobs:
         start = len(prompt.text) if asked.echo else 0
         tokens = [(one, start + one.offset) for one in part.tokens]

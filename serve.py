@@ -51,6 +51,7 @@ PAGE = Path(__file__).with_name("serve.html")
 KEY_VARIABLE = "FLATGPT_API_KEY"
 MAX_BODY_BYTES = 4 * 2 ** 20  # 64 prompts of 1,024 token ids are 0.4 MB
 BODY_TIMEOUT_S = 30.0  # for a client to send its request
+KEEP_ALIVE_S = 75  # longer than clients keep idle connections, or one might be closed as it is used again
 GRACE_S = 5.0  # after SIGTERM or SIGINT: texts that run may go on for so long
 RETRY_AFTER_S = 1
 # The page needs nothing from elsewhere, and gets nothing.
@@ -308,7 +309,8 @@ async def run(served: Served, batch: Batch, listener: socket.socket, *, api_key:
     batcher = Batcher(batch, lambda parts: loop.call_soon_threadsafe(hand_out, parts), max_waiting=max_waiting)
     app = make_app(served, batcher, api_key=api_key)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off",
-                                           server_header=False, timeout_graceful_shutdown=2))
+                                           server_header=False, timeout_graceful_shutdown=2,
+                                           timeout_keep_alive=KEEP_ALIVE_S))
     server.capture_signals = contextlib.nullcontext  # uvicorn's way ends the process by the signal, not with 0
     stopping: set[asyncio.Task] = set()
 
