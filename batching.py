@@ -87,13 +87,17 @@ class BatchCache(KVCache):
     """A KVCache whose rows come and go: its first len(starts) rows are in use, right-aligned at `length`.
 
     Moving a row to other slots changes nothing for it: keys are stored rotated to its positions, which count from its
-    first slot.
+    first slot. Slots before it hold nothing but finite numbers: attention gives them the weight 0, and 0 x NaN is NaN.
     """
 
     def __init__(self, config: ModelConfig, *, batch: int, dtype: torch.dtype, device: torch.device):
-        super().__init__(config, batch=batch, dtype=dtype, device=device)
+        # empty, not zeros: on the CPU memory that no row has reached then costs nothing
+        shape = (batch, config.kv_heads, config.max_seq_len, config.dim_per_head)  # see KVCache
+        self.keys, self.values = ([torch.empty(shape, dtype=dtype, device=device).transpose(1, 2)
+                                   for _ in range(config.n_layer)] for _ in range(2))
         self.slots = config.max_seq_len
         self.starts: list[int] = []  # first slot of each row
+        self.padding, self.length = None, 0
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         rows, end = len(self.starts), self.length + k.shape[1]
@@ -111,6 +115,7 @@ class BatchCache(KVCache):
         new = len(self.starts)
         self.starts.append(self.length - count)
         for mine, theirs in zip(self.keys + self.values, other.keys + other.values, strict=True):
+            mine[new, :self.length - count] = 0.0
             mine[new, self.length - count:self.length] = theirs[row, first:other.length]
         self._set_padding()
 
@@ -120,7 +125,7 @@ class BatchCache(KVCache):
         start = self.starts.pop()
         if row < len(self.starts):
             for buffer in self.keys + self.values:
-                buffer[row, start:self.length] = buffer[len(self.starts), start:self.length]
+                buffer[row, :self.length] = buffer[len(self.starts), :self.length]
             self.starts[row] = start
         if not self.starts:
             self.length = 0
@@ -144,6 +149,7 @@ class BatchCache(KVCache):
         rows, first = len(self.starts), min(self.starts, default=self.length)
         for buffer in self.keys + self.values:
             buffer[:rows, first + by:self.length + by] = buffer[:rows, first:self.length].clone()
+            buffer[:rows, first:first + by] = 0.0  # slots that became free, if it was to the right
         self.starts = [start + by for start in self.starts]
         self.length += by
 
