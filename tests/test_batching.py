@@ -319,6 +319,20 @@ def test_a_cancelled_row_frees_its_slot(serving, monkeypatch):
     assert ended[endless].made < 4 and ended[waiting].finish == "dropped" and ended[kept].finish == "length"
 
 
+def test_a_row_cancelled_just_before_it_joins_is_cancelled(serving, monkeypatch):
+    arriving = Batcher._arriving
+
+    def cancel_what_arrives(batcher: Batcher) -> list[Row] | None:
+        rows = arriving(batcher)
+        batcher.cancel(rows or [])
+        return rows
+
+    monkeypatch.setattr(Batcher, "_arriving", cancel_what_arrives)
+    server = serving(max_rows=1)
+    server.batcher.submit([one := row([1], 31)])
+    assert server.ends(1)[one].made < 4
+
+
 def test_a_row_that_waited_past_its_deadline_is_dropped(serving, monkeypatch):
     server = serving(max_rows=1)
     gate = paused(server, monkeypatch)
