@@ -8,6 +8,7 @@ Dims: B rows of the batch, T tokens of the longest prompt, V vocabulary.
 """
 
 import collections
+import contextlib
 import math
 import threading
 import time
@@ -392,7 +393,8 @@ class Batcher:
                 if self.batch.running:
                     parts += self.batch.step()
             except Exception as error:  # whatever it is, this thread must live on, or every later request would hang
-                traceback.print_exc()
+                with contextlib.suppress(OSError):  # nobody may read stderr any more
+                    traceback.print_exc()
                 ended = {row for row, part in parts if part.finish is not None}
                 failed = {*arriving, *(one.row for one in self.batch.running)} - ended
                 self.batch.clear()

@@ -321,8 +321,8 @@ async def run(served: Served, batch: Batch, listener: socket.socket, *, api_key:
     def stop() -> None:
         if stopping:  # a second signal does not wait
             server.force_exit = True
-        note(f"stopping: texts that run may go on for {GRACE_S:g} s" if not stopping else "stopping now")
         batcher.close(0.0 if stopping else GRACE_S)
+        note("stopping now" if stopping else f"stopping: texts that run may go on for {GRACE_S:g} s")
         stopping.add(asyncio.create_task(drain()))
 
     for signum in (signal.SIGTERM, signal.SIGINT):
@@ -419,7 +419,8 @@ def _is_loopback(host: str) -> bool:
 
 
 def note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # whoever read stderr may be gone; the server goes on
+        print(text, file=sys.stderr, flush=True)
 
 
 def main(argv: list[str]) -> None:

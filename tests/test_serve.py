@@ -106,9 +106,10 @@ def serving(run: Path, *arguments: str, **environment: str) -> Iterator[Server]:
     try:
         yield server
     finally:
-        if server.process.poll() is None:
-            server.process.kill()
-        server.process.communicate()
+        server.process.kill()
+        server.process.wait()
+        for pipe in (server.process.stdout, server.process.stderr):
+            pipe.close()
 
 
 @pytest.fixture(scope="module")
@@ -437,6 +438,14 @@ def test_a_text_that_ends_within_the_grace_is_not_cut(long_run):
             server.process.send_signal(signal.SIGINT)
             *_, usage, done = arriving
         assert usage["usage"]["completion_tokens"] == 300 and done == "[DONE]"
+        assert server.process.wait(timeout=20) == 0
+
+
+def test_a_server_whose_stderr_nobody_reads_serves_and_stops(long_run):
+    with serving(long_run) as server:
+        server.process.stderr.close()
+        assert server.complete(prompt="a", max_tokens=2)["usage"]["completion_tokens"] > 0
+        server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(timeout=20) == 0
 
 
