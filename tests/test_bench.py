@@ -340,8 +340,8 @@ def test_sampling_is_compared_with_peers_and_with_the_bound_of_memory(config_fil
 @pytest.mark.skipif(not all(map(bench.importlib.util.find_spec, ("fastapi", "uvicorn"))),
                     reason="fastapi or uvicorn is not installed: the benchmark of the server stays unchecked")
 def test_many_clients_are_compared_with_one(config_file, tmp_path):
-    figures = run("serve", "--config", config_file, "--new-tokens", 5, "--prompt-tokens", 3, "--clients", 3, "--repeats",
-                  2, json_file=tmp_path / "result.json")
+    figures = run("serve", "--config", config_file, "--new-tokens", 5, "--prompt-tokens", 3, "--clients", 3,
+                  "--repeats", 2, json_file=tmp_path / "result.json")
     one, three = figures["1 at once", "tokens/s"], figures["3 at once", "tokens/s"]
     ratios = [many / alone for many, alone in zip(three["samples"], one["samples"], strict=True)]
     assert figures["3 clients / 1", "ratio of tokens/s"]["samples"] == ratios and min(ratios) > 0
