@@ -20,13 +20,11 @@ import torch
 import checkpoint
 import sample
 from config import UserError, exit_cleanly, load_config
-from data.loader import MicroBatch, ValLoader
+from data.loader import IGNORED, MicroBatch, ValLoader
 from data.shards import open_dataset, open_split
 from data.tokenizer import Tokenizer, load_tokenizer
 from distributed import World, sum_over_ranks
 from model import GPT
-
-IGNORED = -100  # a target that is not scored
 
 
 @dataclass(frozen=True)

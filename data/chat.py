@@ -83,8 +83,8 @@ def save_template(folder: Path, template: str) -> None:
 
 def render(template: str, messages: list[dict], *, add_generation_prompt: bool, bos_token: str = "",
            eos_token: str = "") -> str:
-    """The text of a conversation. messages: [{"role", "content"}, ...]; add_generation_prompt: end where the assistant's
-    next turn starts. Raises ChatError, also with what the template itself objects to."""
+    """The text of a conversation, [{"role", "content"}, ...]; add_generation_prompt: up to where the assistant's next
+    turn starts. Raises ChatError, also with what the template itself objects to."""
     import jinja2
     try:
         return _compiled(template).render(messages=messages, add_generation_prompt=add_generation_prompt,
@@ -129,8 +129,8 @@ def encode_chat(tokenizer: Tokenizer, template: str, messages: list[dict], *,
 
 
 def encode_conversation(tokenizer: Tokenizer, template: str, messages: list[dict]) -> tuple[np.ndarray, np.ndarray]:
-    """Ids (n,) uint32 of a conversation to learn from, and which of them the assistant wrote, bool (n,): the contents of
-    its turns and the tokens that end them.
+    """Ids (n,) uint32 of a conversation to learn from, and which of them the assistant wrote, bool (n,): the contents
+    of its turns and the tokens that end them.
 
     A turn begins where the rendering of the messages before it ends, which is where the model will begin it. Raises
     ChatError if the template renders earlier turns otherwise once later ones follow.
