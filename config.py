@@ -202,8 +202,8 @@ class TrainConfig:
                         choices=("auto", "true", "false"))
     activation_checkpointing: bool = knob(False, "recompute each block in the backward pass: less memory, a third more "
                                                  "work")
-    init_from: str | None = knob(None, "run folder, checkpoint or Hugging Face folder whose weights and tokenizer start "
-                                       "this run")
+    init_from: str | None = knob(None, "run folder, checkpoint or Hugging Face folder whose weights and tokenizer "
+                                       "start this run")
     fork_from: str | None = knob(None, "run folder or checkpoint to continue as a new run, with its moments and step")
     eval_every: int = knob(250, "steps between evaluations; 0 = only at the end", minimum=0)
     eval_tokens: int = knob(1_048_576, "validation tokens per evaluation, at most all of them", minimum=1)
@@ -467,8 +467,8 @@ def _check_lora(config: Config) -> None:
     if train.init_from is None and train.fork_from is None:
         raise ConfigError(f"lora.rank = {lora.rank} needs weights to adapt; name them with train.init_from")
     if config.optim.name == "muon":
-        raise ConfigError("optim.name = 'muon' does not go with lora.rank: it orthogonalises updates of whole matrices, "
-                          "and an adapter's A and B are factors of one; use adamw")
+        raise ConfigError("optim.name = 'muon' does not go with lora.rank: it orthogonalises updates of whole "
+                          "matrices, and an adapter's A and B are factors of one; use adamw")
 
 
 def near_multiples(value: int, factor: int) -> str:

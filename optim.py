@@ -37,7 +37,8 @@ def learning_rate(step: int, optim: OptimConfig) -> float:
 
 
 class Optimizer:
-    """AdamW for all parameters that learn, or Muon for the blocks' matrices and AdamW for the rest (embeddings, head, vectors)."""
+    """AdamW for all parameters that learn, or Muon for the blocks' matrices and AdamW for the rest (embeddings, head,
+    vectors)."""
 
     def __init__(self, model: GPT, optim: OptimConfig, *, newton_schulz_dtype: torch.dtype = torch.bfloat16):
         self.optim = optim

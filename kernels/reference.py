@@ -211,7 +211,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, voc
             return torch.cat(_losses_by_chunk(hidden, weight, targets, vocab_size, ignore_index, softcap, rows))
     wants_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     total = _LinearCrossEntropySum.apply(hidden, weight, targets, vocab_size, ignore_index, softcap, rows,
-                                         wants_grad)
+                                         wants_grad, weight.requires_grad)
     return total if reduction == "sum" else total / (targets != ignore_index).sum()
 
 
@@ -239,14 +239,14 @@ class _LinearCrossEntropySum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, ignore_index: int,
-                softcap: float, rows: int, wants_grad: bool) -> Tensor:
+                softcap: float, rows: int, wants_grad: bool, weight_learns: bool) -> Tensor:
         if not wants_grad:
             return torch.cat(_losses_by_chunk(hidden, weight, targets, vocab_size, ignore_index, softcap, rows)).sum()
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         compute_weight = weight.to(hidden.dtype)  # once, not per chunk
         grad_hidden = torch.empty_like(hidden)
         # a frozen table (LoRA) needs none: neither the memory nor a third of the matmuls
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if weight_learns else None
         for start in range(0, hidden.shape[0], rows):
             h, t = hidden[start:start + rows], targets[start:start + rows]
             logits = _chunk_logits(h, compute_weight, softcap)  # (rows, V)
@@ -274,4 +274,4 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         grad_hidden = (grad_hidden.float() * grad_output).to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = grad_weight * grad_output.to(grad_weight.dtype)
-        return grad_hidden, grad_weight, None, None, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None, None, None
