@@ -198,7 +198,8 @@ def _inherited_lora(config: Config, given: set[str], parent: LoraConfig) -> Lora
     changes = [line for line in changes if line.partition(":")[0] in given]
     if changes:
         raise ConfigError(f"train.fork_from takes the moments of {config.train.fork_from!r} and with them its "
-                          f"adapters: [lora] cannot change ({'; '.join(changes)}); leave it out, or use train.init_from")
+                          f"adapters: [lora] cannot change ({'; '.join(changes)}); leave it out, or use "
+                          "train.init_from")
     return parent
 
 

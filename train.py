@@ -371,9 +371,9 @@ def _lines_on_fine_tuning(config: Config, dataset: Dataset, model: GPT) -> list[
                      f"{learning:,} of the parameters learn, the others are kept in {config.train.out_dir}/base")
     if "examples" in dataset.index:
         counts = dataset.index["examples"]["train"]
-        lines.append(f"examples: {counts['examples']:,} of {dataset.index['settings']['kind']}, {counts['truncated']:,} "
-                     f"of them cut at the end to fit; the loss counts {counts['response_tokens']:,} of "
-                     f"{counts['tokens']:,} tokens")
+        lines.append(f"examples: {counts['examples']:,} of {dataset.index['settings']['kind']}, "
+                     f"{counts['truncated']:,} of them cut at the end to fit; the loss counts "
+                     f"{counts['response_tokens']:,} of {counts['tokens']:,} tokens")
     return lines
 
 
