@@ -420,10 +420,10 @@ def train(config: Config, given: set[str], *, world: World, stop: StopRequest) -
         with distributed.together(world):
             dataset = open_dataset(data_dir)
             tokenizer = find_tokenizer(config, data_dir)
-            config = resolve_config(config, tokenizer=tokenizer, dtype=dtype, data_dir=data_dir)
-            loaders = make_loaders(config, dataset, tokenizer, device, world)
             if parent is not None:
                 check_same_tokenizer(parent, tokenizer)
+            config = resolve_config(config, tokenizer=tokenizer, dtype=dtype, data_dir=data_dir)
+            loaders = make_loaders(config, dataset, tokenizer, device, world)
         with distributed.together(world):
             check_same_on_all_ranks(config, dataset, world)
             if world.is_main:
