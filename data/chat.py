@@ -128,6 +128,14 @@ def encode_chat(tokenizer: Tokenizer, template: str, messages: list[dict], *,
     return guard.encode(guard.render(messages, add_generation_prompt=add_generation_prompt))
 
 
+def turn_end(tokenizer: Tokenizer, template: str) -> int:
+    """The id that ends the assistant's turns: the special token that the template puts there, else end-of-text."""
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    ids, written = encode_conversation(tokenizer, template, talk)
+    last = int(ids[written][-1])
+    return last if last in tokenizer.special_ids.values() else tokenizer.eot
+
+
 def encode_conversation(tokenizer: Tokenizer, template: str, messages: list[dict]) -> tuple[np.ndarray, np.ndarray]:
     """Ids (n,) uint32 of a conversation to learn from, and which of them the assistant wrote, bool (n,): the contents
     of its turns and the tokens that end them.
