@@ -276,12 +276,15 @@ def sample_text(model: GPT, tokenizer: Tokenizer, prompt: str, *, max_new_tokens
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str, vocab_size: int, chat_template: str | None = None) -> list[int]:
-    """The prompt's ids, special tokens as plain text; end-of-text for an empty prompt. With a chat_template it is what
-    the user says, and the assistant's turn begins. Raises SampleError, ChatError."""
+    """The prompt's ids, special tokens as plain text; behind the tokenizer's bos_token if it has one, and end-of-text
+    for an empty prompt if not. With a chat_template it is what the user says, and the assistant's turn begins. Raises
+    SampleError, ChatError."""
     if chat_template is not None:
         ids = encode_chat(tokenizer, chat_template, [{"role": "user", "content": prompt}]).tolist()
     else:
-        ids = tokenizer.encode(prompt).tolist() or [tokenizer.eot]
+        ids = tokenizer.encode(prompt).tolist()
+        if tokenizer.bos_token is not None or not ids:
+            ids.insert(0, tokenizer.start)
     if max(ids) >= vocab_size:
         raise SampleError(f"the prompt has token {max(ids)} but the model knows {vocab_size} ids; the run's "
                           "tokenizer.json belongs to another model")

@@ -129,7 +129,8 @@ def parent_of(config: Config) -> Parent | None:
         raise ConfigError(f"{named!r} is neither a run folder (it has no config.toml) nor a Hugging Face folder (no "
                           "config.json); name one that train.py made")
     saved = configuration.load_config(run_dir / "config.toml")
-    return Parent(run_dir, saved.model, saved.lora, load_tokenizer(str(run_dir)), load_template(run_dir))
+    return Parent(run_dir, saved.model, saved.lora, load_tokenizer(str(run_dir / TOKENIZER_FILE)),
+                  load_template(run_dir))
 
 
 def chat_template_for(config: Config, parent: Parent | None) -> str:
@@ -149,7 +150,7 @@ def inherit(config: Config, given: set[str], parent: Parent | None, world: World
     if parent is not None:
         data = config.data
         if data.tokenizer is None and (parent.path / TOKENIZER_FILE).exists():
-            data = replace(data, tokenizer=str(parent.path))
+            data = replace(data, tokenizer=str(parent.path / TOKENIZER_FILE))  # the file: a run may be called gpt2
         config = replace(config, model=_inherited_model(config, given, parent.model), data=data)
         if config.train.fork_from is not None:
             config = replace(config, lora=_inherited_lora(config, given, parent.lora))

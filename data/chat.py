@@ -179,7 +179,7 @@ class _Guard:
 
     def render(self, messages: list[dict], *, add_generation_prompt: bool) -> str:
         return render(self.template, self._hidden(messages), add_generation_prompt=add_generation_prompt,
-                      bos_token=self.tokenizer.bos_token, eos_token=self.tokenizer.eos_token)
+                      bos_token=self.tokenizer.bos_token or "", eos_token=self.tokenizer.eot_token)
 
     def _hidden(self, value: object) -> object:
         if isinstance(value, str):

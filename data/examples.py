@@ -159,8 +159,8 @@ def _example(row: dict, packing: Packing, tokenizer: Tokenizer) -> Example:
         prompt, answer = (row[name] for name in FIELDS[packing.kind])
         answer = f" {answer}" if packing.kind == CLASSIFICATION else answer
         prompt = tokenizer.encode(prompt)
-        if not len(prompt):  # sampling starts from end-of-text, too
-            prompt = np.array([tokenizer.eot], dtype=np.uint32)
+        if tokenizer.bos_token is not None or not len(prompt):  # where sampling starts, too
+            prompt = np.insert(prompt, 0, tokenizer.start)
         response = np.append(tokenizer.encode(answer), np.uint32(tokenizer.eot))
         ids = np.concatenate([prompt, response])
         scored = np.arange(len(ids)) >= len(prompt)

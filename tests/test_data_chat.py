@@ -16,6 +16,7 @@ from data.chat import (
     read_template,
     render,
     save_template,
+    turn_end,
 )
 from data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 
@@ -160,7 +161,22 @@ def test_a_template_that_renders_old_turns_otherwise_is_refused_for_training(tok
 
 
 def test_a_tokenizer_without_a_token_for_the_beginning_says_so():
-    assert (load_tokenizer("bytes").bos_token, load_tokenizer("bytes").eos_token) == ("", "<|endoftext|>")
+    assert (load_tokenizer("bytes").bos_token, load_tokenizer("bytes").eot_token) == (None, "<|endoftext|>")
+
+
+def test_a_token_that_begins_every_text_is_the_templates_bos_token(tokenizer):
+    file = json.loads(tokenizer.file_text)
+    single = [{"SpecialToken": {"id": "<|im|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    file["post_processor"] = {"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": {}}
+    begun = _loaded(file)
+    assert begun.bos_token == "<|im|>" and begun.start == tokenizer.special_ids["<|im|>"]
+    assert encode_chat(begun, BRACKETS, TALK[1:2])[0] == begun.start
+
+
+def test_the_end_of_a_turn_is_the_special_token_that_the_template_puts_there(tokenizer):
+    assert turn_end(tokenizer, CHATML) == tokenizer.special_ids["<|im_end|>"]
+    assert turn_end(tokenizer, DEFAULT_TEMPLATE) == turn_end(tokenizer, BRACKETS) == tokenizer.eot
+    assert turn_end(tokenizer, "{% for m in messages %}{{ m.content + '--' }}{% endfor %}") == tokenizer.eot
 
 
 def test_tokenizers_that_give_the_same_ids_are_alike_however_they_are_spelled(tokenizer):
