@@ -73,7 +73,7 @@ class Served:
 class Prompt:
     text: str
     tokens: list[int]
-    is_implied: bool = False  # an empty prompt: the model reads end-of-text, but the text has no token
+    has_start: bool = False  # the first token is the tokenizer's start, which is no part of the text
 
 
 @dataclass(frozen=True)
@@ -249,7 +249,9 @@ def _prompt(value: object, served: Served) -> Prompt:
     if isinstance(value, str):
         text = replace_surrogates(value)
         tokens = encode_bounded(text, served, "prompt")
-        return Prompt(text, tokens or [served.tokenizer.eot], is_implied=not tokens)
+        has_start = served.tokenizer.bos_token is not None or not tokens  # as sample.encode_prompt
+        start = [served.tokenizer.start] if has_start else []
+        return Prompt(text, _fitting(start + tokens, served, "prompt"), has_start)
     if not isinstance(value, list) or not all(map(_is_token, value)):
         raise wrong("prompt", value, "a text, a list of texts, a list of token ids, or a list of such lists")
     if not value:  # lm-evaluation-harness sends an empty context so
@@ -369,8 +371,8 @@ def chat_stop_tokens(tokenizer: Tokenizer, template: str) -> frozenset[int]:
     said = "\ue000said\ue000"
     messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": said}]
     try:
-        text = chat.render(template, messages, add_generation_prompt=False, bos_token=tokenizer.bos_token,
-                           eos_token=tokenizer.eos_token)
+        text = chat.render(template, messages, add_generation_prompt=False, bos_token=tokenizer.bos_token or "",
+                           eos_token=tokenizer.eot_token)
     except chat.ChatError:  # a template that wants other messages
         return frozenset({tokenizer.eot})
     after = text.partition(said)[2]
@@ -449,8 +451,9 @@ def _choice(asked: Asked, number: int, part: Part, tokenizer: Tokenizer, *, is_f
     if has_logprobs:
         start = len(prompt.text) if asked.echo else 0
         tokens = [(one, start + one.offset) for one in part.tokens]
-        if part.prompt and not prompt.is_implied:
-            tokens = [*zip(part.prompt, detokenized(tokenizer, prompt.tokens)[1], strict=True), *tokens]
+        if part.prompt:
+            own = slice(1 if prompt.has_start else 0, None)
+            tokens = [*zip(part.prompt[own], detokenized(tokenizer, prompt.tokens[own])[1], strict=True), *tokens]
         logprobs = _completion_logprobs(tokens, tokenizer)
     text = prompt.text + part.text if asked.echo and is_first else part.text
     return {"index": number, "text": text, "logprobs": logprobs, "finish_reason": part.finish}

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 import checkpoint
 from config import UserError, exit_cleanly, load_config
+from data.chat import encode_chat, load_template, turn_end
 from data.tokenizer import Tokenizer, load_tokenizer
 from model import GPT, KVCache, Linear
 
@@ -243,26 +244,28 @@ class Piece:
 
 def generate_text(model: GPT, tokenizer: Tokenizer, prompts: list[str], *, max_new_tokens: int,
                   sampling: Sampling = Sampling(), stop: tuple[str, ...] = (),  # noqa: B008
-                  use_cache: bool = True) -> Iterator[Piece]:
+                  use_cache: bool = True, chat_template: str | None = None) -> Iterator[Piece]:
     """Continue each prompt as text, piece by piece, until end-of-text, a stop text (neither is emitted) or the length.
+    With a chat_template each prompt is what the user says, and the end of the assistant's turn is the end.
 
     Every row ends with a piece whose finish is set; ended rows emit no more. Raises SampleError, at once.
     """
     if max_new_tokens < 1:
         raise SampleError(f"max_new_tokens = {max_new_tokens} should be at least 1")
-    contexts = [encode_prompt(tokenizer, prompt, model.config.vocab_size) for prompt in prompts]
+    contexts = [encode_prompt(tokenizer, prompt, model.config.vocab_size, chat_template) for prompt in prompts]
+    ends = {tokenizer.eot} | ({turn_end(tokenizer, chat_template)} if chat_template is not None else set())
     streams = {row: TextStream(tokenizer, context, stop) for row, context in enumerate(contexts)}
     steps = generate(model, contexts, max_new_tokens=max_new_tokens, sampling=sampling, use_cache=use_cache)
-    return _pieces(steps, streams, eot=tokenizer.eot, max_new_tokens=max_new_tokens)
+    return _pieces(steps, streams, ends=ends, max_new_tokens=max_new_tokens)
 
 
-def _pieces(steps: Iterator[list[int]], streams: dict[int, "TextStream"], *, eot: int,
+def _pieces(steps: Iterator[list[int]], streams: dict[int, "TextStream"], *, ends: set[int],
             max_new_tokens: int) -> Iterator[Piece]:
     """The pieces of generate_text; streams holds the rows that have not ended."""
     for count, tokens in enumerate(steps, start=1):
         is_last = count == max_new_tokens
         for row, stream in list(streams.items()):
-            is_eot = tokens[row] == eot
+            is_eot = tokens[row] in ends
             text = "" if is_eot else stream.add(tokens[row])
             if is_eot or is_last:
                 text += stream.end()
@@ -287,9 +290,16 @@ def sample_text(model: GPT, tokenizer: Tokenizer, prompt: str, *, max_new_tokens
         model.train(was_training)
 
 
-def encode_prompt(tokenizer: Tokenizer, prompt: str, vocab_size: int) -> list[int]:
-    """The prompt's ids, special tokens as plain text; end-of-text for an empty prompt. Raises SampleError."""
-    ids = tokenizer.encode(prompt).tolist() or [tokenizer.eot]
+def encode_prompt(tokenizer: Tokenizer, prompt: str, vocab_size: int, chat_template: str | None = None) -> list[int]:
+    """The prompt's ids, special tokens as plain text; behind the tokenizer's bos_token if it has one, and end-of-text
+    for an empty prompt if not. With a chat_template it is what the user says, and the assistant's turn begins. Raises
+    SampleError, ChatError."""
+    if chat_template is not None:
+        ids = encode_chat(tokenizer, chat_template, [{"role": "user", "content": prompt}]).tolist()
+    else:
+        ids = tokenizer.encode(prompt).tolist()
+        if tokenizer.bos_token is not None or not ids:
+            ids.insert(0, tokenizer.start)
     if max(ids) >= vocab_size:
         raise SampleError(f"the prompt has token {max(ids)} but the model knows {vocab_size} ids; the run's "
                           "tokenizer.json belongs to another model")
@@ -473,6 +483,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     prompts.add_argument("-", dest="stdin", action="store_true", help="read the prompt from stdin")
     prompts.add_argument("--prompt", metavar="TEXT")
     prompts.add_argument("--prompt-file", metavar="FILE", help="the whole file is one prompt")
+    parser.add_argument("--chat", action="store_true",
+                        help="the prompt is what a user says, in the chat template that the run was trained with")
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="default 256")
     parser.add_argument("--temperature", type=float, default=1.0, metavar="X",
                         help="0 = always the likeliest token; default 1")
@@ -500,16 +512,28 @@ def main(argv: list[str]) -> None:
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.seed)
     prompt = _read_prompt(args)
     model, tokenizer = load_model(args.run, device=choose_device(args.device), dtype=args.dtype, note=_note)
+    template = _chat_template(args.run) if args.chat else None
     _note(pack_for_decoding(model))
-    _note_long_prompt(len(encode_prompt(tokenizer, prompt, model.config.vocab_size)), model.config.max_seq_len)
+    context = encode_prompt(tokenizer, prompt, model.config.vocab_size, template)
+    _note_long_prompt(len(context), model.config.max_seq_len)
     pieces = generate_text(model, tokenizer, [prompt] * args.num_samples, max_new_tokens=args.max_new_tokens,
-                           sampling=sampling, stop=tuple(args.stop))
+                           sampling=sampling, stop=tuple(args.stop), chat_template=template)
     sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows ? instead
     try:
-        _print_samples(prompt, pieces, args.num_samples)
+        _print_samples(prompt + "\n" if args.chat else prompt, pieces, args.num_samples)
     except KeyboardInterrupt:
         print(flush=True)
         raise
+
+
+def _chat_template(run: str) -> str:
+    """The template of a run. Raises SampleError if it was not trained on conversations."""
+    path = Path(run)
+    template = load_template(path if (path / "config.toml").exists() else checkpoint.run_dir_of(path))
+    if template is None:
+        raise SampleError(f"run {run!r} holds no chat_template.jinja, it was not trained on conversations; leave out "
+                          "--chat")
+    return template
 
 
 def _print_samples(prompt: str, pieces: Iterator[Piece], num_samples: int) -> None:

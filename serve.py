@@ -121,7 +121,7 @@ def add_tokenizer_routes(router: "APIRouter", served: Served) -> None:
     @router.get("/tokenizer_info")
     async def tokenizer_info() -> Response:
         template = {} if served.template is None else {"chat_template": served.template}
-        return as_response({"eos_token": tokenizer.eos_token, "bos_token": tokenizer.bos_token or None} | template)
+        return as_response({"eos_token": tokenizer.eot_token, "bos_token": tokenizer.bos_token} | template)
 
     @router.post("/tokenize")
     async def tokenize(request: Request) -> Response:

@@ -83,8 +83,8 @@ def save_template(folder: Path, template: str) -> None:
 
 def render(template: str, messages: list[dict], *, add_generation_prompt: bool, bos_token: str = "",
            eos_token: str = "") -> str:
-    """The text of a conversation. messages: [{"role", "content"}, ...]; add_generation_prompt: end where the assistant's
-    next turn starts. Raises ChatError, also with what the template itself objects to."""
+    """The text of a conversation, [{"role", "content"}, ...]; add_generation_prompt: up to where the assistant's next
+    turn starts. Raises ChatError, also with what the template itself objects to."""
     import jinja2
     try:
         return _compiled(template).render(messages=messages, add_generation_prompt=add_generation_prompt,
@@ -128,9 +128,17 @@ def encode_chat(tokenizer: Tokenizer, template: str, messages: list[dict], *,
     return guard.encode(guard.render(messages, add_generation_prompt=add_generation_prompt))
 
 
+def turn_end(tokenizer: Tokenizer, template: str) -> int:
+    """The id that ends the assistant's turns: the special token that the template puts there, else end-of-text."""
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    ids, written = encode_conversation(tokenizer, template, talk)
+    last = int(ids[written][-1])
+    return last if last in tokenizer.special_ids.values() else tokenizer.eot
+
+
 def encode_conversation(tokenizer: Tokenizer, template: str, messages: list[dict]) -> tuple[np.ndarray, np.ndarray]:
-    """Ids (n,) uint32 of a conversation to learn from, and which of them the assistant wrote, bool (n,): the contents of
-    its turns and the tokens that end them.
+    """Ids (n,) uint32 of a conversation to learn from, and which of them the assistant wrote, bool (n,): the contents
+    of its turns and the tokens that end them.
 
     A turn begins where the rendering of the messages before it ends, which is where the model will begin it. Raises
     ChatError if the template renders earlier turns otherwise once later ones follow.
@@ -171,7 +179,7 @@ class _Guard:
 
     def render(self, messages: list[dict], *, add_generation_prompt: bool) -> str:
         return render(self.template, self._hidden(messages), add_generation_prompt=add_generation_prompt,
-                      bos_token=self.tokenizer.bos_token, eos_token=self.tokenizer.eos_token)
+                      bos_token=self.tokenizer.bos_token or "", eos_token=self.tokenizer.eot_token)
 
     def _hidden(self, value: object) -> object:
         if isinstance(value, str):

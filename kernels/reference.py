@@ -97,7 +97,6 @@ class _LinearByOneDNN(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.has_bias = bias is not None
         return _onednn_matmul(x, weight.T, bias)
 
     @staticmethod
@@ -106,7 +105,7 @@ class _LinearByOneDNN(torch.autograd.Function):
         rows, grad_rows = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
         grad_x = _onednn_matmul(grad_rows, weight).view(x.shape) if ctx.needs_input_grad[0] else None
         grad_weight = _onednn_matmul(grad_rows.T, rows) if ctx.needs_input_grad[1] else None
-        return grad_x, grad_weight, grad_rows.sum(0) if ctx.has_bias else None
+        return grad_x, grad_weight, grad_rows.sum(0) if ctx.needs_input_grad[2] else None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -212,7 +211,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, voc
             return torch.cat(_losses_by_chunk(hidden, weight, targets, vocab_size, ignore_index, softcap, rows))
     wants_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     total = _LinearCrossEntropySum.apply(hidden, weight, targets, vocab_size, ignore_index, softcap, rows,
-                                         wants_grad)
+                                         wants_grad, weight.requires_grad)
     return total if reduction == "sum" else total / (targets != ignore_index).sum()
 
 
@@ -240,13 +239,14 @@ class _LinearCrossEntropySum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, ignore_index: int,
-                softcap: float, rows: int, wants_grad: bool) -> Tensor:
+                softcap: float, rows: int, wants_grad: bool, weight_learns: bool) -> Tensor:
         if not wants_grad:
             return torch.cat(_losses_by_chunk(hidden, weight, targets, vocab_size, ignore_index, softcap, rows)).sum()
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         compute_weight = weight.to(hidden.dtype)  # once, not per chunk
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        # a frozen table (LoRA) needs none: neither the memory nor a third of the matmuls
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if weight_learns else None
         for start in range(0, hidden.shape[0], rows):
             h, t = hidden[start:start + rows], targets[start:start + rows]
             logits = _chunk_logits(h, compute_weight, softcap)  # (rows, V)
@@ -262,8 +262,9 @@ class _LinearCrossEntropySum(torch.autograd.Function):
             grad_logits = grad_logits.mul_(keep) if slope is None else grad_logits.mul_(slope).mul_(keep)
             grad_logits = grad_logits.to(hidden.dtype)
             grad_hidden[start:start + rows] = _matmul(grad_logits, compute_weight)
-            grad_weight += _matmul(grad_logits.T, h)
-        ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
+            if grad_weight is not None:
+                grad_weight += _matmul(grad_logits.T, h)
+        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
         return total
 
     @staticmethod
@@ -271,4 +272,6 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         grad_hidden, grad_weight = ctx.saved_tensors
         # float32: in bfloat16 a factor such as 1/200 is off by up to 2^-9, and with it the whole gradient of the body
         grad_hidden = (grad_hidden.float() * grad_output).to(grad_hidden.dtype)
-        return grad_hidden, grad_weight * grad_output.to(grad_weight.dtype), None, None, None, None, None, None
+        if grad_weight is not None:
+            grad_weight = grad_weight * grad_output.to(grad_weight.dtype)
+        return grad_hidden, grad_weight, None, None, None, None, None, None, None

@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -50,7 +51,8 @@ def refusal(parse, **body) -> ApiError:
 
 @pytest.mark.parametrize("prompt, tokens", [
     ("ab", [[97, 98]]), (["ab", "c"], [[97, 98], [99]]), ([97, 98], [[97, 98]]), ([[97], [298]], [[97], [298]]),
-    ("", [[EOT]]), ([[], [97]], [[EOT], [97]]), (["", "é"], [[EOT], [0xC3, 0xA9]]), ("<|endoftext|>", [list(b"<|endoftext|>")]),
+    ("", [[EOT]]), ([[], [97]], [[EOT], [97]]), (["", "é"], [[EOT], [0xC3, 0xA9]]),
+    ("<|endoftext|>", [list(b"<|endoftext|>")]),
     ("\ud83d\ude00", [list("😀".encode())]), ("\ud83d", [list("\ufffd".encode())])], ids=repr)
 def test_a_prompt_is_a_text_or_token_ids_or_several(prompt, tokens):
     assert [row.prompt for row in completion(prompt=prompt).rows] == tokens
@@ -131,6 +133,23 @@ def test_an_unknown_model_is_not_found():
         "param": "model", "code": "model_not_found"}
 
 
+def test_a_tokenizer_with_a_start_token_puts_it_before_texts_and_it_is_not_told(tmp_path):
+    file = json.loads(BYTES.file_text)
+    file["added_tokens"].append(file["added_tokens"][0] | {"id": 257, "content": "<s>"})
+    file["post_processor"] = {"type": "TemplateProcessing", "single": [
+        {"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [], "special_tokens": {"<s>": {"id": "<s>", "ids": [257], "tokens": ["<s>"]}}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(file))
+    served = replace(SERVED, tokenizer=load_tokenizer(tmp_path))
+    asked = completion(served, prompt=["ab", "", [97]], echo=True, logprobs=0, max_tokens=0)
+    assert [row.prompt for row in asked.rows] == [[257, 97, 98], [257], [97]]
+    scored = Part(finish="length", prompt=(Scored(257, 0), Scored(97, 0, -1.0), Scored(98, 0, -2.0)))
+    choice = answer(asked, [scored], served.tokenizer)["choices"][0]
+    assert (choice["text"], choice["logprobs"]["tokens"]) == ("ab", ["a", "b"])
+    assert (choice["logprobs"]["token_logprobs"], choice["logprobs"]["text_offset"]) == ([-1.0, -2.0], [0, 1])
+    assert refusal(partial(completion, served), prompt="x" * 32).code == "context_length_exceeded"
+
+
 def test_a_text_that_cannot_fit_is_refused_before_it_is_encoded(monkeypatch):
     monkeypatch.setattr(BYTES, "_encode_piece", lambda text: pytest.fail("encoded"))
     assert "at least 1000000 tokens" in refusal(completion, prompt="a" * 10 ** 6).message
@@ -179,7 +198,7 @@ def test_a_run_without_a_template_says_so():
 
 class TwoEnds:
     """Stands for a tokenizer whose turns end otherwise than texts."""
-    eot, eos_token, bos_token = 7, "<|end|>", ""
+    eot, eot_token, bos_token = 7, "<|end|>", None
     special_ids = {"<|end|>": 7, "<|turn|>": 8, "<|user|>": 9}
 
 
