@@ -1,15 +1,17 @@
 """Benchmarks of every hot path against PyTorch and peers: `python bench.py COMMAND [--json FILE]`.
 
-Commands: train, data, sample, kernels, checkpoint. Each prints the setting it ran in and a table, and with --json
-writes the same. Contenders take turns within a repeat; a
-figure is the median of the repeats, and a ratio is taken within each repeat, so that the machine's drift cancels. Peers
-run as they are, in processes of their own; none of their code is here, and nothing of theirs is unpickled.
+Commands: train, data, sample, serve, kernels, checkpoint. Each prints the setting it ran in and a table, and with
+--json writes the same. Contenders take turns within a repeat; a figure is the median of the repeats, and a ratio is
+taken within each repeat, so that the machine's drift cancels. Peers run as they are, in processes of their own; none of
+their code is here, and nothing of theirs is unpickled.
 """
 
 import argparse
+import concurrent.futures
 import contextlib
 import datetime
 import heapq
+import http.client
 import importlib.metadata
 import importlib.util
 import itertools
@@ -42,12 +44,12 @@ import distributed
 import eval as evaluation
 import kernels
 import sample
-from config import Config, MachineError, ModelConfig, UserError, exit_cleanly, parse_arguments
+from config import Config, MachineError, ModelConfig, UserError, exit_cleanly, parse_arguments, to_toml
 from data.loader import MicroBatch, TrainLoader
 from data.prepare import SMALL_BYTES, prepare
 from data.shards import open_dataset, open_split
 from data.sources import STDLIB, UNIT_BYTES, documents, find_files, whole_document_units
-from data.tokenizer import GPT2_PATTERN, TIKTOKEN_FILES, train_bpe
+from data.tokenizer import GPT2_PATTERN, TIKTOKEN_FILES, load_tokenizer, train_bpe
 from distributed import World
 from kernels import self_check
 from metrics import format_table
@@ -845,6 +847,77 @@ def _generated(worker: Worker, prompts: list[list[int]], new_tokens: int, top_k:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# bench.py serve: many clients beside one
+
+def bench_serve(args: argparse.Namespace, figures: Figures) -> dict:
+    """One server process with random weights; per repeat one client, then --clients at once, each with one request."""
+    config = parse_arguments(args.config)[0]
+    if config.model.vocab_size is None:
+        raise UserError(f"the model of {args.config[0]!r} has no vocab_size; add model.vocab_size=50257 to --config")
+    if args.prompt_tokens + args.new_tokens > config.model.max_seq_len:
+        raise UserError(f"--prompt-tokens {args.prompt_tokens} + --new-tokens {args.new_tokens} exceed "
+                        f"model.max_seq_len = {config.model.max_seq_len}; lower one")
+    setting = describe_machine()
+    setting["model"] = f"{_label(args.config)}, random weights, {args.dtype}"
+    setting["tokens/s"] = f"of all clients' {args.new_tokens} new tokens each after {args.prompt_tokens}, over HTTP"
+    with tempfile.TemporaryDirectory(prefix="bench-serve-") as folder:
+        _write_random_run(Path(folder), config)
+        with _running_server(Path(folder), args.dtype) as url:
+            ask = partial(_ask_server, url, prompt_tokens=args.prompt_tokens, vocab_size=config.model.vocab_size)
+            ask(1, new_tokens=4)  # warms up
+            contenders = {f"{n} at once": partial(_served_rate, ask, n, args.new_tokens) for n in (1, args.clients)}
+            take_turns(contenders, args.repeats, figures)
+    figures.add_ratios(f"{args.clients} clients / 1", f"{args.clients} at once", "1 at once", ("tokens/s",))
+    return setting
+
+
+def _write_random_run(folder: Path, config: Config) -> None:
+    """A run folder that serve.py loads; its tokenizer knows 257 ids, and texts are asked for by ids."""
+    torch.manual_seed(0)
+    (folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
+    load_tokenizer("bytes").save(folder / "tokenizer.json")
+    checkpoint.save(folder, 1, model=dict(GPT(config.model).named_parameters()), optimizer={}, state={}, keep=1)
+
+
+@contextlib.contextmanager
+def _running_server(run: Path, dtype: str) -> Iterator[str]:
+    """The URL of a serve.py process. Raises MachineError with its last line if it does not start."""
+    command = [sys.executable, str(CHECKOUT / "serve.py"), str(run), "--port", "0", "--device", "cpu", "--dtype", dtype]
+    environment = {key: value for key, value in os.environ.items() if key != "FLATGPT_API_KEY"}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        lines = []
+        try:
+            while not (lines and lines[-1].startswith("serving ")):
+                lines.append(process.stderr.readline())
+                if not lines[-1]:
+                    raise MachineError(f"serve.py did not start: {_last_line(''.join(lines))}")
+            yield re.search(r"127\.0\.0\.1:\d+", lines[-1])[0]
+        finally:
+            process.terminate()
+
+
+def _ask_server(address: str, client: int, *, new_tokens: int, prompt_tokens: int, vocab_size: int) -> int:
+    """New tokens of one request."""
+    prompt = np.random.default_rng(client).integers(vocab_size, size=prompt_tokens).tolist()
+    connection = http.client.HTTPConnection(address)
+    body = {"prompt": prompt, "max_tokens": new_tokens, "seed": client, "logit_bias": {"256": -100}}  # 256 ends a text
+    connection.request("POST", "/v1/completions", json.dumps(body))
+    answer = json.loads(connection.getresponse().read())
+    connection.close()
+    if "usage" not in answer:
+        raise MachineError(f"the server refused: {answer['error']['message']}")
+    return answer["usage"]["completion_tokens"]
+
+
+def _served_rate(ask: Callable[..., int], clients: int, new_tokens: int, repeat: int) -> dict[str, float]:
+    with concurrent.futures.ThreadPoolExecutor(clients) as pool:
+        seconds, made = seconds_of(lambda: sum(pool.map(lambda n: ask(n, new_tokens=new_tokens), range(clients))))
+    if made != clients * new_tokens:
+        raise MachineError(f"the server made {made} tokens instead of {clients * new_tokens}")
+    return {"tokens/s": made / seconds}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # bench.py checkpoint: saving beside dd
 
 SAVED, DD = "checkpoint", "dd"
@@ -964,7 +1037,8 @@ class _Parser(argparse.ArgumentParser):
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = _Parser(prog="bench.py", description="Benchmarks against PyTorch and peers: a table, and JSON.",
                      allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,data,sample,kernels,checkpoint}")
+    commands = parser.add_subparsers(dest="command", required=True,
+                                     metavar="{train,data,sample,serve,kernels,checkpoint}")
 
     def command(name: str, run: Callable, what: str, *, repeats: int, config: str | None) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=what, description=what, allow_abbrev=False)
@@ -995,11 +1069,16 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
     sampling = command("sample", bench_sample, "generate() beside nanoGPT's and transformers'.", repeats=3,
                        config="gpt2_124m.toml")
-    sampling.add_argument("--new-tokens", type=_count, default=256, metavar="N", help="default 256")
-    sampling.add_argument("--prompt-tokens", type=_count, default=16, metavar="N", help="default 16")
     sampling.add_argument("--dtypes", nargs="+", choices=sample.DTYPES, default=["float32", "bfloat16"],
                           help="default float32 bfloat16")
     sampling.add_argument("--batch-sizes", nargs="+", type=_count, default=[1], metavar="N", help="default 1")
+    serving = command("serve", bench_serve, "serve.py with many clients beside one.", repeats=5,
+                      config="gpt2_124m.toml")
+    serving.add_argument("--clients", type=_count, default=8, metavar="N", help="default 8")
+    serving.add_argument("--dtype", choices=sample.DTYPES, default="float32", help="default float32")
+    for subparser in (sampling, serving):
+        subparser.add_argument("--new-tokens", type=_count, default=256, metavar="N", help="default 256")
+        subparser.add_argument("--prompt-tokens", type=_count, default=16, metavar="N", help="default 16")
     for subparser in (train, sampling):
         subparser.add_argument("--peer", metavar="PATH", help="a checkout of nanoGPT")
 

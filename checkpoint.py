@@ -2,6 +2,9 @@
 
     RUN/checkpoints/step_00001000/   model.safetensors  optimizer.safetensors  state.json  manifest.json
 
+Of a run with adapters (lora.py) it holds adapter_model.safetensors and adapter_config.json instead of the model; what
+they adapt is kept once, in RUN/base/model.safetensors, and state.json has its sha256.
+
 A checkpoint is written to a temporary folder, every file and the folder are synced, then it is renamed; it counts only
 if every file has the size and sha256 that manifest.json records, because no tensor format notices a flipped bit. So a
 crash, a power cut or a full disk leaves the checkpoints before it as they were. There is no pickle: loading never
@@ -32,11 +35,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+import lora
 from config import MachineError, UserError
 
 FORMAT = 1
 STATE, MANIFEST = "state.json", "manifest.json"
-REQUIRED = ("model.safetensors", STATE)
+MODEL, ADAPTER, ADAPTER_CONFIG = "model.safetensors", "adapter_model.safetensors", "adapter_config.json"
 STEP_NAME = re.compile(r"step_(\d{8,})(\.replaced)?")
 TEMPORARY = ".tmp-"  # prefix of folders that are being written or deleted
 DTYPE_NAMES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16",
@@ -113,23 +117,24 @@ def _hash(path: Path) -> str:
 # Saving
 
 def save(run_dir: Path, step: int, *, model: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict,
-         keep: int) -> Path:
+         keep: int, adapter_config: dict | None = None) -> Path:
     """Write RUN/checkpoints/step_<step>, then delete all but the newest `keep` and the one with the best val_loss.
 
-    model, optimizer: tensors by name on any device, none sharing memory; state: JSON values, "val_loss" in it may be
-    None. Raises SaveError, with nothing changed, if the disk fails or is too full.
+    model, optimizer: tensors by name on any device; state: JSON values, "val_loss" in it may be None; adapter_config:
+    model holds adapters only, to RUN/base. Raises SaveError, with nothing changed, if the disk fails or is too full.
     """
     folder = Path(run_dir) / "checkpoints"
     final = folder / f"step_{step:08d}"
     temporary = folder / (TEMPORARY + final.name)
-    tensors = {"optimizer.safetensors": optimizer, "model.safetensors": model}
+    tensors = {"optimizer.safetensors": optimizer, MODEL if adapter_config is None else ADAPTER: model}
+    texts = {STATE: {"step": step, **state}} | ({} if adapter_config is None else {ADAPTER_CONFIG: adapter_config})
     needed = sum(t.numel() * t.element_size() for part in tensors.values() for t in part.values()) + MARGIN_BYTES
     try:
         _make_checkpoints_folder(folder)
         _check_space(folder, needed)
         if temporary.exists():
             _delete_folder(temporary)
-        _write_checkpoint(temporary, tensors, {"step": step, **state})
+        _write_checkpoint(temporary, tensors, texts)
         _publish(temporary, final)
     except (OSError, SafetensorError) as error:
         _delete_folder(temporary, ignore_errors=True)
@@ -137,6 +142,27 @@ def save(run_dir: Path, step: int, *, model: dict[str, Tensor], optimizer: dict[
                         f"{_reason(error, folder, needed)}; older checkpoints are untouched") from error
     _delete_old(folder, keep, final)
     return final
+
+
+def save_base(run_dir: Path, tensors: dict[str, Tensor]) -> str:
+    """Write RUN/base/model.safetensors, what adapters are added to, whole and durably; its sha256. Raises SaveError."""
+    folder = Path(run_dir) / "base"
+    temporary = folder / (TEMPORARY + MODEL)
+    needed = sum(t.numel() * t.element_size() for t in tensors.values()) + MARGIN_BYTES
+    try:
+        if not folder.is_dir():
+            _make_folder(folder)
+            _sync(folder.parent)
+        _check_space(folder, needed)
+        _write_tensors(temporary, tensors)
+        _sync(temporary)
+        _rename(temporary, folder / MODEL)
+        _sync(folder)
+        return _hash(folder / MODEL)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise SaveError(f"the base of the adapters was not saved to {str(folder)!r}: "
+                        f"{_reason(error, folder, needed)}") from error
 
 
 def _make_checkpoints_folder(folder: Path) -> None:
@@ -165,7 +191,7 @@ def _reason(error: Exception, folder: Path, needed: int) -> str:
     return f"disk full, {needed / 1e9:.3f} GB are needed and {free} is free"
 
 
-def _write_checkpoint(folder: Path, tensors: dict[str, dict[str, Tensor]], state: dict) -> None:
+def _write_checkpoint(folder: Path, tensors: dict[str, dict[str, Tensor]], texts: dict[str, dict]) -> None:
     """Write and sync every file of a checkpoint and the folder itself.
 
     Each file is hashed by a thread while the next is written and synced (hashlib lets go of the GIL); the larger file
@@ -177,8 +203,9 @@ def _write_checkpoint(folder: Path, tensors: dict[str, dict[str, Tensor]], state
         for name, part in tensors.items():
             _write_tensors(folder / name, part)
             hashes[name] = pool.submit(_hash, folder / name)
-        _write_bytes(folder / STATE, _to_json(_null_for_nan(state)))
-        hashes[STATE] = pool.submit(_hash, folder / STATE)
+        for name, text in texts.items():
+            _write_bytes(folder / name, _to_json(_null_for_nan(text)))
+            hashes[name] = pool.submit(_hash, folder / name)
         for name in hashes:
             _sync(folder / name)
     files = {name: {"size": (folder / name).stat().st_size, "sha256": future.result()}
@@ -266,7 +293,7 @@ def _problem(checkpoint: Path) -> str | None:
         return f"{MANIFEST} is not a manifest"
     if not known:
         return f"{MANIFEST} has format {manifest['format']!r}, expected {FORMAT}"
-    missing = [name for name in REQUIRED if name not in files]
+    missing = [name for name in (ADAPTER_CONFIG if ADAPTER in files else MODEL, STATE) if name not in files]
     if missing:
         return f"{MANIFEST} does not name {missing[0]}"
     for name, (size, sha256) in files.items():
@@ -367,11 +394,50 @@ def load_state(checkpoint: Path) -> dict:
 
 
 def load_tensors(checkpoint: Path, name: str, device: str | torch.device = "cpu") -> dict[str, Tensor]:
-    """The tensors of "model" or "optimizer". Raises CheckpointError.
+    """The tensors of "model" (with adapters merged in, in float32) or "optimizer". Raises CheckpointError.
 
     On the CPU they may be views of the file's memory map: copy them (load_into does) before the file can go.
     """
-    path = Path(checkpoint) / f"{name}.safetensors"
+    if name == "model" and is_adapter(checkpoint):
+        return _merged(Path(checkpoint), device)
+    return _load_file(Path(checkpoint) / f"{name}.safetensors", device)
+
+
+def is_adapter(checkpoint: Path) -> bool:
+    """Whether a checkpoint holds adapters to RUN/base rather than a model."""
+    return (Path(checkpoint) / ADAPTER).exists()
+
+
+def load_adapter(checkpoint: Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
+    """The adapters alone, by peft's names. Raises CheckpointError."""
+    return _load_file(Path(checkpoint) / ADAPTER, device)
+
+
+def load_base(checkpoint: Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
+    """What the adapters of a checkpoint are added to. Raises CheckpointError if it is not the one they were trained on.
+    """
+    path = run_dir_of(checkpoint) / "base" / MODEL
+    try:
+        found = _hash(path)
+    except OSError as error:
+        raise CheckpointError(f"{str(path)!r}, which the adapters in {str(checkpoint)!r} belong to, cannot be read: "
+                              f"{error.strerror}; copy the run folder as a whole") from None
+    if found != load_state(checkpoint).get("base_sha256"):
+        raise CheckpointError(f"{str(path)!r} is not what the adapters in {str(checkpoint)!r} were trained on (sha256 "
+                              f"{found[:16]}...); put the run's own base back")
+    return _load_file(path, device)
+
+
+def _merged(checkpoint: Path, device: str | torch.device) -> dict[str, Tensor]:
+    try:
+        config = json.loads((checkpoint / ADAPTER_CONFIG).read_bytes())
+        return lora.merge(load_base(checkpoint, device), load_adapter(checkpoint, device), config)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"adapters in {str(checkpoint)!r} do not fit their base: {error}; use another checkpoint"
+                              ) from None
+
+
+def _load_file(path: Path, device: str | torch.device) -> dict[str, Tensor]:
     try:
         return load_file(path, device=str(device))
     except (OSError, SafetensorError) as error:

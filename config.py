@@ -143,6 +143,8 @@ class DataConfig:
                                        "tokenizer.json or a run folder; left out = that of dir or init_from, else gpt2")
     val_fraction: float = knob(0.05, "share of the text set aside for validation", minimum=0.0, maximum=0.9)
     text_field: str = knob("text", "the field of a .jsonl row or parquet column that holds the text")
+    chat_template: str | None = knob(None, "Jinja file that renders rows of messages; left out = that of init_from, "
+                                           "else a plain one")
     document_mask: bool = knob(False, "tokens see their own document only, and positions restart with it")
 
 
@@ -169,6 +171,20 @@ class OptimConfig:
     muon_momentum: float = knob(0.95, "Muon's Nesterov momentum", minimum=0.0, maximum=0.999)
 
 
+LORA_TARGETS = ("attn.qkv", "attn.proj", "mlp.fc", "mlp.proj")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (arXiv:2106.09685): the weights of init_from stay as they are, only the adapters learn."""
+
+    rank: int = knob(0, "of each adapter's product B A; 0 = off: all weights learn", minimum=0)
+    alpha: float = knob(16.0, "the product counts alpha / rank times", above=0.0)
+    dropout: float = knob(0.0, "on the adapters' inputs; 0.0 = off", minimum=0.0, maximum=0.99)
+    targets: tuple[str, ...] = knob(LORA_TARGETS, "the blocks' linear layers that get one: of attn.qkv, attn.proj, "
+                                                  "mlp.fc, mlp.proj")
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """The run."""
@@ -189,7 +205,8 @@ class TrainConfig:
                         choices=("auto", "triton", "torch"))
     activation_checkpointing: bool = knob(False, "recompute each block in the backward pass: less memory, a third more "
                                                  "work")
-    init_from: str | None = knob(None, "run folder or checkpoint whose weights and tokenizer start this run")
+    init_from: str | None = knob(None, "run folder, checkpoint or Hugging Face folder whose weights and tokenizer "
+                                       "start this run")
     fork_from: str | None = knob(None, "run folder or checkpoint to continue as a new run, with its moments and step")
     eval_every: int = knob(250, "steps between evaluations; 0 = only at the end", minimum=0)
     eval_tokens: int = knob(1_048_576, "validation tokens per evaluation, at most all of them", minimum=1)
@@ -209,6 +226,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -259,7 +277,7 @@ def _file_table(word: str) -> dict:
     for section, values in table.items():
         if not isinstance(values, dict):
             raise ConfigError(f"{word}: key {section!r} stands outside a section; put it under [model], [data], "
-                              "[optim] or [train]")
+                              "[optim], [train] or [lora]")
     return table
 
 
@@ -388,6 +406,7 @@ def check(config: Config) -> None:
     _check_model(config.model)
     _check_optim(config.optim, config.train)
     _check_train(config)
+    _check_lora(config)
 
 
 def _check_model(model: ModelConfig) -> None:
@@ -429,7 +448,8 @@ def _check_train(config: Config) -> None:
     if train.init_from is not None and train.fork_from is not None:
         raise ConfigError("train.init_from and train.fork_from are both set; init_from takes weights only, fork_from "
                           "also moments and step: keep one")
-    if train.tokens_per_step % model.max_seq_len:
+    inherits = train.init_from is not None or train.fork_from is not None  # max_seq_len too: start.inherit checks it
+    if not inherits and train.tokens_per_step % model.max_seq_len:
         raise ConfigError(f"train.tokens_per_step = {train.tokens_per_step} does not divide by model.max_seq_len = "
                           f"{model.max_seq_len}; near it: {near_multiples(train.tokens_per_step, model.max_seq_len)}")
     if config.data.source and not config.data.val_source and config.data.val_fraction == 0.0:
@@ -437,6 +457,22 @@ def _check_train(config: Config) -> None:
     for step in train.profile_steps:
         if not 1 <= step <= train.max_steps:
             raise ConfigError(f"train.profile_steps names step {step}; steps run from 1 to {train.max_steps}")
+
+
+def _check_lora(config: Config) -> None:
+    lora, train = config.lora, config.train
+    if lora.rank == 0:
+        return
+    for target in lora.targets:
+        if target not in LORA_TARGETS:
+            raise ConfigError(f"lora.targets names {target!r}; there are {', '.join(LORA_TARGETS)}")
+    if not lora.targets:
+        raise ConfigError(f"lora.targets is empty; name some of {', '.join(LORA_TARGETS)}, or leave it out")
+    if train.init_from is None and train.fork_from is None:
+        raise ConfigError(f"lora.rank = {lora.rank} needs weights to adapt; name them with train.init_from")
+    if config.optim.name == "muon":
+        raise ConfigError("optim.name = 'muon' does not go with lora.rank: it orthogonalises updates of whole "
+                          "matrices, and an adapter's A and B are factors of one; use adamw")
 
 
 def near_multiples(value: int, factor: int) -> str:

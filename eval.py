@@ -21,14 +21,12 @@ import checkpoint
 import kernels
 import sample
 from config import UserError, exit_cleanly, load_config
-from data.loader import MicroBatch, ValLoader
+from data.loader import IGNORED, MicroBatch, ValLoader
 from data.shards import open_dataset, open_split
 from data.tokenizer import Tokenizer, load_tokenizer
 from distributed import World, sum_over_ranks
 from kernels import self_check
 from model import GPT
-
-IGNORED = -100  # a target that is not scored
 
 
 @dataclass(frozen=True)
@@ -67,6 +65,7 @@ def evaluate(model: GPT, batches: Iterable[MicroBatch], *, token_bytes: np.ndarr
     nats, scored, text_nats, text_bytes, stopped = sum_over_ranks(sums, world).tolist()
     if stopped:
         return None
+    scored = max(scored, 1.0)  # a loss mask may leave nothing
     return Score(loss=nats / scored, perplexity=_exp(nats / scored),
                  bits_per_byte=text_nats / (math.log(2) * text_bytes) if text_bytes else None,
                  tokens=int(scored), bytes=int(text_bytes))

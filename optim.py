@@ -37,13 +37,14 @@ def learning_rate(step: int, optim: OptimConfig) -> float:
 
 
 class Optimizer:
-    """AdamW for all parameters, or Muon for the blocks' matrices and AdamW for the rest (embeddings, head, vectors)."""
+    """AdamW for all parameters that learn, or Muon for the blocks' matrices and AdamW for the rest (embeddings, head,
+    vectors)."""
 
     def __init__(self, model: GPT, optim: OptimConfig, *, newton_schulz_dtype: torch.dtype = torch.bfloat16):
         self.optim = optim
         self.newton_schulz_dtype = newton_schulz_dtype
         self.updates = 0  # updates made; a skipped step does not count
-        parameters = dict(model.named_parameters())
+        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.muon = {name: p for name, p in parameters.items()
                      if optim.name == "muon" and name.startswith("blocks.") and p.dim() == 2}
         self.muon_rows = {name: _rows_of_parts(name, p, model) for name, p in self.muon.items()}
@@ -134,7 +135,7 @@ def orthogonalise(matrices: Tensor, *, dtype: torch.dtype) -> Tensor:
 
 def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
     """Scale all gradients so that their global norm is at most max_norm; returns the norm before (0-d float32)."""
-    parameters = list(model.parameters())
+    parameters = [p for p in model.parameters() if p.requires_grad]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
     if max_norm < math.inf:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)

@@ -24,10 +24,12 @@ from torch import Tensor, nn
 
 import checkpoint
 from config import UserError, exit_cleanly, load_config
+from data.chat import encode_chat, load_template, turn_end
 from data.tokenizer import Tokenizer, load_tokenizer
 from model import GPT, KVCache, Linear
 
 DTYPES = ("float32", "bfloat16", "float16")
+NOT_FINITE = "the model's logits are not finite; try --dtype float32, or an earlier checkpoint"
 
 
 class SampleError(UserError):
@@ -76,9 +78,12 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int, sampl
         if not use_cache:
             logits = _logits_from_scratch(model, contexts)
         elif cache is None or cache.length == model.config.max_seq_len:
-            logits, cache = _prefill(model, contexts, new_tokens=max_new_tokens - step)
+            for context in contexts:
+                cut_to_fit(context, model.config.max_seq_len)
+            hidden, cache = prefill(model, contexts, new_tokens=max_new_tokens - step)
+            logits = last_logits(model, hidden)
         else:
-            logits = _decode(model, cache, [context[-1] for context in contexts])
+            logits = decode(model, cache, [context[-1] for context in contexts])
         tokens = choose(logits, sampling, generators)
         for context, token in zip(contexts, tokens, strict=True):
             context.append(token)
@@ -86,36 +91,43 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int, sampl
 
 
 @torch.inference_mode()
-def _prefill(model: GPT, contexts: list[list[int]], *, new_tokens: int) -> tuple[Tensor, KVCache]:
-    """Logits (B, V) after the contexts, which are cut to fit in place, and the cache that now holds them.
+def prefill(model: GPT, contexts: list[list[int]], *, new_tokens: int) -> tuple[Tensor, KVCache]:
+    """What model.hidden makes of the contexts, (B, T, C), and the cache that now holds them, with room for new_tokens.
 
-    Contexts of unequal length stand right-aligned behind padding, so that all rows write the same slot next.
+    Contexts, none longer than max_seq_len, stand right-aligned behind padding, so that all rows write the same slot
+    next.
     """
-    max_seq_len = model.config.max_seq_len
-    for context in contexts:
-        cut_to_fit(context, max_seq_len)
     T = max(len(context) for context in contexts)
     padding = [T - len(context) for context in contexts]
     device = model.wte.weight.device
     tokens = torch.tensor([[0] * pad + context for pad, context in zip(padding, contexts, strict=True)], device=device)
-    # On the CPU, attention of one query is several times slower in bfloat16 than in float32 (docs/BENCHMARKS.md).
-    dtype = torch.float32 if device.type == "cpu" else model.compute_dtype
-    cache = KVCache(model.config, batch=len(contexts), dtype=dtype, device=device,
-                    slots=min(max_seq_len, T + new_tokens),
+    cache = KVCache(model.config, batch=len(contexts), dtype=cache_dtype(model), device=device,
+                    slots=min(model.config.max_seq_len, T + new_tokens),
                     padding=torch.tensor(padding, device=device) if any(padding) else None)
-    return model.logits(model.hidden(tokens, cache=cache)[:, -1]), cache
+    return model.hidden(tokens, cache=cache), cache
+
+
+def cache_dtype(model: GPT) -> torch.dtype:
+    """On the CPU, attention of one query is several times slower in bfloat16 than in float32 (docs/BENCHMARKS.md)."""
+    return torch.float32 if model.wte.weight.device.type == "cpu" else model.compute_dtype
 
 
 @torch.inference_mode()
-def _decode(model: GPT, cache: KVCache, tokens: list[int]) -> Tensor:
+def last_logits(model: GPT, hidden: Tensor) -> Tensor:
+    """Logits (B, V) of the last position of hidden (B, T, C)."""
+    return model.logits(hidden[:, -1])
+
+
+@torch.inference_mode()
+def decode(model: GPT, cache: KVCache, tokens: list[int]) -> Tensor:
     """Logits (B, V) after one more token per row."""
     column = torch.tensor(tokens, device=model.wte.weight.device)[:, None]  # (B, 1)
-    return model.logits(model.hidden(column, cache=cache)[:, -1])
+    return last_logits(model, model.hidden(column, cache=cache))
 
 
 @torch.inference_mode()
 def _logits_from_scratch(model: GPT, contexts: list[list[int]]) -> Tensor:
-    """What _prefill computes, without cache, padding or batch."""
+    """The last logits of prefill, without cache, padding or batch."""
     rows = []
     for context in contexts:
         cut_to_fit(context, model.config.max_seq_len)
@@ -133,20 +145,24 @@ def cut_to_fit(context: list[int], max_seq_len: int) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 # The choice of a token
 
-@torch.inference_mode()
 def choose(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> list[int]:
     """One token id per row of logits (B, V), float32. Raises SampleError if a row has no finite maximum."""
+    chosen = pick(logits, sampling, generators).tolist()  # one transfer from the device
+    if -1 in chosen:
+        raise SampleError(NOT_FINITE)
+    return chosen
+
+
+@torch.inference_mode()
+def pick(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> Tensor:
+    """choose() left on the device: a token id per row (B,), -1 where a row of logits (B, V) has no finite maximum."""
     if sampling.temperature == 0.0:
         tokens = logits.argmax(dim=-1)  # the first of equals
     else:
         # One number per row, drawn on the CPU: the same seed draws the same on every device.
         uniform = [torch.rand((), generator=g, dtype=torch.float64) for g in generators]
         tokens = draw(filter_logits(logits, sampling), torch.stack(uniform))
-    is_finite = logits.amax(dim=-1).isfinite()
-    chosen = torch.where(is_finite, tokens, -1).tolist()  # one transfer from the device
-    if -1 in chosen:
-        raise SampleError("the model's logits are not finite; try --dtype float32, or an earlier checkpoint")
-    return chosen
+    return torch.where(logits.amax(dim=-1).isfinite(), tokens, -1)
 
 
 def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
@@ -228,26 +244,28 @@ class Piece:
 
 def generate_text(model: GPT, tokenizer: Tokenizer, prompts: list[str], *, max_new_tokens: int,
                   sampling: Sampling = Sampling(), stop: tuple[str, ...] = (),  # noqa: B008
-                  use_cache: bool = True) -> Iterator[Piece]:
+                  use_cache: bool = True, chat_template: str | None = None) -> Iterator[Piece]:
     """Continue each prompt as text, piece by piece, until end-of-text, a stop text (neither is emitted) or the length.
+    With a chat_template each prompt is what the user says, and the end of the assistant's turn is the end.
 
     Every row ends with a piece whose finish is set; ended rows emit no more. Raises SampleError, at once.
     """
     if max_new_tokens < 1:
         raise SampleError(f"max_new_tokens = {max_new_tokens} should be at least 1")
-    contexts = [encode_prompt(tokenizer, prompt, model.config.vocab_size) for prompt in prompts]
+    contexts = [encode_prompt(tokenizer, prompt, model.config.vocab_size, chat_template) for prompt in prompts]
+    ends = {tokenizer.eot} | ({turn_end(tokenizer, chat_template)} if chat_template is not None else set())
     streams = {row: TextStream(tokenizer, context, stop) for row, context in enumerate(contexts)}
     steps = generate(model, contexts, max_new_tokens=max_new_tokens, sampling=sampling, use_cache=use_cache)
-    return _pieces(steps, streams, eot=tokenizer.eot, max_new_tokens=max_new_tokens)
+    return _pieces(steps, streams, ends=ends, max_new_tokens=max_new_tokens)
 
 
-def _pieces(steps: Iterator[list[int]], streams: dict[int, "TextStream"], *, eot: int,
+def _pieces(steps: Iterator[list[int]], streams: dict[int, "TextStream"], *, ends: set[int],
             max_new_tokens: int) -> Iterator[Piece]:
     """The pieces of generate_text; streams holds the rows that have not ended."""
     for count, tokens in enumerate(steps, start=1):
         is_last = count == max_new_tokens
         for row, stream in list(streams.items()):
-            is_eot = tokens[row] == eot
+            is_eot = tokens[row] in ends
             text = "" if is_eot else stream.add(tokens[row])
             if is_eot or is_last:
                 text += stream.end()
@@ -272,9 +290,16 @@ def sample_text(model: GPT, tokenizer: Tokenizer, prompt: str, *, max_new_tokens
         model.train(was_training)
 
 
-def encode_prompt(tokenizer: Tokenizer, prompt: str, vocab_size: int) -> list[int]:
-    """The prompt's ids, special tokens as plain text; end-of-text for an empty prompt. Raises SampleError."""
-    ids = tokenizer.encode(prompt).tolist() or [tokenizer.eot]
+def encode_prompt(tokenizer: Tokenizer, prompt: str, vocab_size: int, chat_template: str | None = None) -> list[int]:
+    """The prompt's ids, special tokens as plain text; behind the tokenizer's bos_token if it has one, and end-of-text
+    for an empty prompt if not. With a chat_template it is what the user says, and the assistant's turn begins. Raises
+    SampleError, ChatError."""
+    if chat_template is not None:
+        ids = encode_chat(tokenizer, chat_template, [{"role": "user", "content": prompt}]).tolist()
+    else:
+        ids = tokenizer.encode(prompt).tolist()
+        if tokenizer.bos_token is not None or not ids:
+            ids.insert(0, tokenizer.start)
     if max(ids) >= vocab_size:
         raise SampleError(f"the prompt has token {max(ids)} but the model knows {vocab_size} ids; the run's "
                           "tokenizer.json belongs to another model")
@@ -323,13 +348,16 @@ class TextStream:
         if "" in stop:
             raise SampleError("a stop text is empty; leave it out")
         self.stopped = False
+        self.decoded = 0  # characters so far, those held back included
         self._detokenizer = Detokenizer(tokenizer, context)
         self._stop = stop
         self._held = ""  # perhaps the start of a stop text
 
     def add(self, token: int) -> str:
         """The text that became certain with one more token."""
-        self._held += self._detokenizer.add(token)
+        text = self._detokenizer.add(token)
+        self.decoded += len(text)
+        self._held += text
         return self._release(self._possible_stop_length())
 
     def end(self) -> str:
@@ -455,6 +483,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     prompts.add_argument("-", dest="stdin", action="store_true", help="read the prompt from stdin")
     prompts.add_argument("--prompt", metavar="TEXT")
     prompts.add_argument("--prompt-file", metavar="FILE", help="the whole file is one prompt")
+    parser.add_argument("--chat", action="store_true",
+                        help="the prompt is what a user says, in the chat template that the run was trained with")
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="default 256")
     parser.add_argument("--temperature", type=float, default=1.0, metavar="X",
                         help="0 = always the likeliest token; default 1")
@@ -482,16 +512,28 @@ def main(argv: list[str]) -> None:
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.seed)
     prompt = _read_prompt(args)
     model, tokenizer = load_model(args.run, device=choose_device(args.device), dtype=args.dtype, note=_note)
+    template = _chat_template(args.run) if args.chat else None
     _note(pack_for_decoding(model))
-    _note_long_prompt(len(encode_prompt(tokenizer, prompt, model.config.vocab_size)), model.config.max_seq_len)
+    context = encode_prompt(tokenizer, prompt, model.config.vocab_size, template)
+    _note_long_prompt(len(context), model.config.max_seq_len)
     pieces = generate_text(model, tokenizer, [prompt] * args.num_samples, max_new_tokens=args.max_new_tokens,
-                           sampling=sampling, stop=tuple(args.stop))
+                           sampling=sampling, stop=tuple(args.stop), chat_template=template)
     sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows ? instead
     try:
-        _print_samples(prompt, pieces, args.num_samples)
+        _print_samples(prompt + "\n" if args.chat else prompt, pieces, args.num_samples)
     except KeyboardInterrupt:
         print(flush=True)
         raise
+
+
+def _chat_template(run: str) -> str:
+    """The template of a run. Raises SampleError if it was not trained on conversations."""
+    path = Path(run)
+    template = load_template(path if (path / "config.toml").exists() else checkpoint.run_dir_of(path))
+    if template is None:
+        raise SampleError(f"run {run!r} holds no chat_template.jinja, it was not trained on conversations; leave out "
+                          "--chat")
+    return template
 
 
 def _print_samples(prompt: str, pieces: Iterator[Piece], num_samples: int) -> None:

@@ -1,4 +1,5 @@
-"""What a run starts from: its own newest checkpoint, another run (init_from, fork_from), or nothing.
+"""What a run starts from: its own newest checkpoint, another run or a Hugging Face folder (init_from, fork_from), or
+nothing.
 
 Rank 0 chooses and every rank follows. What was left out of the config and only shows once data and parent are known is
 resolved here; what must not change when a run goes on is checked here. Files are checkpoint.py's.
@@ -14,10 +15,12 @@ import checkpoint
 import config as configuration
 import distributed
 import kernels
+import lora
 from checkpoint import CheckpointError
-from config import Config, ConfigError, ModelConfig
+from config import Config, ConfigError, LoraConfig, ModelConfig
+from data.chat import DEFAULT_TEMPLATE, load_template, read_template
 from data.shards import Dataset
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from distributed import World
 from kernels import self_check
 from model import GPT, padded_vocab_size
@@ -33,13 +36,25 @@ class Progress:
     scale: LossScale = field(default_factory=LossScale)
     val_loss: float | None = None  # of the evaluation at this very step, if there was one
     val_due: bool = False  # a stop signal cut that evaluation short
+    base_sha256: str | None = None  # of RUN/base, if the checkpoints hold adapters to it
 
     def as_state(self, *, updates: int, data_hash: str, world: World) -> dict:
         return {"step": self.step, "updates": updates, "skips_in_a_row": self.skips_in_a_row,
                 "loss_scale": [self.scale.scale, self.scale.good_steps], "val_loss": self.val_loss,
                 "val_due": self.val_due,
                 "data_hash": data_hash, "world_size": world.size, "threads": torch.get_num_threads(),
-                "torch": torch.__version__}
+                "torch": torch.__version__} | ({"base_sha256": self.base_sha256} if self.base_sha256 else {})
+
+
+@dataclass(frozen=True)
+class Parent:
+    """What supplies [model], the tokenizer and the chat template."""
+
+    path: Path
+    model: ModelConfig
+    lora: LoraConfig
+    tokenizer: Tokenizer
+    chat_template: str | None
 
 
 @dataclass(frozen=True)
@@ -65,7 +80,8 @@ def find_start(config: Config, note: Callable[[str], None]) -> Start:
     if config.train.fork_from is not None:
         return Start(checkpoint.resolve(config.train.fork_from, note), "everything")
     if config.train.init_from is not None:
-        return Start(checkpoint.resolve(config.train.init_from, note), "weights")
+        parent = config.train.init_from
+        return Start(Path(parent) if is_hugging_face(parent) else checkpoint.resolve(parent, note), "weights")
     return Start()
 
 
@@ -85,36 +101,61 @@ def agree_on_start(config: Config, dataset: Dataset, world: World, note: Callabl
     return Start(path and Path(path), *others)
 
 
-def check_same_tokenizer(parent: Path, tokenizer: Tokenizer) -> None:
+def check_same_tokenizer(parent: Parent, tokenizer: Tokenizer) -> None:
     """Raise ConfigError if the data was encoded by another tokenizer than the weights were trained on."""
-    if load_tokenizer(str(parent)).fingerprint != tokenizer.fingerprint:
-        raise ConfigError(f"data.tokenizer = {tokenizer.name!r} differs from that of {str(parent)!r}, whose weights "
-                          "this run takes; leave data.tokenizer out")
+    if not parent.tokenizer.encodes_like(tokenizer):
+        raise ConfigError(f"data.tokenizer = {tokenizer.name!r} differs from that of {str(parent.path)!r}, whose "
+                          "weights this run takes; leave data.tokenizer out")
 
 
-def parent_run(config: Config) -> Path | None:
-    """The run that supplies [model] and the tokenizer: init_from or fork_from, or once it has a checkpoint, the run's
-    own folder (the parent may be gone by then)."""
-    parent = config.train.init_from or config.train.fork_from
-    if parent is None or has_checkpoint(config):
-        return parent and Path(config.train.out_dir)
-    path = Path(parent)
+def is_hugging_face(folder: str | Path) -> bool:
+    return (Path(folder) / "config.json").exists() and not (Path(folder) / "config.toml").exists()
+
+
+def parent_of(config: Config) -> Parent | None:
+    """What init_from or fork_from names, or once this run has a checkpoint, the run itself (the parent may be gone by
+    then). Raises ConfigError."""
+    named = config.train.init_from or config.train.fork_from
+    if named is None:
+        return None
+    path = Path(config.train.out_dir) if has_checkpoint(config) else Path(named)
+    if is_hugging_face(path):
+        if config.train.fork_from is not None:
+            raise ConfigError(f"train.fork_from = {named!r} is a Hugging Face folder, which has no moments to go on "
+                              "with; use train.init_from")
+        from convert import load_hf
+        found = load_hf(path)
+        return Parent(path, found.model, LoraConfig(), found.tokenizer, found.chat_template)
     run_dir = checkpoint.run_dir_of(path) if path.name.startswith("step_") else path
     if not (run_dir / "config.toml").exists():
-        raise ConfigError(f"{parent!r} is not a run folder (it has no config.toml); name one that train.py made")
-    return run_dir
+        raise ConfigError(f"{named!r} is neither a run folder (it has no config.toml) nor a Hugging Face folder (no "
+                          "config.json); name one that train.py made")
+    saved = configuration.load_config(run_dir / "config.toml")
+    return Parent(run_dir, saved.model, saved.lora, load_tokenizer(str(run_dir / TOKENIZER_FILE)),
+                  load_template(run_dir))
+
+
+def chat_template_for(config: Config, parent: Parent | None) -> str:
+    """The template that renders messages: the one named, the parent's, or the plain one."""
+    if config.data.chat_template is not None:
+        return read_template(Path(config.data.chat_template))
+    return parent.chat_template if parent is not None and parent.chat_template is not None else DEFAULT_TEMPLATE
 
 
 def has_checkpoint(config: Config) -> bool:
     return any((Path(config.train.out_dir) / "checkpoints").glob("step_*"))
 
 
-def inherit(config: Config, given: set[str], parent: Path | None, world: World) -> Config:
-    """config with [model] and the tokenizer of the parent run; then the batch must divide. Raises ConfigError."""
+def inherit(config: Config, given: set[str], parent: Parent | None, world: World) -> Config:
+    """config with [model] and the tokenizer of the parent, a fork also with its [lora]; then the batch must divide.
+    Raises ConfigError."""
     if parent is not None:
-        model = _inherited_model(config, given, configuration.load_config(parent / "config.toml").model)
-        data = config.data if config.data.tokenizer else replace(config.data, tokenizer=str(parent))
-        config = replace(config, model=model, data=data)
+        data = config.data
+        if data.tokenizer is None and (parent.path / TOKENIZER_FILE).exists():
+            data = replace(data, tokenizer=str(parent.path / TOKENIZER_FILE))  # the file: a run may be called gpt2
+        config = replace(config, model=_inherited_model(config, given, parent.model), data=data)
+        if config.train.fork_from is not None:
+            config = replace(config, lora=_inherited_lora(config, given, parent.lora))
     tokens, share = config.train.tokens_per_step, config.model.max_seq_len * world.size
     if tokens % share:
         raise ConfigError(f"train.tokens_per_step = {tokens} does not divide by model.max_seq_len x ranks = "
@@ -136,7 +177,7 @@ def resolve_config(config: Config, *, tokenizer: Tokenizer, dtype: torch.dtype, 
         first = configuration.load_config(saved).optim.decay_steps if has_checkpoint(config) else None
         optim = replace(optim, decay_steps=first or config.train.max_steps)
     train = replace(config.train, dtype=str(dtype).removeprefix("torch."))
-    config = Config(model, replace(config.data, dir=str(data_dir)), optim, train)
+    config = replace(config, model=model, data=replace(config.data, dir=str(data_dir)), optim=optim, train=train)
     configuration.check(config)
     return config
 
@@ -154,12 +195,24 @@ def _inherited_model(config: Config, given: set[str], parent: ModelConfig) -> Mo
     return model
 
 
+def _inherited_lora(config: Config, given: set[str], parent: LoraConfig) -> LoraConfig:
+    """A fork's moments are those of its parent's adapters."""
+    changes = configuration.differences(config.lora, parent, "lora")
+    changes = [line for line in changes if line.partition(":")[0] in given]
+    if changes:
+        raise ConfigError(f"train.fork_from takes the moments of {config.train.fork_from!r} and with them its "
+                          f"adapters: [lora] cannot change ({'; '.join(changes)}); leave it out, or use "
+                          "train.init_from")
+    return parent
+
+
 def check_resumable(config: Config, state: dict, data_hash: str) -> None:
     """Raise CheckpointError with the list of what must not change in a resumed run and did."""
     out_dir = Path(config.train.out_dir)
     old = configuration.load_config(out_dir / "config.toml")
     changes = configuration.differences(config.model, old.model, "model")
     changes += configuration.differences(config.optim, old.optim, "optim")
+    changes += configuration.differences(config.lora, old.lora, "lora")
     for name in ("seed", "tokens_per_step", "dtype"):
         if getattr(config.train, name) != getattr(old.train, name):
             changes.append(f"train.{name}: {getattr(old.train, name)} -> {getattr(config.train, name)}")
@@ -170,15 +223,40 @@ def check_resumable(config: Config, state: dict, data_hash: str) -> None:
                               "them, or choose another train.out_dir (train.fork_from continues as a new run)")
 
 
+def base_tensors(start: Start, max_seq_len: int) -> dict[str, torch.Tensor]:
+    """What a run's adapters are added to: the weights of init_from, or the base of the checkpoint it goes on from.
+    Raises CheckpointError."""
+    if start.takes == "weights":
+        return _weights(start.path, max_seq_len)
+    if not checkpoint.is_adapter(start.path):
+        raise CheckpointError(f"checkpoint {str(start.path)!r} holds no adapters to go on with; use train.init_from to "
+                              "start adapters on it")
+    return _cut_positions(checkpoint.load_base(start.path), max_seq_len)
+
+
+def _weights(path: Path, max_seq_len: int) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint, adapters merged, or of a Hugging Face folder."""
+    if is_hugging_face(path):
+        from convert import load_hf
+        return _cut_positions(load_hf(path).tensors, max_seq_len)
+    return _cut_positions(checkpoint.load_tensors(path, "model"), max_seq_len)
+
+
 def load_start(start: Start, model: GPT, optimizer: Optimizer, progress: Progress, config: Config) -> None:
-    """Fill model, optimizer and progress in place from the checkpoint. Raises CheckpointError."""
+    """Fill model (one with adapters has its base already), optimizer and progress in place from the checkpoint. Raises
+    CheckpointError."""
     if start.path is None:
         return
     max_seq_len = model.config.max_seq_len
-    checkpoint.load_into(model, _cut_positions(checkpoint.load_tensors(start.path, "model"), max_seq_len),
-                         str(start.path))
+    if config.lora.rank == 0:
+        checkpoint.load_into(model, _weights(start.path, max_seq_len), str(start.path))
     if start.takes == "weights":
         return
+    if config.lora.rank > 0:
+        try:
+            lora.load_adapters(model, checkpoint.load_adapter(start.path))
+        except (ValueError, KeyError) as error:
+            raise CheckpointError(f"checkpoint {str(start.path)!r}: {error}; keep [lora] as it was") from None
     state = checkpoint.load_state(start.path)
     try:
         moments = _cut_positions(checkpoint.load_tensors(start.path, "optimizer"), max_seq_len)
@@ -190,6 +268,7 @@ def load_start(start: Start, model: GPT, optimizer: Optimizer, progress: Progres
         raise ConfigError(f"train.fork_from starts at step {progress.step} but train.max_steps = "
                           f"{config.train.max_steps}; raise it, max_steps counts from step 0")
     progress.val_due = start.is_resume and state["val_due"]
+    progress.base_sha256 = state.get("base_sha256") if start.is_resume else None
     if progress.scale.dynamic and state["loss_scale"][0] > 1.0:  # a fork from bfloat16 keeps float16's first scale
         progress.scale.scale, progress.scale.good_steps = state["loss_scale"]
 

@@ -29,9 +29,11 @@ import checkpoint
 import config as configuration
 import distributed
 import eval as evaluation
+import lora
 import metrics
 import sample
 from config import Config, ConfigError, MachineError, UserError
+from data.chat import load_template, save_template
 from data.loader import MicroBatch, TrainLoader, ValLoader
 from data.prepare import PreparationStopped, ensure_prepared
 from data.shards import BackgroundVerifier, Dataset, open_dataset, open_split
@@ -43,13 +45,15 @@ from start import (
     Progress,
     Start,
     agree_on_start,
+    base_tensors,
+    chat_template_for,
     check_kernels_can_run,
     check_same_tokenizer,
     choose_kernels,
     describe,
     inherit,
     load_start,
-    parent_run,
+    parent_of,
     resolve_config,
 )
 
@@ -75,9 +79,14 @@ def train_step(model: nn.Module, optimizer: Optimizer, micro_batches: list[Micro
     """Forward and backward over this rank's micro_batches, then one update with the gradient of the global mean loss.
 
     model is a GPT, or one wrapped by distributed.wrap. tokens_per_step counts the targets of all ranks' micro-batches;
-    step counts completed steps. A loss or gradient that is not finite on any rank changes nothing on any rank.
+    where a loss mask leaves some out, the mean is over those that remain, of all ranks together. step counts completed
+    steps. A loss or gradient that is not finite on any rank changes nothing on any rank.
     """
     model.zero_grad(set_to_none=True)
+    scored = tokens_per_step
+    if micro_batches[0].scored is not None:
+        counts = torch.tensor(sum(batch.scored for batch in micro_batches), device=micro_batches[0].tokens.device)
+        scored = max(1, int(distributed.sum_over_ranks(counts, world)))  # of none at all, loss and gradients are 0
     nats = torch.zeros((), device=micro_batches[0].tokens.device)
     for i, batch in enumerate(micro_batches):
         if dropout > 0.0:
@@ -85,12 +94,12 @@ def train_step(model: nn.Module, optimizer: Optimizer, micro_batches: list[Micro
         # Gradients meet the other ranks' only in the last backward; no_sync must cover the forward too.
         with distributed.gradient_sync(model, sync=i == len(micro_batches) - 1):
             batch_nats = model(batch.tokens, batch.targets, documents=batch.documents, reduction="sum")
-            # Ranks' gradients are averaged: times world.size they are summed, over tokens_per_step that is the mean.
-            (batch_nats * (scale.scale * world.size / tokens_per_step)).backward()
+            # Ranks' gradients are averaged: times world.size they are summed, over the scored targets that is the mean.
+            (batch_nats * (scale.scale * world.size / scored)).backward()
         nats += batch_nats.detach()
-    loss = (distributed.sum_over_ranks(nats, world) / tokens_per_step).item()
+    loss = (distributed.sum_over_ranks(nats, world) / scored).item()
     if scale.scale != 1.0:
-        torch._foreach_mul_([p.grad for p in model.parameters()], 1.0 / scale.scale)
+        torch._foreach_mul_([p.grad for p in model.parameters() if p.requires_grad], 1.0 / scale.scale)
     grad_norm = clip_gradients(model, grad_clip).item()
     finite = math.isfinite(loss) and math.isfinite(grad_norm)
     if finite:
@@ -139,7 +148,8 @@ class Run:
         self.tokenizer, self.dataset, self.loader, self.val_loader = tokenizer, dataset, loader, val_loader
         self.token_bytes = tokenizer.token_bytes()
         self.flops_per_token = flops_per_token(config.model)
-        self.peak_flops = metrics.peak_flops(_device_name(device), config.train.dtype)
+        # Frozen weights have no gradient to compute: flops_per_token would count too much for adapters.
+        self.peak_flops = None if config.lora.rank else metrics.peak_flops(_device_name(device), config.train.dtype)
         # Shards are hashed once per run: by the first process of each node, while the first epoch goes on.
         first_epoch = progress.step * loader.windows_per_step < loader.windows_per_epoch
         self.verifier = BackgroundVerifier(dataset) if first_epoch and world.local_rank == 0 else None
@@ -159,7 +169,8 @@ class Run:
                     result = train_step(
                         self.wrapped, self.optimizer, micro_batches, lr=lr, tokens_per_step=train.tokens_per_step,
                         grad_clip=self.config.optim.grad_clip, scale=self.progress.scale, step=self.progress.step,
-                        seed=train.seed, dropout=self.config.model.dropout, world=self.world)
+                        seed=train.seed, dropout=max(self.config.model.dropout, self.config.lora.dropout),
+                        world=self.world)
                 self.progress.step += 1
                 self._log(result, lr)
                 self._count_skips(result)
@@ -263,9 +274,14 @@ class Run:
         if self.world.is_main:
             state = self.progress.as_state(updates=self.optimizer.updates, data_hash=self.dataset.hash,
                                            world=self.world)
+            tensors, adapter_config = self.model.state_dict(), None
+            if self.config.lora.rank:
+                tensors = lora.peft_tensors(self.model)
+                adapter_config = lora.peft_config(self.model.config, self.config.lora)
             try:
-                checkpoint.save(Path(self.config.train.out_dir), self.progress.step, model=self.model.state_dict(),
-                                optimizer=self.optimizer.state_tensors(), state=state, keep=self.config.train.keep)
+                checkpoint.save(Path(self.config.train.out_dir), self.progress.step, model=tensors,
+                                optimizer=self.optimizer.state_tensors(), state=state, keep=self.config.train.keep,
+                                adapter_config=adapter_config)
                 self.last_save_failed = False
             except checkpoint.SaveError as error:
                 self.last_save_failed = True
@@ -305,7 +321,7 @@ class Run:
         if not self.world.is_main:
             return
         text = self.tokenizer.decode_bytes(_val_tokens(self.val_loader, limit=YARDSTICK_TOKENS))
-        if text:
+        if text and self.val_loader.stream.row_tokens is None:  # of examples only the responses are scored
             sizes = evaluation.compressed_bits_per_byte(text)
             self.log.note(f"yardsticks on the same validation text ({len(text) / 1e6:.2f} MB): "
                           + ", ".join(f"{name} {bits:.4f} bits/byte" for name, bits in sizes.items()))
@@ -340,11 +356,26 @@ def _first_lines(config: Config, chosen: dict[str, str], *, device: torch.device
         f"data: {config.data.dir} (hash {dataset.hash[:16]}), {tokens['train']:,} training and {tokens['val']:,} "
         f"validation tokens, vocabulary {config.model.vocab_size:,}",
         f"model: {model.parameter_count():,} parameters, {flops_per_token(config.model) / 1e6:.1f} MFLOPs per token",
+        *_lines_on_fine_tuning(config, dataset, model),
         f"batch: {train.tokens_per_step:,} tokens a step = {world.size} ranks x {accumulation} micro-batches of up to "
         f"{train.micro_batch} x {config.model.max_seq_len}; {train.max_steps} steps = "
         f"{train.max_steps * train.tokens_per_step / tokens['train']:.2f} epochs",
         chosen["start"],
     ]
+
+
+def _lines_on_fine_tuning(config: Config, dataset: Dataset, model: GPT) -> list[str]:
+    lines = []
+    if config.lora.rank:
+        learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        lines.append(f"lora: rank {config.lora.rank}, alpha {config.lora.alpha:g} on {', '.join(config.lora.targets)}: "
+                     f"{learning:,} of the parameters learn, the others are kept in {config.train.out_dir}/base")
+    if "examples" in dataset.index:
+        counts = dataset.index["examples"]["train"]
+        lines.append(f"examples: {counts['examples']:,} of {dataset.index['settings']['kind']}, "
+                     f"{counts['truncated']:,} of them cut at the end to fit; the loss counts "
+                     f"{counts['response_tokens']:,} of {counts['tokens']:,} tokens")
+    return lines
 
 
 def _git_commit() -> str:
@@ -375,10 +406,12 @@ def train(config: Config, given: set[str], *, world: World, stop: StopRequest) -
     distributed.prepare_cpu(device, world)
     metrics.check_tracker(config.train.tracker)
     check_kernels_can_run(config, device)
-    parent = parent_run(config)
+    parent = parent_of(config)
     config = inherit(config, given, parent, world)
     try:
-        data_dir = ensure_prepared(config.data, local_rank=world.local_rank, note=_note, should_stop=stop)
+        data_dir = ensure_prepared(config.data, local_rank=world.local_rank, note=_note, should_stop=stop,
+                                   max_seq_len=config.model.max_seq_len,
+                                   chat_template=chat_template_for(config, parent))
     except PreparationStopped as stopped:
         _note(f"{stopped} ({stop.signal}); the same command goes on from there")
         return
@@ -389,10 +422,10 @@ def train(config: Config, given: set[str], *, world: World, stop: StopRequest) -
         with distributed.together(world):
             dataset = open_dataset(data_dir)
             tokenizer = find_tokenizer(config, data_dir)
-            config = resolve_config(config, tokenizer=tokenizer, dtype=dtype, data_dir=data_dir)
-            loaders = make_loaders(config, dataset, tokenizer, device, world)
             if parent is not None:
                 check_same_tokenizer(parent, tokenizer)
+            config = resolve_config(config, tokenizer=tokenizer, dtype=dtype, data_dir=data_dir)
+            loaders = make_loaders(config, dataset, tokenizer, device, world)
         chosen["kernels"] = choose_kernels(config, dtype=dtype, device=device, world=world)
         with distributed.together(world):
             check_same_on_all_ranks(config, dataset, world)
@@ -411,7 +444,10 @@ def train(config: Config, given: set[str], *, world: World, stop: StopRequest) -
             model, wrapped, optimizer, progress = build(start, config, dtype, device, compiles=compiles, world=world)
             with distributed.together(world):
                 if world.is_main:
-                    write_run_files(config, tokenizer)
+                    write_run_files(config, tokenizer, load_template(data_dir))
+                    if config.lora.rank and not start.is_resume:
+                        base = base_tensors(start, config.model.max_seq_len)
+                        progress.base_sha256 = checkpoint.save_base(Path(config.train.out_dir), base)
                 log = metrics.RunLog(Path(config.train.out_dir), resume_step=progress.step, enabled=world.is_main,
                                      tracker=config.train.tracker, config=dataclasses.asdict(config))
             stack.callback(log.close)
@@ -432,8 +468,12 @@ def build(start: Start, config: Config, dtype: torch.dtype, device: torch.device
     """The model, the same compiled and wrapped for this world, its optimizer and its progress: from the seed or the
     checkpoint, the same on every rank."""
     torch.manual_seed(config.train.seed)
-    model = GPT(config.model, compute_dtype=dtype,
-                activation_checkpointing=config.train.activation_checkpointing).to(device)
+    model = GPT(config.model, compute_dtype=dtype, activation_checkpointing=config.train.activation_checkpointing)
+    if config.lora.rank:
+        with distributed.together(world):
+            checkpoint.load_into(model, base_tensors(start, config.model.max_seq_len), str(start.path))
+        lora.add_adapters(model, config.lora)
+    model = model.to(device)
     # Muon's products may be rough, but in a float32 run a rounding to bfloat16 would turn last bits into steps.
     rough = distributed.computes_bfloat16(device) and dtype != torch.float32
     optimizer = Optimizer(model, config.optim, newton_schulz_dtype=torch.bfloat16 if rough else torch.float32)
@@ -478,11 +518,14 @@ def check_same_on_all_ranks(config: Config, dataset: Dataset, world: World) -> N
                                f"{hashes[0][:16]}, data {str(dataset.dir)!r}); {way_out}")
 
 
-def write_run_files(config: Config, tokenizer: Tokenizer) -> None:
-    """config.toml and tokenizer.json into the run folder, whole or not at all; a STOPPED left behind goes away."""
+def write_run_files(config: Config, tokenizer: Tokenizer, chat_template: str | None) -> None:
+    """config.toml, tokenizer.json and the template of a chat into the run folder, whole or not at all; a STOPPED left
+    behind goes away."""
     out_dir = Path(config.train.out_dir)
     try:
         tokenizer.save(out_dir / "tokenizer.json")
+        if chat_template is not None:
+            save_template(out_dir, chat_template)
         temporary = out_dir / ".config.toml.tmp"
         temporary.write_text(configuration.to_toml(config), encoding="utf-8")
         temporary.replace(out_dir / "config.toml")

@@ -3,13 +3,14 @@
 Window i of a split is its tokens [i*T, i*T + T], T+1 of them; a short tail is dropped. A keyed permutation per epoch
 orders the windows, and batch k (from 0) is the permuted windows k*S .. (k+1)*S - 1, straddling epochs. So there is no
 loader state, seeking costs nothing, and the number of processes does not change a batch. Reading shards is shards.py's.
+Where examples were packed into rows of T+1 tokens, window i is row i, and the examples in it do not see each other.
 
 Dims: B windows of a micro-batch, T tokens of a window (seq_len), S windows of a step over all ranks.
 """
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -21,6 +22,7 @@ from config import ConfigError, near_multiples
 from data.shards import ShardError, TokenStream
 
 FEISTEL_ROUNDS = 8
+IGNORED = -100  # a target that the loss does not count, as in PyTorch
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -77,9 +79,10 @@ class MicroBatch:
     """One forward and backward pass. targets are the tokens one further on; documents count from 0 in each window."""
 
     tokens: Tensor  # (B, T) int64
-    targets: Tensor  # (B, T) int64
-    documents: Tensor | None  # (B, T) int32, given when document masks are wanted
+    targets: Tensor  # (B, T) int64; IGNORED where the data's loss mask is 0
+    documents: Tensor | None  # (B, T) int32, given when document masks are wanted or examples were packed
     first_window: int  # train: place of its first window in the order of the whole run; val: that window's number
+    scored: int | None = None  # targets that are not IGNORED; None = the data has no loss mask: all of them
 
 
 def batch_to(batch: MicroBatch, device: torch.device) -> MicroBatch:
@@ -97,18 +100,35 @@ def document_numbers(tokens: np.ndarray, eot: int) -> np.ndarray:
 def _read(stream: TokenStream, window_ids: np.ndarray, seq_len: int, eot: int | None,
           vocab_size: int | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """tokens, targets, documents (B, T) of windows. Raises ShardError for an id the model does not know."""
-    windows = stream.windows(window_ids * seq_len, seq_len + 1)  # (B, T+1)
+    starts = window_ids * (stream.row_tokens or seq_len)
+    windows = stream.windows(starts, seq_len + 1)  # (B, T+1)
     if vocab_size is not None and windows.max() >= vocab_size:
         raise ShardError(f"{stream.name} holds token {windows.max()} but the vocabulary has {vocab_size} ids; these "
                          "shards were made with another tokenizer: name it in data.tokenizer")
     tokens = torch.from_numpy(windows[:, :-1].astype(np.int64, order="C"))  # (B, T)
     targets = torch.from_numpy(windows[:, 1:].astype(np.int64, order="C"))  # (B, T)
+    if stream.loss is not None:
+        targets[torch.from_numpy(stream.loss.windows(starts + 1, seq_len) == 0)] = IGNORED
+    if stream.start is not None:
+        numbers = stream.start.windows(starts, seq_len).cumsum(axis=1, dtype=np.int32) - 1
+        return tokens, targets, torch.from_numpy(numbers)
     documents = None if eot is None else torch.from_numpy(document_numbers(windows[:, :-1], eot))
     return tokens, targets, documents
 
 
+def _scored(stream: TokenStream, targets: Sequence[Tensor]) -> list[int | None]:
+    """How many targets count in each micro-batch; None where the data has no loss mask."""
+    return [None if stream.loss is None else int((t != IGNORED).sum()) for t in targets]
+
+
 def _check_length(stream: TokenStream, seq_len: int) -> int:
-    """Windows in the stream, or ShardError if there is not one."""
+    """Windows in the stream, or ShardError if there is not one or they have another length."""
+    if stream.row_tokens is not None:
+        if stream.row_tokens != seq_len + 1:
+            raise ShardError(f"{stream.name} was packed for a context of {stream.row_tokens - 1} tokens but "
+                             f"model.max_seq_len = {seq_len}; set it to {stream.row_tokens - 1}, or prepare the "
+                             "examples again (data.source without data.dir)")
+        return stream.tokens // stream.row_tokens
     windows = (stream.tokens - 1) // seq_len
     if windows < 1:
         raise ShardError(f"{stream.name} holds {stream.tokens} tokens but one window needs {seq_len + 1}; lower "
@@ -176,18 +196,20 @@ class TrainLoader:
         first = step * self.windows_per_step + self.first_of_rank
         ids = self._windows_at(np.arange(first, first + self.windows_per_rank))
         tensors = _read(self.stream, ids, self.seq_len, self.eot, self.vocab_size)
+        scored = _scored(self.stream, tensors[1].split(self.micro_batch))
         if self._copies is None:
-            return self._micro_batches(tensors, first), None
+            return self._micro_batches(tensors, scored, first), None
         with torch.cuda.stream(self._copies):  # sets the device too: a new thread starts on device 0
             tensors = tuple(None if t is None else t.pin_memory().to(self.device, non_blocking=True) for t in tensors)
             arrived = torch.cuda.Event()
             arrived.record()
-        return self._micro_batches(tensors, first), arrived
+        return self._micro_batches(tensors, scored, first), arrived
 
-    def _micro_batches(self, tensors: tuple[Tensor, Tensor, Tensor | None], first: int) -> list[MicroBatch]:
+    def _micro_batches(self, tensors: tuple[Tensor, Tensor, Tensor | None], scored: list[int | None],
+                       first: int) -> list[MicroBatch]:
         tokens, targets, documents = (None if t is None else t.split(self.micro_batch) for t in tensors)
         return [MicroBatch(tokens[i], targets[i], None if documents is None else documents[i],
-                           first + i * self.micro_batch) for i in range(len(tokens))]
+                           first + i * self.micro_batch, scored[i]) for i in range(len(tokens))]
 
     def _receive(self, prepared: tuple[list[MicroBatch], torch.cuda.Event | None]) -> list[MicroBatch]:
         """Hand a step's tensors from the copying stream over to the current one."""
@@ -221,4 +243,5 @@ class ValLoader:
         for first in range(rank * self.windows // world_size, stop_of_rank, self.micro_batch):
             ids = np.arange(first, min(first + self.micro_batch, stop_of_rank))
             tensors = _read(self.stream, ids, self.seq_len, self.eot, self.vocab_size)
-            yield batch_to(MicroBatch(*tensors, first_window=first), self.device)
+            scored = _scored(self.stream, [tensors[1]])[0]
+            yield batch_to(MicroBatch(*tensors, first_window=first, scored=scored), self.device)

@@ -10,6 +10,9 @@ process appends their tokens, in order, to the open shard of their split and to 
 back to what .progress.json says, fills the open shards from them, and goes on with the next unit. Memory holds a few
 units for each worker.
 
+Rows of prompt and response, of text and label, or of messages are examples: examples.py says which of their tokens the
+loss counts and packs them into rows of max_seq_len + 1 tokens; tracks beside the shards keep both (shards.py).
+
 A document ends with end-of-text. Where the text is split by characters the cut may fall inside a document: its first
 part, the end of train, then has no end-of-text, for the document did not end there; its rest starts val.
 """
@@ -29,17 +32,47 @@ import types
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from config import ConfigError, DataConfig, MachineError, UserError, exit_cleanly
-from data.shards import INDEX_FILE, INDEX_FORMAT, MAX_SHARD_TOKENS, ShardWriter, load_index, verify, write_index
+from data.chat import DEFAULT_TEMPLATE, TEMPLATE_FILE, read_template, save_template
+from data.examples import (
+    CHAT,
+    PROMPT_RESPONSE,
+    ROWS_PER_UNIT,
+    TEXT,
+    Example,
+    Packing,
+    examples,
+    find_kind,
+    packed,
+    template_hash,
+    texts_of_examples,
+)
+from data.shards import (
+    INDEX_FILE,
+    INDEX_FORMAT,
+    MAX_SHARD_TOKENS,
+    TRACKS,
+    ShardWriter,
+    files_of,
+    load_index,
+    track_path,
+    verify,
+    write_index,
+    write_track,
+)
 from data.sources import (
     KINDS,
+    LONGEST_UNIT_BYTES,
     STDLIB,
+    UNIT_BYTES,
     SourceError,
+    TextFile,
     Texts,
     Unit,
     choose_split,
@@ -94,18 +127,23 @@ class Encoded:
     tokens: bytearray  # in the shards' dtype
     text_bytes: int
     documents: int  # that end here
+    tracks: dict[str, bytearray] = field(default_factory=dict)  # of examples, one byte for each token
+    lengths: dict[str, int] = field(default_factory=dict)  # of examples, see Encoder._lengths
 
 
 class Encoder:
-    """Encodes units; each worker process has one."""
+    """Encodes units; each worker process has one. packing: the units hold examples, not texts."""
 
-    def __init__(self, tokenizer: Tokenizer, *, val_fraction: float, text_field: str):
+    def __init__(self, tokenizer: Tokenizer, *, val_fraction: float, text_field: str, packing: Packing | None = None):
         self.tokenizer, self.val_fraction, self.text_field = tokenizer, val_fraction, text_field
+        self.packing = packing
         self.dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
         self.token_bytes = tokenizer.token_bytes()
 
     def encode(self, unit: Unit) -> tuple[dict[str, Encoded], int]:
         """Tokens by split, and how many invalid UTF-8 sequences were replaced."""
+        if self.packing is not None:
+            return self._encode_examples(unit, self.packing)
         encoded: dict[str, Encoded] = {}
         end = np.array([self.tokenizer.eot], dtype=self.dtype)
         invalid_in_all = 0
@@ -120,18 +158,44 @@ class Encoder:
             invalid_in_all += invalid
         return encoded, invalid_in_all
 
-    def counted(self, tokens: bytearray) -> Encoded:
-        """Some of a unit's tokens, counted from their ids: text never encodes to end-of-text."""
+    def _encode_examples(self, unit: Unit, packing: Packing) -> tuple[dict[str, Encoded], int]:
+        found: dict[str, list[Example]] = {}
+        invalid_in_all = 0
+        for example, invalid in examples(unit, packing, self.tokenizer):
+            found.setdefault(unit.split or split_of(example.text, self.val_fraction), []).append(example)
+            invalid_in_all += invalid
+        encoded = {}
+        for split, members in found.items():
+            tokens, loss, start = packed(members, packing.row_tokens, self.tokenizer.eot)
+            tracks = {"loss": bytearray(loss.data.cast("B")), "start": bytearray(start.data.cast("B"))}
+            encoded[split] = self.counted(bytearray(tokens.astype(self.dtype).data.cast("B")), tracks)
+            encoded[split].lengths = self._lengths(members)
+        return encoded, invalid_in_all
+
+    def _lengths(self, members: list[Example]) -> dict[str, int]:
+        """Of examples: how many, their tokens, those that the loss counts, the shortest, the longest, how many were cut
+        to fit."""
+        lengths = [len(example.ids) + example.cut for example in members]
+        return {"examples": len(members), "tokens": sum(len(example.ids) for example in members),
+                "response_tokens": sum(int(example.scored.sum()) for example in members),
+                "shortest": min(lengths), "longest": max(lengths),
+                "truncated": sum(example.cut > 0 for example in members)}
+
+    def counted(self, tokens: bytearray, tracks: dict[str, bytearray]) -> Encoded:
+        """Some of a unit's tokens, counted from their ids: text never encodes to end-of-text. Examples by their starts.
+        """
         ids = np.frombuffer(tokens, self.dtype)
-        return Encoded(tokens, int(self.token_bytes[ids].sum()), int(np.count_nonzero(ids == self.tokenizer.eot)))
+        ends = np.frombuffer(tracks["start"], np.uint8) if tracks else ids == self.tokenizer.eot
+        return Encoded(tokens, int(self.token_bytes[ids].sum()), int(np.count_nonzero(ends)), tracks)
 
 
 _encoder: Encoder | None = None  # of a worker process
 
 
-def _start_worker(tokenizer_file: str, val_fraction: float, text_field: str) -> None:
+def _start_worker(tokenizer_file: str, val_fraction: float, text_field: str, packing: Packing | None) -> None:
     global _encoder
-    _encoder = Encoder(load_tokenizer(tokenizer_file), val_fraction=val_fraction, text_field=text_field)
+    _encoder = Encoder(load_tokenizer(tokenizer_file), val_fraction=val_fraction, text_field=text_field,
+                       packing=packing)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -175,7 +239,7 @@ def encode_units(units: Iterator[Unit], encoder: Encoder, workers: int, tokenize
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor
     from concurrent.futures.process import BrokenProcessPool
-    arguments = (str(tokenizer_file), encoder.val_fraction, encoder.text_field)
+    arguments = (str(tokenizer_file), encoder.val_fraction, encoder.text_field, encoder.packing)
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, arguments)
     pending = deque()
     try:
@@ -212,18 +276,30 @@ class SplitWriter:
         state = state or {"shards": [], "tokens": 0, "text_bytes": 0, "documents": 0}
         self.shards = list(state["shards"])  # finished ones, as index.json describes them
         self.tokens, self.text_bytes, self.documents = state["tokens"], state["text_bytes"], state["documents"]
+        self.lengths: dict[str, int] = dict(state.get("lengths", {}))  # of the examples in all shards
         self._full_spools: list[Path] = []
-        self._spool = open(self._spool_path(), "ab+")
-        if self._spool.tell() < self.tokens * encoder.dtype.itemsize:
-            raise UserError(f"{str(self._spool_path())!r} holds fewer bytes than {PROGRESS_FILE} says; start again")
-        self._spool.truncate(self.tokens * encoder.dtype.itemsize)
+        self._spool = self._open_spool(self._spool_path(), self.tokens * encoder.dtype.itemsize)
+        self._tracks = {track: self._open_spool(self._track_spool_path(track), self.tokens)
+                        for track in (TRACKS if encoder.packing is not None else ())}
         self._shard = self._new_shard()
         self._spool.seek(0)
         while block := self._spool.read(SPOOL_BLOCK_BYTES):
             self._shard.write(np.frombuffer(block, encoder.dtype))
 
+    def _open_spool(self, path: Path, size: int) -> BinaryIO:
+        """A spool cut back to the bytes that .progress.json counts."""
+        spool = open(path, "ab+")
+        if spool.tell() < size:
+            spool.close()
+            raise UserError(f"{str(path)!r} holds fewer bytes than {PROGRESS_FILE} says; start again")
+        spool.truncate(size)
+        return spool
+
     def _spool_path(self) -> Path:
         return self.folder / f".{self.split}_{len(self.shards):05d}.part"
+
+    def _track_spool_path(self, track: str) -> Path:
+        return self.folder / f".{self.split}_{len(self.shards):05d}.{track}.part"
 
     def _new_shard(self) -> ShardWriter:
         return ShardWriter(self.folder / f"{self.split}_{len(self.shards):05d}.bin", self.encoder.dtype,
@@ -231,25 +307,33 @@ class SplitWriter:
 
     def state(self) -> dict:
         """Make the spool durable; what __init__ needs to go on from here."""
-        self._spool.flush()
-        os.fsync(self._spool.fileno())
+        for spool in (self._spool, *self._tracks.values()):
+            spool.flush()
+            os.fsync(spool.fileno())
         return {"shards": self.shards, "tokens": self.tokens, "text_bytes": self.text_bytes,
-                "documents": self.documents}
+                "documents": self.documents, "lengths": self.lengths}
 
     def add(self, encoded: Encoded) -> None:
         """Append tokens; a shard that is full is finished, in the middle of a document if need be."""
         itemsize = self.encoder.dtype.itemsize
+        for name, count in encoded.lengths.items():
+            merge = {"shortest": min, "longest": max}.get(name, int.__add__)
+            self.lengths[name] = merge(self.lengths[name], count) if name in self.lengths else count
         while self.tokens + len(encoded.tokens) // itemsize > self.shard_tokens:
-            room = (self.shard_tokens - self.tokens) * itemsize
-            first = self.encoder.counted(encoded.tokens[:room])
+            room = self.shard_tokens - self.tokens
+            first = self.encoder.counted(encoded.tokens[:room * itemsize],
+                                         {name: track[:room] for name, track in encoded.tracks.items()})
             self._append(first)
             self.finish_shard()
-            encoded = Encoded(encoded.tokens[room:], encoded.text_bytes - first.text_bytes,
-                              encoded.documents - first.documents)
+            encoded = Encoded(encoded.tokens[room * itemsize:], encoded.text_bytes - first.text_bytes,
+                              encoded.documents - first.documents,
+                              {name: track[room:] for name, track in encoded.tracks.items()})
         self._append(encoded)
 
     def _append(self, encoded: Encoded) -> None:
         self._spool.write(encoded.tokens)
+        for name, spool in self._tracks.items():
+            spool.write(encoded.tracks[name])
         self._shard.write(np.frombuffer(encoded.tokens, self.encoder.dtype))
         self.tokens += len(encoded.tokens) // self.encoder.dtype.itemsize
         self.text_bytes += encoded.text_bytes
@@ -258,12 +342,20 @@ class SplitWriter:
     def finish_shard(self) -> None:
         """Put the open shard in place and start the next. Its spool stays until remove_full_spools()."""
         written = self._shard.close()
+        hashes = {}
+        for track, spool in self._tracks.items():
+            spool.close()
+            path = self._track_spool_path(track)
+            hashes[f"{track}_sha256"] = write_track(track_path(self.folder / written["file"], track), path)
+            self._full_spools.append(path)
         self._spool.close()
         self._full_spools.append(self._spool_path())
         self.shards.append({"file": written["file"], "split": self.split, "tokens": written["tokens"],
-                            "text_bytes": self.text_bytes, "documents": self.documents, "sha256": written["sha256"]})
+                            "text_bytes": self.text_bytes, "documents": self.documents, "sha256": written["sha256"],
+                            **hashes})
         self.tokens = self.text_bytes = self.documents = 0
         self._spool = open(self._spool_path(), "wb+")
+        self._tracks = {track: open(self._track_spool_path(track), "wb+") for track in self._tracks}
         self._shard = self._new_shard()
 
     def remove_full_spools(self) -> None:
@@ -274,8 +366,9 @@ class SplitWriter:
     def close(self) -> None:
         """Drop the open shard. The spool stays, for a second start."""
         self._shard.abort()
-        with suppress(OSError):  # on a full disk the buffer cannot be written; .progress.json does not count on it
-            self._spool.close()
+        for spool in (self._spool, *self._tracks.values()):
+            with suppress(OSError):  # on a full disk the buffer cannot be written; .progress.json does not count on it
+                spool.close()
 
 
 class OutputFolder:
@@ -319,7 +412,7 @@ class OutputFolder:
         if index is not None:
             refuse_differences(self.path, index.get("settings", {}), self.settings)
             if (self.path / PROGRESS_FILE).exists():  # killed right after index.json was written
-                self._remove_all_but([shard["file"] for shard in index["shards"]])
+                self._remove_all_but([name for shard in index["shards"] for name in files_of(shard)])
             return index
         names = {entry.name for entry in self.path.iterdir()} - {LOCK_FILE, PROGRESS_FILE + ".tmp"}
         if PROGRESS_FILE in names:
@@ -351,12 +444,13 @@ class OutputFolder:
     def finish(self, index: dict) -> None:
         """Write index.json; what was needed on the way goes."""
         write_index(self.path, index)
-        self._remove_all_but([shard["file"] for shard in index["shards"]])
+        self._remove_all_but([name for shard in index["shards"] for name in files_of(shard)])
 
     def discard(self) -> None:
         """Remove all that was written: a mistake of the user's leaves nothing behind."""
         self._remove_all_but([])
-        (self.path / TOKENIZER_FILE).unlink(missing_ok=True)
+        for name in (TOKENIZER_FILE, TEMPLATE_FILE):
+            (self.path / name).unlink(missing_ok=True)
 
     def _remove_all_but(self, keep: Sequence[str]) -> None:
         """Remove the files that prepare() makes on its way. Only for a folder with our .progress.json."""
@@ -392,11 +486,13 @@ def refuse_differences(folder: Path, theirs: dict, ours: dict, ignore: Sequence[
 def prepare(sources: Sequence[str], out_dir: Path, *, tokenizer: str = DEFAULT_TOKENIZER,
             val_fraction: float = 0.05, val_sources: Sequence[str] = (), workers: int | None = None,
             text_field: str = "text", shard_tokens: int = 100_000_000, min_window: int | None = None,
+            max_seq_len: int | None = None, chat_template: str = DEFAULT_TEMPLATE,
             note: Callable[[str], None] = _print_note, should_stop: Callable[[], bool] = lambda: False) -> dict:
     """Write the shards of sources into out_dir, or go on with it, or find it done; the index.
 
-    min_window: tokens that each split must hold at least, max_seq_len + 1. Raises UserError (nothing stays written),
-    MachineError and PreparationStopped (the same call goes on).
+    min_window: tokens that each split must hold at least, max_seq_len + 1. max_seq_len and chat_template (its text) are
+    for rows of examples. Raises UserError (nothing stays written), MachineError and PreparationStopped (the same call
+    goes on).
     """
     if not sources:
         raise SourceError(f"no source is named; name a text file, a folder, or {STDLIB}")
@@ -407,19 +503,43 @@ def prepare(sources: Sequence[str], out_dir: Path, *, tokenizer: str = DEFAULT_T
     if not 0.0 <= val_fraction <= 0.9:
         raise UserError(f"--val-fraction {val_fraction} should lie between 0 and 0.9")
     settings = settings_of(sources, val_sources, tokenizer=tokenizer, val_fraction=val_fraction, text_field=text_field)
-    texts = choose_split([file for source in sources for file in find_files(source)],
-                         [file for source in val_sources for file in find_files(source)], val_fraction, text_field)
+    files = [file for source in sources for file in find_files(source)]
+    val_files = [file for source in val_sources for file in find_files(source)]
+    packing = choose_packing(files + val_files, text_field, max_seq_len, chat_template)
+    if packing is None:
+        sources_of_text = choose_split(files, val_files, val_fraction, text_field)
+    else:
+        note(f"{sources[0]}: {packing.kind}, packed into rows of {packing.row_tokens} tokens, loss on the responses")
+        unit_bytes = min(max(UNIT_BYTES, ROWS_PER_UNIT * 4 * packing.row_tokens), LONGEST_UNIT_BYTES)
+        sources_of_text = choose_split(files, val_files, val_fraction, None, row_unit_bytes=unit_bytes)
+        settings |= packing.settings
+        if shard_tokens < packing.row_tokens:
+            raise UserError(f"--shard-tokens {shard_tokens} is less than a row of {packing.row_tokens}; raise it")
+        shard_tokens -= shard_tokens % packing.row_tokens  # a shard holds whole rows
     folder = OutputFolder(Path(out_dir), settings | {"shard_tokens": shard_tokens})
     try:
         index = folder.open()
         if index is not None:
             note(f"{folder.path} is prepared already")
         else:
-            index = _fill(folder, texts, tokenizer, workers=workers, note=note, should_stop=should_stop,
-                          min_tokens=min_window or 1)
+            index = _fill(folder, sources_of_text, tokenizer, packing=packing, workers=workers, note=note,
+                          should_stop=should_stop, min_tokens=min_window or 1)
         return index
     finally:
         folder.close()
+
+
+def choose_packing(files: Sequence[TextFile], text_field: str, max_seq_len: int | None,
+                   chat_template: str) -> Packing | None:
+    """How the rows of examples in these files are packed; None if they hold plain text. Raises UserError."""
+    kind = find_kind(files, text_field)
+    if kind == TEXT:
+        return None
+    if max_seq_len is None or max_seq_len < 1:
+        what = "is missing" if max_seq_len is None else f"= {max_seq_len} should be at least 1"
+        raise UserError(f"--max-seq-len {what}: source {files[0].path!r} holds {kind}, which is packed into rows of "
+                        "the model's context; name that (model.max_seq_len)")
+    return Packing(kind, max_seq_len, chat_template if kind == CHAT else "")
 
 
 def settings_of(sources: Sequence[str], val_sources: Sequence[str], *, tokenizer: str, val_fraction: float,
@@ -431,13 +551,13 @@ def settings_of(sources: Sequence[str], val_sources: Sequence[str], *, tokenizer
             "text_field": text_field}
 
 
-def _fill(folder: OutputFolder, texts: Texts, tokenizer_name: str, *, workers: int | None, note: Callable[[str], None],
-          should_stop: Callable[[], bool], min_tokens: int) -> dict:
+def _fill(folder: OutputFolder, texts: Texts, tokenizer_name: str, *, packing: Packing | None, workers: int | None,
+          note: Callable[[str], None], should_stop: Callable[[], bool], min_tokens: int) -> dict:
     """Write what the folder lacks; the index."""
     writers: dict[str, SplitWriter] = {}
     try:
-        tokenizer = _tokenizer_of(folder, texts, tokenizer_name, note)
-        encoder = Encoder(tokenizer, val_fraction=texts.val_fraction, text_field=texts.text_field)
+        tokenizer = _tokenizer_of(folder, texts, tokenizer_name, packing, note)
+        encoder = Encoder(tokenizer, val_fraction=texts.val_fraction, text_field=texts.text_field, packing=packing)
         for split in ("train", "val"):
             writers[split] = SplitWriter(folder.path, split, encoder, folder.settings["shard_tokens"],
                                          folder.progress["splits"].get(split))
@@ -454,6 +574,9 @@ def _fill(folder: OutputFolder, texts: Texts, tokenizer_name: str, *, workers: i
                  "tokenizer_sha256": tokenizer.fingerprint, "dtype": encoder.dtype.name,
                  "vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot, "settings": folder.settings,
                  "val_split": texts.val_split, "invalid_utf8": invalid, "shards": shards}
+        if packing is not None:
+            index |= {"row_tokens": packing.row_tokens,
+                      "examples": {split: writer.lengths for split, writer in writers.items() if writer.lengths}}
         _check_tokens(index, min_tokens)
         folder.finish(index)
     except UserError:
@@ -471,8 +594,10 @@ def _fill(folder: OutputFolder, texts: Texts, tokenizer_name: str, *, workers: i
     return index
 
 
-def _tokenizer_of(folder: OutputFolder, texts: Texts, name: str, note: Callable[[str], None]) -> Tokenizer:
-    """The tokenizer, loaded or trained on the training split and saved in the folder, where a second start finds it."""
+def _tokenizer_of(folder: OutputFolder, texts: Texts, name: str, packing: Packing | None,
+                  note: Callable[[str], None]) -> Tokenizer:
+    """The tokenizer, loaded or trained on the training split and saved in the folder, where a second start finds it;
+    the chat template beside it."""
     path = folder.path / TOKENIZER_FILE
     if folder.progress["tokenizer_sha256"] is not None:
         tokenizer = load_tokenizer(str(path))
@@ -480,10 +605,12 @@ def _tokenizer_of(folder: OutputFolder, texts: Texts, name: str, note: Callable[
             raise UserError(f"tokenizer {str(path)!r} was changed meanwhile; start again")
         return tokenizer
     folder.save()  # from here on the folder is ours
+    if packing is not None and packing.kind == CHAT:
+        save_template(folder.path, packing.chat_template)
     if name.startswith("bpe:"):
         vocab_size = int(name[4:]) if name[4:].isdecimal() else 0
         note(f"training tokenizer {name}")
-        tokenizer = train_bpe(_training_texts(texts), vocab_size)
+        tokenizer = train_bpe(_training_texts(texts, packing), vocab_size)
     else:
         tokenizer = load_tokenizer(name)
     tokenizer.save(path)
@@ -491,13 +618,19 @@ def _tokenizer_of(folder: OutputFolder, texts: Texts, name: str, note: Callable[
     return tokenizer
 
 
-def _training_texts(texts: Texts) -> Iterator[str]:
+def _training_texts(texts: Texts, packing: Packing | None = None) -> Iterator[str]:
     """Short texts of the training split, in all about BPE_SAMPLE_BYTES, from units spread evenly over it."""
     stride = math.ceil(texts.bytes / BPE_SAMPLE_BYTES)
     for unit in itertools.islice(texts.units(cuttable=True), 0, None, stride):
-        for text, _ in documents(unit, texts.text_field) if unit.split != "val" else ():
-            if unit.split == "train" or split_of(text, texts.val_fraction) == "train":
-                for piece in pieces(text, BPE_TEXT_CHARS):
+        if unit.split == "val":
+            continue
+        if packing is None:
+            found = (([text], text) for text, _ in documents(unit, texts.text_field))
+        else:
+            found = texts_of_examples(unit, packing.kind)
+        for parts, hashed in found:
+            if unit.split == "train" or split_of(hashed, texts.val_fraction) == "train":
+                for piece in itertools.chain.from_iterable(pieces(part, BPE_TEXT_CHARS) for part in parts):
                     yield from (piece[i:i + 2 * BPE_TEXT_CHARS] for i in range(0, len(piece), 2 * BPE_TEXT_CHARS))
 
 
@@ -561,15 +694,25 @@ def _summary(index: dict) -> str:
         shards = [shard for shard in index["shards"] if shard["split"] == split]
         lines.append(f"{split} {sum(s['tokens'] for s in shards):,} tokens of {sum(s['text_bytes'] for s in shards):,} "
                      f"bytes in {len(shards)} shard{'s' * (len(shards) != 1)}")
+        if split in index.get("examples", {}):
+            lines[-1] += f" ({_summary_of_examples(index['examples'][split], sum(s['tokens'] for s in shards))})"
     replaced = f", {index['invalid_utf8']:,} invalid UTF-8 sequences replaced" if index["invalid_utf8"] else ""
     return f"{', '.join(lines)}; tokenizer {index['tokenizer']}, {index['vocab_size']:,} ids{replaced}"
+
+
+def _summary_of_examples(lengths: dict[str, int], tokens: int) -> str:
+    cut = f", {lengths['truncated']:,} cut at the end to fit" if lengths["truncated"] else ""
+    return (f"{lengths['examples']:,} examples of {lengths['shortest']} to {lengths['longest']} tokens, "
+            f"{lengths['tokens'] / lengths['examples']:.1f} on average, {lengths['response_tokens']:,} tokens with loss"
+            f"{cut}, rows {100 * lengths['tokens'] / tokens:.1f} % full")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # For train.py
 
-def data_dir_for(data: DataConfig) -> Path:
-    """The folder of shards: data.dir, else shards/<name of the first source>-<hash of the data settings>."""
+def data_dir_for(data: DataConfig, *, max_seq_len: int | None = None, chat_template: str = DEFAULT_TEMPLATE) -> Path:
+    """The folder of shards: data.dir, else shards/<name of the first source>-<hash of the data settings>; of examples
+    with max_seq_len and (chat) the template among the settings."""
     if data.dir is not None:
         return Path(data.dir)
     if not data.source:
@@ -578,29 +721,40 @@ def data_dir_for(data: DataConfig) -> Path:
     tokenizer = tokenizer_identity(data.tokenizer or DEFAULT_TOKENIZER)  # a copied or moved file is the same
     settings = [data.source, data.val_source, tokenizer, data.val_fraction, data.text_field]
     name = Path(data.source[0]).absolute().name.partition(".")[0] or "text"
-    return Path("shards", f"{name}-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]}")
+    candidates = {kind: Path("shards", f"{name}-{hashlib.sha256(json.dumps(words).encode()).hexdigest()[:8]}")
+                  for kind, words in ((TEXT, settings), (PROMPT_RESPONSE, [*settings, max_seq_len]),
+                                      (CHAT, [*settings, max_seq_len, template_hash(chat_template)]))}
+    for folder in candidates.values():
+        if (folder / INDEX_FILE).exists():  # its source may be gone
+            return folder
+    kind = TEXT
+    with suppress(SourceError):  # prepare() says it
+        kind = find_kind([file for source in data.source for file in find_files(source)], data.text_field)
+    return candidates.get(kind, candidates[PROMPT_RESPONSE])
 
 
 def ensure_prepared(data: DataConfig, *, local_rank: int, note: Callable[[str], None],
-                    should_stop: Callable[[], bool] = lambda: False) -> Path:
+                    should_stop: Callable[[], bool] = lambda: False, max_seq_len: int | None = None,
+                    chat_template: str = DEFAULT_TEMPLATE) -> Path:
     """The folder of shards, prepared first if it is not: by local rank 0, while the others wait for index.json.
+    max_seq_len, chat_template (its text): for examples.
 
     For every rank to call before the process group exists. Raises ConfigError if the folder was made with other
     settings or holds nothing, PreparationStopped if should_stop() says so.
     """
-    folder = data_dir_for(data)
+    folder = data_dir_for(data, max_seq_len=max_seq_len, chat_template=chat_template)
     if not data.source:
         _check_given_folder(folder, data)
         return folder
     started = noted = time.monotonic()
-    while not _is_prepared(folder, data, note):
+    while not _is_prepared(folder, data, note, max_seq_len, chat_template):
         if should_stop():
             raise PreparationStopped(f"stopped while {str(folder)!r} was being prepared")
         if local_rank == 0:
             with suppress(Busy):  # another node or job is at it
                 prepare(data.source, folder, tokenizer=data.tokenizer or DEFAULT_TOKENIZER,
                         val_fraction=data.val_fraction, val_sources=data.val_source, text_field=data.text_field,
-                        note=note, should_stop=should_stop)
+                        max_seq_len=max_seq_len, chat_template=chat_template, note=note, should_stop=should_stop)
                 return folder
         if time.monotonic() - noted > NOTE_SECONDS:
             noted = time.monotonic()
@@ -609,13 +763,17 @@ def ensure_prepared(data: DataConfig, *, local_rank: int, note: Callable[[str], 
     return folder
 
 
-def _is_prepared(folder: Path, data: DataConfig, note: Callable[[str], None]) -> bool:
+def _is_prepared(folder: Path, data: DataConfig, note: Callable[[str], None], max_seq_len: int | None,
+                 chat_template: str) -> bool:
     """Whether the folder is finished. Raises ConfigError if it was made with other settings."""
     index = load_index(folder)
     if index is None:
         return False
     ours = {"val_fraction": None if data.val_source else data.val_fraction, "text_field": data.text_field,
             **_tokenizer_setting(index, data)}
+    kind = index.get("settings", {}).get("kind")
+    if kind is not None:
+        ours |= Packing(kind, max_seq_len, chat_template).settings
     try:
         ours |= {"sources": [describe(source, find_files(source)) for source in data.source],
                  "val_sources": [describe(source, find_files(source)) for source in data.val_source]}
@@ -672,6 +830,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: the cores)")
     parser.add_argument("--text-field", default="text", metavar="NAME", help="of a .jsonl row or parquet column")
     parser.add_argument("--shard-tokens", type=int, default=100_000_000, metavar="N", help="tokens in a shard")
+    parser.add_argument("--max-seq-len", type=int, metavar="N",
+                        help="context of the model, for rows of prompt and response, text and label, or messages")
+    parser.add_argument("--chat-template", metavar="FILE", help="Jinja template for messages (default: a plain one)")
     parser.add_argument("--verify", metavar="DIR", help="check every shard of a folder against its index.json")
     return parser
 
@@ -684,7 +845,9 @@ def main(argv: list[str]) -> None:
     if args.out is None:
         raise UserError("--out DIR is missing; name the folder for the shards")
     prepare(args.sources, Path(args.out), tokenizer=args.tokenizer, val_fraction=args.val_fraction,
-            val_sources=args.val, workers=args.workers, text_field=args.text_field, shard_tokens=args.shard_tokens)
+            val_sources=args.val, workers=args.workers, text_field=args.text_field, shard_tokens=args.shard_tokens,
+            max_seq_len=args.max_seq_len,
+            chat_template=read_template(args.chat_template) if args.chat_template else DEFAULT_TEMPLATE)
 
 
 def _verify(args: argparse.Namespace) -> None:

@@ -3,19 +3,23 @@
 A shard is llm.c's file: a header of 256 little-endian int32 (magic, version, token count, zeros), then the token ids as
 uint16 or uint32. A data folder holds shards and index.json, which names each with its split, token count and sha256. A
 folder without index.json, as llm.c and modded-nanogpt make them, is read too: *train*.bin and *val*.bin, sorted.
+Beside a shard there may be tracks, one uint8 for each of its tokens and no header: train_00000.loss.bin, 1 where the
+loss counts predicting the token (no file: everywhere), and train_00000.start.bin, 1 where an example starts.
 Nothing here knows text, tokenizers or batches (prepare.py, tokenizer.py, loader.py do), and nothing imports torch.
 """
 
+import copy
 import functools
 import hashlib
 import json
 import os
+import shutil
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +32,7 @@ MAGIC_VERSION = {np.dtype("<u2"): (20240520, 1), np.dtype("<u4"): (20240801, 7)}
 INDEX_FILE = "index.json"
 INDEX_FORMAT = 1
 SPLITS = ("train", "val")
+TRACKS = ("loss", "start")
 HASH_CHUNK_BYTES = 4 << 20
 SAMPLE_BYTES = 64 << 10  # hashed at both ends of a foreign shard, which carries no sha256
 OPEN_SHARDS = 256  # mapped at once; each holds a file descriptor and 1024 is a common limit
@@ -145,6 +150,30 @@ class ShardWriter:
         self._temporary.unlink(missing_ok=True)
 
 
+def track_path(shard: Path, track: str) -> Path:
+    """train_00000.bin -> train_00000.loss.bin"""
+    return Path(shard).with_suffix(f".{track}.bin")
+
+
+def write_track(path: Path, content: Path) -> str:
+    """Put a track in place with the content of another file, whole and durably; its sha256 as hex."""
+    temporary = path.with_name(path.name + ".tmp")
+    with _disk_errors(path):
+        shutil.copyfile(content, temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _fsync_folder(path.parent)
+        return hash_file(path)
+
+
+def files_of(shard: dict) -> dict[str, str | None]:
+    """The files of a shard of the index, itself first, with their sha256."""
+    tracks = {track_path(Path(shard["file"]), track).name: shard[f"{track}_sha256"] for track in TRACKS
+              if f"{track}_sha256" in shard}
+    return {shard["file"]: shard["sha256"]} | tracks
+
+
 def _fsync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -210,6 +239,8 @@ def _index_problem(index: object) -> str | None:
         return f"has vocab_size {index.get('vocab_size')!r}, expected a whole number"
     if type(index.get("eot", "missing")) not in (int, type(None)):
         return f"has eot {index.get('eot')!r}, expected the id of end-of-text or null"
+    if type(index.get("row_tokens")) not in (int, type(None)):
+        return f"has row_tokens {index['row_tokens']!r}, expected a whole number"
     if not isinstance(index.get("shards"), list):
         return "has no list of shards"
     for number, shard in enumerate(index["shards"]):
@@ -265,6 +296,12 @@ def _check_shard(data_dir: Path, index: dict, shard: dict) -> None:
         raise ShardError(f"shard {str(data_dir / shard['file'])!r} holds {found[1]} tokens of {found[0]} but "
                          f"index.json says {expected[1]} of {expected[0]}; copy the folder again or prepare the data "
                          "again")
+    for track in TRACKS:
+        path = track_path(data_dir / shard["file"], track)
+        size = path.stat().st_size if path.exists() else None
+        if size != header.tokens and (size is not None or f"{track}_sha256" in shard):
+            found = "is missing" if size is None else f"holds {size} bytes but its shard {header.tokens} tokens"
+            raise ShardError(f"{str(path)!r} {found}; copy the folder again or prepare the data again")
 
 
 def _foreign_index(data_dir: Path) -> dict:
@@ -272,6 +309,8 @@ def _foreign_index(data_dir: Path) -> dict:
     shards, dtypes = [], {}
     for split in SPLITS:
         for path in sorted(data_dir.glob(f"*{split}*.bin")):
+            if path.suffixes[-2:-1] in ([f".{track}"] for track in TRACKS):
+                continue
             if all(name in path.name for name in SPLITS):
                 raise ShardError(f"shard {str(path)!r} has both train and val in its name; rename it")
             header = read_header(path)
@@ -328,14 +367,15 @@ def _verify_headers(data_dir: Path, note: Callable[[str], None]) -> list[str]:
 
 
 def _check_sha256(data_dir: Path, shard: dict, pause: Callable[[float], None] | None = None) -> None:
-    path = data_dir / shard["file"]
-    try:
-        found = hash_file(path, pause)
-    except OSError as error:
-        raise ShardError(f"shard {str(path)!r} cannot be read: {error.strerror}") from None
-    if found != shard["sha256"]:
-        raise ShardError(f"shard {str(path)!r} is damaged: its sha256 is {found[:16]}..., index.json says "
-                         f"{shard['sha256'][:16]}...; copy it again or prepare the data again")
+    for name, expected in files_of(shard).items():
+        path = data_dir / name
+        try:
+            found = hash_file(path, pause)
+        except OSError as error:
+            raise ShardError(f"shard {str(path)!r} cannot be read: {error.strerror}") from None
+        if found != expected:
+            raise ShardError(f"shard {str(path)!r} is damaged: its sha256 is {found[:16]}..., index.json says "
+                             f"{expected[:16]}...; copy it again or prepare the data again")
 
 
 class BackgroundVerifier:
@@ -386,10 +426,15 @@ class _Stopped(Exception):
 # Reading
 
 class TokenStream:
-    """The shards of one split as one stream of `tokens` ids, memory-mapped, so memory is flat in its size."""
+    """The shards of one split as one stream of `tokens` ids, memory-mapped, so memory is flat in its size.
 
-    def __init__(self, paths: list[Path], name: str):
+    row_tokens: whole examples were packed into rows of that many; None = text, in which windows start anywhere.
+    """
+
+    def __init__(self, paths: list[Path], name: str, *, row_tokens: int | None = None):
         self.name = name  # for error messages: "train split of 'shards/x'"
+        self.row_tokens = row_tokens
+        self._offset = HEADER_BYTES
         headers = [read_header(path) for path in paths]
         filled = [(path, header) for path, header in zip(paths, headers, strict=True) if header.tokens]
         self._paths = [path for path, _ in filled]
@@ -399,11 +444,34 @@ class TokenStream:
         self.dtype = headers[0].dtype if headers else np.dtype("<u2")
         self._shard = functools.lru_cache(maxsize=OPEN_SHARDS)(self._map_shard)
 
+    @functools.cached_property
+    def loss(self) -> "TokenStream | None":
+        """1 for each token that the loss counts, else 0; None if it counts all."""
+        return self._track("loss")
+
+    @functools.cached_property
+    def start(self) -> "TokenStream | None":
+        """1 for each token that starts an example, else 0; None if none was packed."""
+        return self._track("start")
+
+    def _track(self, name: str) -> "TokenStream | None":
+        """The stream of the uint8 that lie beside the tokens, 1 where a shard has none; None if no shard has any."""
+        paths = [track_path(path, name) for path in self._paths]
+        if not any(path.exists() for path in paths):
+            return None
+        track = copy.copy(self)
+        track._paths, track._offset, track.dtype = paths, 0, np.dtype(np.uint8)
+        track._headers = [replace(header, dtype=track.dtype) for header in self._headers]
+        track._shard = functools.lru_cache(maxsize=OPEN_SHARDS)(track._map_shard)
+        return track
+
     def _map_shard(self, number: int) -> np.ndarray:
         path, header = self._paths[number], self._headers[number]
-        if path.stat().st_size < HEADER_BYTES + header.tokens * header.dtype.itemsize:
+        if self._offset == 0 and not path.exists():
+            return np.broadcast_to(np.uint8(1), (header.tokens,))
+        if path.stat().st_size < self._offset + header.tokens * header.dtype.itemsize:
             raise ShardError(f"shard {str(path)!r} became shorter while in use; leave shards alone during a run")
-        mapped = np.memmap(path, dtype=header.dtype, mode="r", offset=HEADER_BYTES, shape=(header.tokens,))
+        mapped = np.memmap(path, dtype=header.dtype, mode="r", offset=self._offset, shape=(header.tokens,))
         return mapped.view(np.ndarray)  # a memmap's own indexing costs several microseconds more
 
     def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
@@ -454,4 +522,5 @@ def open_split(dataset: Dataset, split: str) -> TokenStream:
         way_out = f"add one named *{split}*.bin" if dataset.vocab_size is None else \
             "prepare the data again" + (" with --val-fraction or --val" if split == "val" else "")
         raise ShardError(f"data folder {str(dataset.dir)!r} has no {split} shard; {way_out}")
-    return TokenStream([dataset.dir / name for name in names], f"{split} split of {str(dataset.dir)!r}")
+    return TokenStream([dataset.dir / name for name in names], f"{split} split of {str(dataset.dir)!r}",
+                       row_tokens=dataset.index.get("row_tokens"))

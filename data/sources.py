@@ -34,6 +34,7 @@ UNIT_BYTES = 1 << 20
 LONGEST_UNIT_BYTES = 1 << 24  # of a .txt without a place to cut; there it is cut all the same
 SEARCH_BYTES = 1 << 12  # read at a time to find a cut
 CUT_CONTEXT_BYTES = 16  # a CUT looks at 3 characters
+FIRST_ROW_BYTES = 1 << 12  # read at least, to see what a .jsonl holds
 PARQUET_ROWS = 1024  # read at a time
 FEW_DOCUMENTS = 100  # with fewer the text is split by characters
 
@@ -149,8 +150,8 @@ class Unit:
     ends: bool = True  # the document ends with this unit
 
 
-def whole_document_units(files: Sequence[TextFile], split: str | None, *, val_fraction: float,
-                         unit_bytes: int) -> Iterator[Unit]:
+def whole_document_units(files: Sequence[TextFile], split: str | None, *, val_fraction: float, unit_bytes: int,
+                         row_unit_bytes: int | None) -> Iterator[Unit]:
     """The units of files whose documents stay whole: all of one split, or (None) each document by its hash."""
     small: list[TextFile] = []
     for file in files:
@@ -167,7 +168,7 @@ def whole_document_units(files: Sequence[TextFile], split: str | None, *, val_fr
             chosen = split or _split_of_digest(_digest_of_file(file), val_fraction)
             yield from _txt_units(file, 0, file.bytes, split=chosen, ends=True, unit_bytes=unit_bytes)
         else:
-            yield from _row_units(file, split)
+            yield from _row_units(file, split, row_unit_bytes)
     if small:
         yield _files_unit(small, split)
 
@@ -191,6 +192,21 @@ def units_split_by_characters(files: Sequence[TextFile], *, val_fraction: float,
             yield from _text_units(file, tail, split="val", ends=True, invalid=0 if head else invalid,
                                    unit_bytes=unit_bytes)
             train_left = max(0, train_left - len(text))
+
+
+def units_split_by_rows(files: Sequence[TextFile], *, val_fraction: float) -> Iterator[Unit]:
+    """The units of a few rows that stay whole: the last val_fraction of them, at least one, is val."""
+    lines = [(file, line) for file in files for unit in _row_units(file, None)
+             for line in (unit.content or _read_range(unit)).removesuffix(b"\n").split(b"\n")]
+    filled = [place for place, (_, line) in enumerate(lines) if line.strip()]
+    first_of_val = filled[-max(1, round(len(filled) * val_fraction))]
+    for file in dict.fromkeys(file for file, _ in lines):
+        places = [place for place, (owner, _) in enumerate(lines) if owner is file]
+        for split, mine in (("train", [p for p in places if p < first_of_val]),
+                            ("val", [p for p in places if p >= first_of_val])):
+            if mine:
+                content = b"".join(lines[place][1] + b"\n" for place in mine)
+                yield Unit("jsonl", file.path, len(content), content=content, line=mine[0] - places[0] + 1, split=split)
 
 
 def _files_unit(files: list[TextFile], split: str | None) -> Unit:
@@ -240,32 +256,33 @@ def _character_start(opened: BinaryIO, offset: int) -> int:
     return next((offset - i for i in range(4) if len(data) == 4 and data[3 - i] & 0xC0 != 0x80), offset)
 
 
-def _row_units(file: TextFile, split: str | None) -> Iterator[Unit]:
-    """Units of a file with one document in each row."""
+def _row_units(file: TextFile, split: str | None, unit_bytes: int | None = None) -> Iterator[Unit]:
+    """Units of a file with one document in each row; of a .jsonl about unit_bytes (left out: UNIT_BYTES) each."""
+    unit_bytes = UNIT_BYTES if unit_bytes is None else unit_bytes
     if file.kind == "parquet":
         groups = _open_parquet(file.path).num_row_groups
         for group in range(groups):
             yield Unit("parquet", file.path, file.bytes // groups, start=group, split=split)
     elif file.packing:
-        yield from _packed_units(file, split)
+        yield from _packed_units(file, split, unit_bytes)
     else:
         with _reading(file.path), open(file.path, "rb") as opened:
             start = 0
             while start < file.bytes:
-                opened.seek(start + UNIT_BYTES)
+                opened.seek(start + unit_bytes)
                 opened.readline()
                 end = min(opened.tell(), file.bytes)
                 yield Unit("jsonl", file.path, end - start, start=start, end=end, split=split)
                 start = end
 
 
-def _packed_units(file: TextFile, split: str | None) -> Iterator[Unit]:
+def _packed_units(file: TextFile, split: str | None, unit_bytes: int) -> Iterator[Unit]:
     """Rows of a .gz or .zst, unpacked here: such a file can only be read from its start."""
     line, rest, packed = 1, b"", 0
     with _reading(file.path), open(file.path, "rb") as opened:
         for block in itertools.chain(_unpacked(file, opened), [b"\n"]):  # the last row may lack its newline
             rest += block
-            if len(rest) < UNIT_BYTES and block != b"\n":
+            if len(rest) < unit_bytes and block != b"\n":
                 continue
             rows, newline, rest = rest.rpartition(b"\n")
             if newline:
@@ -343,6 +360,11 @@ def documents(unit: Unit, text_field: str) -> Iterator[tuple[str, int]]:
     return (document for document in found if document[0])
 
 
+def _rows(file: TextFile) -> Iterator[tuple[int, object, int]]:
+    for unit in _row_units(file, None):
+        yield from jsonl_rows(unit)
+
+
 def _row_documents(file: TextFile, text_field: str) -> Iterator[tuple[str, int]]:
     for unit in _row_units(file, None):
         yield from documents(unit, text_field)
@@ -370,7 +392,8 @@ def _decoded(data: bytes) -> tuple[str, int]:
         return text, text.count("\ufffd") - data.count("\ufffd".encode())
 
 
-def _jsonl_documents(unit: Unit, text_field: str) -> Iterator[tuple[str, int]]:
+def jsonl_rows(unit: Unit) -> Iterator[tuple[int, object, int]]:
+    """(number in the unit, value, invalid UTF-8 sequences replaced) of each row of a jsonl unit that is not blank."""
     rows = unit.content or _read_range(unit)
     for number, row in enumerate(rows.split(b"\n")):
         if not row.strip():
@@ -379,12 +402,28 @@ def _jsonl_documents(unit: Unit, text_field: str) -> Iterator[tuple[str, int]]:
         try:
             value = json.loads(line.removeprefix("\ufeff"))
         except (ValueError, RecursionError) as error:
-            raise SourceError(f"source {unit.path!r} line {_first_line(unit) + number} is not JSON: {error}") from None
+            raise SourceError(f"source {row_name(unit, number)} is not JSON: {error}") from None
+        yield number, value, invalid
+
+
+def row_name(unit: Unit, number: int) -> str:
+    """Where a row of a unit stands, for a message."""
+    return f"{unit.path!r} line {_first_line(unit) + number}"
+
+
+def first_row(file: TextFile) -> object | None:
+    """The first row of a .jsonl that is not blank; None if there is none."""
+    rows = (value for unit in _row_units(file, None, FIRST_ROW_BYTES) for _, value, _ in jsonl_rows(unit))
+    return next(rows, None)
+
+
+def _jsonl_documents(unit: Unit, text_field: str) -> Iterator[tuple[str, int]]:
+    for number, value, invalid in jsonl_rows(unit):
         text = value.get(text_field) if isinstance(value, dict) else None
         if not isinstance(text, str):
-            found = f"fields {', '.join(value)}" if isinstance(value, dict) else line[:40]
-            raise SourceError(f"source {unit.path!r} line {_first_line(unit) + number} has no text in a field "
-                              f"{text_field!r}, only {found}; name the field (--text-field, data.text_field)")
+            found = f"fields {', '.join(value)}" if isinstance(value, dict) else json.dumps(value)[:40]
+            raise SourceError(f"source {row_name(unit, number)} has no text in a field {text_field!r}, only {found}; "
+                              "name the field (--text-field, data.text_field)")
         clean = replace_surrogates(text)  # JSON may spell them as \ud800
         yield clean, invalid + clean.count("\ufffd") - text.count("\ufffd")
 
@@ -417,13 +456,14 @@ def _parquet_documents(unit: Unit, text_field: str) -> Iterator[tuple[str, int]]
 
 @dataclass(frozen=True)
 class Texts:
-    """The files to prepare and how val is chosen: given, none, hash (of documents) or characters (the last ones)."""
+    """The files to prepare and how val is chosen: given, none, hash (of documents), or the last characters or rows."""
 
     files: list[TextFile]
     val_files: list[TextFile]
     val_fraction: float
-    text_field: str
+    text_field: str | None  # None: rows are no plain text
     val_split: str
+    row_unit_bytes: int | None = None  # None: UNIT_BYTES
 
     @property
     def bytes(self) -> int:
@@ -436,13 +476,19 @@ class Texts:
             yield from units_split_by_characters(self.files, val_fraction=self.val_fraction,
                                                  text_field=self.text_field, unit_bytes=unit_bytes)
             return
+        if self.val_split == "rows":
+            yield from units_split_by_rows(self.files, val_fraction=self.val_fraction)
+            return
         split = None if self.val_split == "hash" else "train"
         for files, chosen in ((self.files, split), (self.val_files, "val")):
-            yield from whole_document_units(files, chosen, val_fraction=self.val_fraction, unit_bytes=unit_bytes)
+            yield from whole_document_units(files, chosen, val_fraction=self.val_fraction, unit_bytes=unit_bytes,
+                                            row_unit_bytes=self.row_unit_bytes)
 
 
-def choose_split(files: list[TextFile], val_files: list[TextFile], val_fraction: float, text_field: str) -> Texts:
-    """How the texts are split. Raises SourceError if there is no text."""
+def choose_split(files: list[TextFile], val_files: list[TextFile], val_fraction: float, text_field: str | None, *,
+                 row_unit_bytes: int | None = None) -> Texts:
+    """How the texts are split; text_field None: rows stay whole, whatever they hold. Raises SourceError if there is no
+    text."""
     counted = _count_documents(files, text_field, limit=FEW_DOCUMENTS)
     for found, named in ((counted, files), (val_files and _count_documents(val_files, text_field, limit=1), val_files)):
         if named and not found:
@@ -452,8 +498,8 @@ def choose_split(files: list[TextFile], val_files: list[TextFile], val_fraction:
     elif val_fraction == 0.0:
         val_split = "none"
     else:
-        val_split = "hash" if counted == FEW_DOCUMENTS else "characters"
-    return Texts(files, val_files, val_fraction, text_field, val_split)
+        val_split = "hash" if counted == FEW_DOCUMENTS else "rows" if text_field is None else "characters"
+    return Texts(files, val_files, val_fraction, text_field, val_split, row_unit_bytes)
 
 
 def split_of(text: str, val_fraction: float) -> str:
@@ -500,8 +546,8 @@ def _byte_offset(file: TextFile, blocks: list[tuple[int, int]], chars: int) -> i
     return start + bisect_left(range(len(data)), chars, key=lambda n: len(decoder("replace").decode(data[:n])))
 
 
-def _count_documents(files: Sequence[TextFile], text_field: str, limit: int) -> int:
-    """How many documents there are, up to limit, after which nothing more is read."""
-    found = itertools.chain.from_iterable([None] if file.kind == "txt" else _row_documents(file, text_field)
-                                          for file in files)
+def _count_documents(files: Sequence[TextFile], text_field: str | None, limit: int) -> int:
+    """How many documents (text_field None: rows) there are, up to limit, after which nothing more is read."""
+    found = itertools.chain.from_iterable([None] if file.kind == "txt" else _rows(file) if text_field is None else
+                                          _row_documents(file, text_field) for file in files)
     return sum(1 for _ in itertools.islice(found, limit))

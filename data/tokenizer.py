@@ -88,6 +88,18 @@ class Tokenizer:
         """Whether any ids, decoded with decode_bytes, give the bytes of their text, one id after the other."""
         return self._ranks is not None
 
+    @property
+    def special_ids(self) -> dict[str, int]:
+        """The special tokens and their ids; text that spells one is encoded as plain text all the same."""
+        return dict(self._specials)
+
+    def encodes_like(self, other: "Tokenizer") -> bool:
+        """Whether both give every text the same ids; files of other spelling may still hold the same tokenizer."""
+        if self._ranks is None or other._ranks is None:
+            return (self.fingerprint, self.eot) == (other.fingerprint, other.eot)
+        return (self._ranks, self._specials, self._pattern, self.eot) == (
+            other._ranks, other._specials, other._pattern, other.eot)
+
     def encode(self, text: str) -> np.ndarray:
         """Ids of the text, uint32 (n,): those of tiktoken's encode_ordinary of the whole, for any length.
 
@@ -141,6 +153,15 @@ class Tokenizer:
             return self._hf.decode(ids, skip_special_tokens=True).encode()
         return b"".join(self._bytes_of_id[i] for i in ids)
 
+    def spelling(self, token: int) -> bytes:
+        """The bytes of one token, of a special token too; b"" for an id that stands for nothing.
+
+        Of a tokenizer that is not byte-level from the spelling of the token (a word's mark counts as a space).
+        """
+        if not 0 <= token < self.vocab_size:
+            return b""
+        return self._spelled_specials.get(token) or self._bytes_of_id[token]
+
     def _known(self, ids: Iterable[int]) -> list[int]:
         ids = [int(i) for i in ids]
         if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
@@ -186,6 +207,21 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """sha256 of the tokenizer.json as hex: the same for the same ids and merges."""
         return hashlib.sha256(self.file_text.encode()).hexdigest()
+
+    @functools.cached_property
+    def bos_token(self) -> str | None:
+        """The special token that the tokenizer.json puts before every text (Llama's do), None if it puts none."""
+        return _token_before_text(json.loads(self.file_text).get("post_processor"))
+
+    @property
+    def start(self) -> int:
+        """The id that stands before a text with nothing before it: bos_token's, else end-of-text."""
+        return self._specials.get(self.bos_token, self.eot)
+
+    @property
+    def eot_token(self) -> str:
+        """End-of-text as it is spelled."""
+        return next(token for token, i in self._specials.items() if i == self.eot)
 
     def save(self, path: Path) -> None:
         """Write a Hugging Face tokenizer.json, whole or not at all."""
@@ -525,6 +561,15 @@ def _pattern_of(splits: dict) -> str | None:
         return splits["pretokenizers"][0]["pattern"]["Regex"]
     step = splits["pretokenizers"][0] if splits["type"] == "Sequence" else splits
     return GPT2_PATTERN if step.get("use_regex", True) else None
+
+
+def _token_before_text(processor: dict | None) -> str | None:
+    """The first special token of a TemplateProcessing for one text, also as a step of a Sequence."""
+    steps = processor["processors"] if processor and processor["type"] == "Sequence" else [processor]
+    for step in steps:
+        if step and step["type"] == "TemplateProcessing" and "SpecialToken" in step["single"][0]:
+            return step["single"][0]["SpecialToken"]["id"]
+    return None
 
 
 AGREEMENT_PROBE = ("It's we'LL I'd 12 1234567 3.14, x_1 = foo(bar)[0];\r\n\r\n\ttab  two   three    \n \n  x!?... --> "

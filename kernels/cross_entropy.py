@@ -29,7 +29,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, voc
     rows = configs.CROSS_ENTROPY_CHUNK_ROWS if chunk_rows is None else chunk_rows
     args = vocab_size, ignore_index, softcap, z_loss, rows
     if reduction != "none" and torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        total, _, _ = summed_loss(hidden, weight, targets, *args)
+        total, _, _ = summed_loss(hidden, weight, targets, *args, weight.requires_grad)
     else:
         total = token_losses(hidden.detach(), weight.detach(), targets, *args)
         total = total if reduction == "none" else total.sum()
@@ -44,7 +44,7 @@ def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: in
                  z_loss: float, rows: int) -> Tensor:
     """Loss of each row, float32 (N,), without gradient."""
     losses, _, _ = _by_chunk(hidden, weight, targets, vocab_size, ignore_index, softcap, z_loss, rows,
-                             wants_grad=False)
+                             wants_grad=False, weight_learns=False)
     return losses
 
 
@@ -55,22 +55,23 @@ def _(hidden, weight, targets, vocab_size, ignore_index, softcap, z_loss, rows):
 
 @torch.library.custom_op("flatgpt::summed_loss", mutates_args=())
 def summed_loss(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, ignore_index: int, softcap: float,
-                z_loss: float, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum of the losses, float32 (), and its gradients: (N, C) in hidden's dtype and (V, C) in float32."""
+                z_loss: float, rows: int, weight_learns: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum of the losses, float32 (), and its gradients: (N, C) in hidden's dtype and (V, C) in float32, empty for a
+    weight that does not learn (LoRA's)."""
     losses, grad_hidden, grad_weight = _by_chunk(hidden, weight, targets, vocab_size, ignore_index, softcap, z_loss,
-                                                 rows, wants_grad=True)
+                                                 rows, wants_grad=True, weight_learns=weight_learns)
     return losses.sum(), grad_hidden, grad_weight
 
 
 @summed_loss.register_fake
-def _(hidden, weight, targets, vocab_size, ignore_index, softcap, z_loss, rows):
+def _(hidden, weight, targets, vocab_size, ignore_index, softcap, z_loss, rows, weight_learns):
     return (hidden.new_empty((), dtype=torch.float32),
             torch.empty_like(hidden, memory_format=torch.contiguous_format),
-            torch.empty_like(weight, dtype=torch.float32, memory_format=torch.contiguous_format))
+            hidden.new_empty(weight.shape if weight_learns else 0, dtype=torch.float32))
 
 
 def _save_for_backward(ctx, inputs, output) -> None:
-    ctx.weight_dtype = inputs[1].dtype
+    ctx.weight_dtype, ctx.weight_learns = inputs[1].dtype, inputs[-1]
     ctx.save_for_backward(*output[1:])
 
 
@@ -78,7 +79,8 @@ def _gradients(ctx, grad_total, _grad_hidden, _grad_weight):
     grad_hidden, grad_weight = ctx.saved_tensors
     # float32: in bfloat16 a factor such as 1/200 is off by up to 2^-9, and with it the whole gradient of the body
     grad_hidden = (grad_hidden.float() * grad_total).to(grad_hidden.dtype)
-    return grad_hidden, (grad_weight * grad_total).to(ctx.weight_dtype), *[None] * 6
+    grad_weight = (grad_weight * grad_total).to(ctx.weight_dtype) if ctx.weight_learns else None
+    return grad_hidden, grad_weight, *[None] * 7
 
 
 summed_loss.register_autograd(_gradients, setup_context=_save_for_backward)
@@ -88,14 +90,14 @@ summed_loss.register_autograd(_gradients, setup_context=_save_for_backward)
 # Chunks
 
 def _by_chunk(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, ignore_index: int, softcap: float,
-              z_loss: float, rows: int, *, wants_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses (N,), gradient of their sum by hidden (N, C) and by weight (V, C) float32; both empty unless wanted."""
+              z_loss: float, rows: int, *, wants_grad: bool, weight_learns: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses (N,), gradient of their sum by hidden (N, C) and by weight (V, C) float32; empty unless wanted."""
     N, V = hidden.shape[0], weight.shape[0]
     hidden, targets = hidden.contiguous(), targets.contiguous()
     compute_weight = weight.to(hidden.dtype)  # once, not per chunk
     losses = hidden.new_empty(N, dtype=torch.float32)
     grad_hidden = torch.empty_like(hidden if wants_grad else hidden[:0])
-    grad_weight = torch.zeros((V, hidden.shape[1]) if wants_grad else 0, dtype=torch.float32, device=hidden.device)
+    grad_weight = torch.zeros(weight.shape if weight_learns else 0, dtype=torch.float32, device=hidden.device)
     buffer = hidden.new_empty((min(rows, N), V))  # one for all chunks
     for start in range(0, N, rows):
         chunk = hidden[start:start + rows]
@@ -104,7 +106,8 @@ def _by_chunk(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, 
                            wants_grad=wants_grad)
         if wants_grad:  # the logits have become their own gradient
             torch.matmul(logits, compute_weight, out=grad_hidden[start:start + rows])
-            _add_product(grad_weight, logits.T, chunk)
+            if weight_learns:
+                _add_product(grad_weight, logits.T, chunk)
     return losses, grad_hidden, grad_weight
 
 

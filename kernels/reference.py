@@ -111,7 +111,6 @@ class _LinearByOneDNN(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.has_bias = bias is not None
         return _onednn_matmul(x, weight.T, bias)
 
     @staticmethod
@@ -120,7 +119,7 @@ class _LinearByOneDNN(torch.autograd.Function):
         rows, grad_rows = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
         grad_x = _onednn_matmul(grad_rows, weight).view(x.shape) if ctx.needs_input_grad[0] else None
         grad_weight = _onednn_matmul(grad_rows.T, rows) if ctx.needs_input_grad[1] else None
-        return grad_x, grad_weight, grad_rows.sum(0) if ctx.has_bias else None
+        return grad_x, grad_weight, grad_rows.sum(0) if ctx.needs_input_grad[2] else None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -264,7 +263,8 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         total = torch.zeros((), dtype=_statistics_dtype(hidden), device=hidden.device)
         compute_weight = weight.to(hidden.dtype)  # once, not per chunk
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=total.dtype)
+        # a frozen table (LoRA) needs none: neither the memory nor a third of the matmuls
+        grad_weight = torch.zeros_like(weight, dtype=total.dtype) if ctx.needs_input_grad[1] else None
         for start in range(0, hidden.shape[0], rule.rows):
             h, t = hidden[start:start + rule.rows], targets[start:start + rule.rows]
             logits = rule.logits(h, compute_weight)  # (rows, V)
@@ -279,8 +279,9 @@ class _LinearCrossEntropySum(torch.autograd.Function):
                 grad_logits.mul_(slope)
             grad_logits = grad_logits.to(hidden.dtype)
             grad_hidden[start:start + rule.rows] = _matmul(grad_logits, compute_weight)
-            _add_product(grad_weight, grad_logits.T, h)
-        ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
+            if grad_weight is not None:
+                _add_product(grad_weight, grad_logits.T, h)
+        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
         return total
 
     @staticmethod
@@ -288,9 +289,10 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         grad_hidden, grad_weight = ctx.saved_tensors
         # float32: in bfloat16 a factor such as 1/200 is off by up to 2^-9, and with it the whole gradient of the body
         grad_hidden = (grad_hidden.to(grad_output.dtype) * grad_output).to(grad_hidden.dtype)
-        grad_output = grad_output.to(grad_weight.dtype)
-        scale = Tensor.mul if _may_be_needed_again() else Tensor.mul_  # in place: a table less at the peak
-        return grad_hidden, scale(grad_weight, grad_output), None, None
+        if grad_weight is not None:
+            scale = Tensor.mul if _may_be_needed_again() else Tensor.mul_  # in place: a table less at the peak
+            grad_weight = scale(grad_weight, grad_output.to(grad_weight.dtype))
+        return grad_hidden, grad_weight, None, None
 
 
 def _may_be_needed_again() -> bool:

@@ -361,6 +361,14 @@ def test_the_growth_of_memory_is_that_of_the_work_alone():
     held = torch.ones(2 ** 24)  # 64 MiB, before
     growth = bench.bench_kernels.peak_growth_bytes(lambda: torch.ones(2 ** 23).sum(), torch.device("cpu"))
     assert held.sum() == 2 ** 24 and 32 <= growth / 2 ** 20 < 48
+@pytest.mark.skipif(not all(map(bench.importlib.util.find_spec, ("fastapi", "uvicorn"))),
+                    reason="fastapi or uvicorn is not installed: the benchmark of the server stays unchecked")
+def test_many_clients_are_compared_with_one(config_file, tmp_path):
+    figures = run("serve", "--config", config_file, "--new-tokens", 5, "--prompt-tokens", 3, "--clients", 3,
+                  "--repeats", 2, json_file=tmp_path / "result.json")
+    one, three = figures["1 at once", "tokens/s"], figures["3 at once", "tokens/s"]
+    ratios = [many / alone for many, alone in zip(three["samples"], one["samples"], strict=True)]
+    assert figures["3 clients / 1", "ratio of tokens/s"]["samples"] == ratios and min(ratios) > 0
 
 
 def test_saving_is_compared_with_dd_and_leaves_nothing_behind(config_file, tmp_path):
@@ -387,6 +395,7 @@ def test_saving_is_compared_with_dd_and_leaves_nothing_behind(config_file, tmp_p
     (["data", "--tokenizer", "bytes"], "--tokenizer 'bytes' is none that tiktoken runs"),
     (["data", "--mb", "1"], "--mb 1 is too little text"),
     (["sample", "--config", "tiny.toml", "--new-tokens", "64"], "exceed model.max_seq_len = 64"),
+    (["serve", "--config", "tiny.toml", "--new-tokens", "64"], "exceed model.max_seq_len = 64"),
     (["checkpoint", "--config", str(CHECKOUT / "configs" / "shakespeare.toml")], "add model.vocab_size=50257"),
     (["checkpoint", "--dir", "nowhere"], "--dir 'nowhere' is no folder"),
 ])

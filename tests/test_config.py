@@ -10,7 +10,17 @@ from pathlib import Path
 import pytest
 
 import config
-from config import Config, ConfigError, DataConfig, MachineError, ModelConfig, OptimConfig, RopeScaling, TrainConfig
+from config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    LoraConfig,
+    MachineError,
+    ModelConfig,
+    OptimConfig,
+    RopeScaling,
+    TrainConfig,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -263,7 +273,7 @@ EVERY_KNOB_CHANGED = Config(
         window=17, init="zero_residual"),
     data=DataConfig(
         source=("a b.txt", NASTY), val_source=("val.jsonl",), dir="shards/ü", tokenizer="bpe:4096", val_fraction=0.1,
-        text_field=NASTY, document_mask=True),
+        text_field=NASTY, chat_template="chat.jinja", document_mask=True),
     optim=OptimConfig(
         name="muon", lr=1e-22, min_lr=1e-23, schedule="wsd", warmup_steps=3, decay_steps=1234, decay_fraction=0.3,
         betas=(0.0, 0.999), eps=1e-16, weight_decay=0.0, grad_clip=math.inf, muon_lr=1 / 3, muon_momentum=0.9),
@@ -271,7 +281,8 @@ EVERY_KNOB_CHANGED = Config(
         out_dir=NASTY, max_steps=4567, tokens_per_step=126, micro_batch=3, seed=7, device="cpu", dtype="bfloat16",
         compile="false", activation_checkpointing=True, init_from="out/base", fork_from=None, eval_every=11,
         eval_tokens=630, log_every=2, save_every=13, keep=5, sample_every=17, tracker="wandb", deterministic=True,
-        timeout_s=1.5, profile_steps=(2, 3)))
+        timeout_s=1.5, profile_steps=(2, 3)),
+    lora=LoraConfig(alpha=1 / 3, dropout=0.5, targets=("mlp.fc", "attn.proj")))
 
 
 def test_written_config_loads_back_equal(tmp_path):
@@ -285,7 +296,7 @@ def test_the_round_trip_above_covers_every_knob():
     pairs.append((RopeScaling(), EVERY_KNOB_CHANGED.model.rope_scaling))
     same = [f.name for default, changed in pairs for f in dataclasses.fields(default)
             if getattr(default, f.name) == getattr(changed, f.name)]
-    assert same == ["fork_from"]  # excludes init_from
+    assert same == ["fork_from", "rank"]  # exclude init_from and muon
 
 
 def test_differences_name_knob_old_and_new_value():

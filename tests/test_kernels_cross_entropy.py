@@ -95,6 +95,18 @@ def test_chunks_and_reductions(reduction, chunk_rows, kernel_device):
     torch.testing.assert_close(ours.double(), exact, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("wanted", ["hidden", "weight"])
+def test_each_gradient_can_be_had_alone(wanted, kernel_device, triton_backends):
+    """A frozen table (LoRA's) gets none, and the gradient of the rows is the same."""
+    hidden, weight, targets = make_inputs(11, 6, 40, 37, torch.float32, kernel_device)
+    _, *both = loss_and_gradients(kernels.linear_cross_entropy, hidden, weight, targets, vocab_size=37)
+    alone = {"hidden": hidden.detach(), "weight": weight.detach()}
+    alone[wanted].requires_grad_()
+    loss = kernels.linear_cross_entropy(alone["hidden"], alone["weight"], targets, vocab_size=37)
+    gradient, = torch.autograd.grad(loss * 0.3, alone[wanted])
+    assert torch.equal(gradient, dict(zip(("hidden", "weight"), both, strict=True))[wanted])
+
+
 def test_padding_columns_change_no_bit(kernel_device, triton_backends):
     hidden, weight, targets = make_inputs(5, 6, 300, 290, torch.bfloat16, kernel_device)
     results = []
@@ -151,9 +163,10 @@ def test_the_same_bits_each_time(kernel_device, triton_backends):
 def test_linear_cross_entropy_passes_opcheck(kernel_device):
     hidden, weight, targets = make_inputs(5, 6, 40, 37, torch.float32, kernel_device)
     args = targets, 37, -100, 3.0, 0.1, 2
+    utils = "test_schema", "test_autograd_registration", "test_faketensor"
     # test_aot_dispatch_dynamic asks for gradients of every output; the two that are gradients themselves have none
-    torch.library.opcheck(cross_entropy.summed_loss, (hidden, weight, *args),
-                          test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
+    torch.library.opcheck(cross_entropy.summed_loss, (hidden, weight, *args, True), test_utils=utils)
+    torch.library.opcheck(cross_entropy.summed_loss, (hidden, weight.detach(), *args, False), test_utils=utils)
     torch.library.opcheck(cross_entropy.token_losses, (hidden.detach(), weight.detach(), *args))
 
 
