@@ -28,6 +28,7 @@ from data.tokenizer import Tokenizer, load_tokenizer
 from model import GPT, KVCache, Linear
 
 DTYPES = ("float32", "bfloat16", "float16")
+NOT_FINITE = "the model's logits are not finite; try --dtype float32, or an earlier checkpoint"
 
 
 class SampleError(UserError):
@@ -76,9 +77,12 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int, sampl
         if not use_cache:
             logits = _logits_from_scratch(model, contexts)
         elif cache is None or cache.length == model.config.max_seq_len:
-            logits, cache = _prefill(model, contexts, new_tokens=max_new_tokens - step)
+            for context in contexts:
+                cut_to_fit(context, model.config.max_seq_len)
+            hidden, cache = prefill(model, contexts, new_tokens=max_new_tokens - step)
+            logits = last_logits(model, hidden)
         else:
-            logits = _decode(model, cache, [context[-1] for context in contexts])
+            logits = decode(model, cache, [context[-1] for context in contexts])
         tokens = choose(logits, sampling, generators)
         for context, token in zip(contexts, tokens, strict=True):
             context.append(token)
@@ -86,36 +90,43 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int, sampl
 
 
 @torch.inference_mode()
-def _prefill(model: GPT, contexts: list[list[int]], *, new_tokens: int) -> tuple[Tensor, KVCache]:
-    """Logits (B, V) after the contexts, which are cut to fit in place, and the cache that now holds them.
+def prefill(model: GPT, contexts: list[list[int]], *, new_tokens: int) -> tuple[Tensor, KVCache]:
+    """What model.hidden makes of the contexts, (B, T, C), and the cache that now holds them, with room for new_tokens.
 
-    Contexts of unequal length stand right-aligned behind padding, so that all rows write the same slot next.
+    Contexts, none longer than max_seq_len, stand right-aligned behind padding, so that all rows write the same slot
+    next.
     """
-    max_seq_len = model.config.max_seq_len
-    for context in contexts:
-        cut_to_fit(context, max_seq_len)
     T = max(len(context) for context in contexts)
     padding = [T - len(context) for context in contexts]
     device = model.wte.weight.device
     tokens = torch.tensor([[0] * pad + context for pad, context in zip(padding, contexts, strict=True)], device=device)
-    # On the CPU, attention of one query is several times slower in bfloat16 than in float32 (docs/BENCHMARKS.md).
-    dtype = torch.float32 if device.type == "cpu" else model.compute_dtype
-    cache = KVCache(model.config, batch=len(contexts), dtype=dtype, device=device,
-                    slots=min(max_seq_len, T + new_tokens),
+    cache = KVCache(model.config, batch=len(contexts), dtype=cache_dtype(model), device=device,
+                    slots=min(model.config.max_seq_len, T + new_tokens),
                     padding=torch.tensor(padding, device=device) if any(padding) else None)
-    return model.logits(model.hidden(tokens, cache=cache)[:, -1]), cache
+    return model.hidden(tokens, cache=cache), cache
+
+
+def cache_dtype(model: GPT) -> torch.dtype:
+    """On the CPU, attention of one query is several times slower in bfloat16 than in float32 (docs/BENCHMARKS.md)."""
+    return torch.float32 if model.wte.weight.device.type == "cpu" else model.compute_dtype
 
 
 @torch.inference_mode()
-def _decode(model: GPT, cache: KVCache, tokens: list[int]) -> Tensor:
+def last_logits(model: GPT, hidden: Tensor) -> Tensor:
+    """Logits (B, V) of the last position of hidden (B, T, C)."""
+    return model.logits(hidden[:, -1])
+
+
+@torch.inference_mode()
+def decode(model: GPT, cache: KVCache, tokens: list[int]) -> Tensor:
     """Logits (B, V) after one more token per row."""
     column = torch.tensor(tokens, device=model.wte.weight.device)[:, None]  # (B, 1)
-    return model.logits(model.hidden(column, cache=cache)[:, -1])
+    return last_logits(model, model.hidden(column, cache=cache))
 
 
 @torch.inference_mode()
 def _logits_from_scratch(model: GPT, contexts: list[list[int]]) -> Tensor:
-    """What _prefill computes, without cache, padding or batch."""
+    """The last logits of prefill, without cache, padding or batch."""
     rows = []
     for context in contexts:
         cut_to_fit(context, model.config.max_seq_len)
@@ -133,20 +144,24 @@ def cut_to_fit(context: list[int], max_seq_len: int) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 # The choice of a token
 
-@torch.inference_mode()
 def choose(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> list[int]:
     """One token id per row of logits (B, V), float32. Raises SampleError if a row has no finite maximum."""
+    chosen = pick(logits, sampling, generators).tolist()  # one transfer from the device
+    if -1 in chosen:
+        raise SampleError(NOT_FINITE)
+    return chosen
+
+
+@torch.inference_mode()
+def pick(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> Tensor:
+    """choose() left on the device: one token id per row, (B,); -1 where a row of logits (B, V) has no finite maximum."""
     if sampling.temperature == 0.0:
         tokens = logits.argmax(dim=-1)  # the first of equals
     else:
         # One number per row, drawn on the CPU: the same seed draws the same on every device.
         uniform = [torch.rand((), generator=g, dtype=torch.float64) for g in generators]
         tokens = draw(filter_logits(logits, sampling), torch.stack(uniform))
-    is_finite = logits.amax(dim=-1).isfinite()
-    chosen = torch.where(is_finite, tokens, -1).tolist()  # one transfer from the device
-    if -1 in chosen:
-        raise SampleError("the model's logits are not finite; try --dtype float32, or an earlier checkpoint")
-    return chosen
+    return torch.where(logits.amax(dim=-1).isfinite(), tokens, -1)
 
 
 def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
@@ -323,13 +338,16 @@ class TextStream:
         if "" in stop:
             raise SampleError("a stop text is empty; leave it out")
         self.stopped = False
+        self.decoded = 0  # characters so far, those held back included
         self._detokenizer = Detokenizer(tokenizer, context)
         self._stop = stop
         self._held = ""  # perhaps the start of a stop text
 
     def add(self, token: int) -> str:
         """The text that became certain with one more token."""
-        self._held += self._detokenizer.add(token)
+        text = self._detokenizer.add(token)
+        self.decoded += len(text)
+        self._held += text
         return self._release(self._possible_stop_length())
 
     def end(self) -> str:

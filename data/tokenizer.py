@@ -24,6 +24,7 @@ from config import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 OTHER_ENDS = ("<|end_of_text|>", "</s>", "<eos>", "[SEP]")  # what others call it: Llama 3, Llama 2, Gemma, BERT
+BEGINNINGS = ("<|begin_of_text|>", "<s>", "<bos>")  # of a text: Llama 3, Llama 2, Gemma
 TOKENIZER_FILE = "tokenizer.json"
 
 # GPT-2's split of text into words, the form that tiktoken runs fastest; bpe:N is trained with the same split.
@@ -88,6 +89,27 @@ class Tokenizer:
         """Whether any ids, decoded with decode_bytes, give the bytes of their text, one id after the other."""
         return self._ranks is not None
 
+    @property
+    def special_ids(self) -> dict[str, int]:
+        """The special tokens and their ids; text that spells one is encoded as plain text all the same."""
+        return dict(self._specials)
+
+    @property
+    def eos_token(self) -> str:
+        """How end-of-text is spelled."""
+        return next(token for token, i in self._specials.items() if i == self.eot)
+
+    @property
+    def bos_token(self) -> str:
+        """How the token that begins a text is spelled, as chat templates name it; "" if there is none."""
+        return next((token for token in BEGINNINGS if token in self._specials), "")
+
+    def encodes_like(self, other: "Tokenizer") -> bool:
+        """Whether both give every text the same ids; files of other spelling may still hold the same tokenizer."""
+        if self._ranks is None or other._ranks is None:
+            return self.fingerprint == other.fingerprint
+        return (self._ranks, self._specials, self._pattern) == (other._ranks, other._specials, other._pattern)
+
     def encode(self, text: str) -> np.ndarray:
         """Ids of the text, uint32 (n,): those of tiktoken's encode_ordinary of the whole, for any length.
 
@@ -140,6 +162,15 @@ class Tokenizer:
         if self._hf is not None:
             return self._hf.decode(ids, skip_special_tokens=True).encode()
         return b"".join(self._bytes_of_id[i] for i in ids)
+
+    def spelling(self, token: int) -> bytes:
+        """The bytes of one token, of a special token too; b"" for an id that stands for nothing.
+
+        Of a tokenizer that is not byte-level from the spelling of the token (a word's mark counts as a space).
+        """
+        if not 0 <= token < self.vocab_size:
+            return b""
+        return self._spelled_specials.get(token) or self._bytes_of_id[token]
 
     def _known(self, ids: Iterable[int]) -> list[int]:
         ids = [int(i) for i in ids]
