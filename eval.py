@@ -25,6 +25,7 @@ import sample
 import scores
 import tasks
 from config import MachineError, UserError, exit_cleanly, load_config
+from data.chat import load_template
 from data.loader import MicroBatch, ValLoader
 from data.shards import open_dataset, open_split
 from data.tokenizer import Tokenizer, load_tokenizer
@@ -117,7 +118,7 @@ def main(argv: list[str]) -> None:
     if task is None or args.data is not None:
         result |= _loss(args, run_dir, model, tokenizer, device)
     if task is not None:
-        result |= _score_task(args, task, model, tokenizer, labels, metrics)
+        result |= _score_task(args, run_dir, task, model, tokenizer, labels, metrics)
     print(json.dumps(result))
 
 
@@ -134,8 +135,8 @@ def _loss(args: argparse.Namespace, run_dir: Path, model: GPT, tokenizer: Tokeni
     return {"data": str(data), **asdict(score)}
 
 
-def _score_task(args: argparse.Namespace, task: tasks.Task, model: GPT, tokenizer: Tokenizer, labels: list[str],
-                metrics: tuple[str, ...]) -> dict:
+def _score_task(args: argparse.Namespace, run_dir: Path, task: tasks.Task, model: GPT, tokenizer: Tokenizer,
+                labels: list[str], metrics: tuple[str, ...]) -> dict:
     """The task's part of the JSON; writes --predictions and --plot, and the confusion table to stderr."""
     task = replace(task, examples=task.examples[:args.limit])
     if task.kind == "multiple choice":
@@ -147,8 +148,9 @@ def _score_task(args: argparse.Namespace, task: tasks.Task, model: GPT, tokenize
             _write_whole("--plot", args.plot, scores.confusion_image(labels, confusion))
     else:
         _note(sample.pack_for_decoding(model))
-        result, rows = tasks.generation(model, tokenizer, task, metrics=metrics, max_new_tokens=args.max_new_tokens,
-                                        stop=tuple(args.stop), batch_size=args.batch_size)
+        result, rows = tasks.generation(model, tokenizer, task, load_template(run_dir), metrics=metrics,
+                                        max_new_tokens=args.max_new_tokens, stop=tuple(args.stop),
+                                        batch_size=args.batch_size)
     if args.predictions is not None:
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         _write_whole("--predictions", args.predictions, lines.encode())
@@ -226,8 +228,9 @@ def _check_task_options(args: argparse.Namespace, task: tasks.Task | None) -> No
         if path is not None and not path.parent.is_dir():
             raise UserError(f"{option} {str(path)!r} lies in a folder that does not exist; make {str(path.parent)!r} "
                             "first")
-        if path is not None and path.is_dir():
-            raise UserError(f"{option} {str(path)!r} is a folder; name a file")
+        if path is not None and (path.is_dir() or path.resolve() == task.path.resolve()):
+            raise UserError(f"{option} {str(path)!r} is {'a folder' if path.is_dir() else 'the task itself'}; name "
+                            "another file")
 
 
 def _shard_batches(data: Path, model: GPT, tokenizer: Tokenizer, batch_size: int, device: torch.device,

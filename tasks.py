@@ -20,7 +20,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +31,7 @@ import kernels
 import sample
 import scores
 from config import UserError
+from data.chat import ChatError, encode_chat
 from data.tokenizer import Tokenizer, replace_surrogates
 from model import GPT, KVCache
 
@@ -274,7 +275,8 @@ def _score_batch(model: GPT, contexts: list[tuple[int, ...]], continuations: lis
                  batch_size: int) -> dict[Request, float]:
     """-ln p of each continuation of each context. The contexts pass through the model once, into a cache; rows of it
     are copied for the continuations, which pass without their last tokens."""
-    last, cache = _prefill(model, contexts)
+    hidden, cache = sample.prefill(model, [list(context) for context in contexts], new_tokens=0)
+    last = hidden[:, -1]  # (Q, C)
     pairs = sorted(((q, continuation) for q, several in enumerate(continuations) for continuation in several),
                    key=lambda pair: len(pair[1]))
     nats = {}
@@ -295,19 +297,6 @@ def _score_batch(model: GPT, contexts: list[tuple[int, ...]], continuations: lis
         for (q, continuation), loss in zip(part, losses.cpu().double().split(lengths), strict=True):
             nats[contexts[q], continuation] = loss.sum().item()
     return nats
-
-
-def _prefill(model: GPT, contexts: list[tuple[int, ...]]) -> tuple[Tensor, KVCache]:
-    """The hidden state behind each context (Q, C), and the cache that holds them, right-aligned behind padding."""
-    device = model.wte.weight.device
-    T = max(map(len, contexts))
-    padding = [T - len(context) for context in contexts]
-    tokens = torch.tensor([[0] * pad + list(context) for pad, context in zip(padding, contexts, strict=True)],
-                          device=device)
-    dtype = torch.float32 if device.type == "cpu" else model.compute_dtype  # as sample.py does, and why
-    cache = KVCache(model.config, batch=len(contexts), dtype=dtype, device=device, slots=T,
-                    padding=torch.tensor(padding, device=device) if any(padding) else None)
-    return model.hidden(tokens, cache=cache)[:, -1], cache
 
 
 def _copy_rows(model: GPT, cache: KVCache, rows: Tensor, more_slots: int) -> KVCache:
@@ -438,32 +427,48 @@ def encode_labels(tokenizer: Tokenizer, labels: list[str], vocab_size: int) -> t
 # ----------------------------------------------------------------------------------------------------------------------
 # Generation
 
-def generation(model: GPT, tokenizer: Tokenizer, task: Task, *, metrics: tuple[str, ...], max_new_tokens: int,
-               stop: tuple[str, ...], batch_size: int) -> tuple[dict, list[dict]]:
-    """The scores of the greedy continuations of the prompts, and of each example the prediction.
+def generation(model: GPT, tokenizer: Tokenizer, task: Task, template: str | None, *, metrics: tuple[str, ...],
+               max_new_tokens: int, stop: tuple[str, ...], batch_size: int) -> tuple[dict, list[dict]]:
+    """The scores of the greedy continuations of the prompts, and of each example the prediction. template: the run's,
+    for a chat.
 
-    A continuation ends with end-of-text, before a stop text, or unfinished: at max_new_tokens or where the context is
-    full, since a model that no longer sees its prompt answers nothing.
+    A continuation ends with end-of-text (an answer in a chat with any special token, since templates end turns with
+    their own), before a stop text, or unfinished: at max_new_tokens, or where the context is full, since a model that
+    no longer sees its prompt answers nothing.
     """
-    contexts = []
-    for example in task.examples:
-        contexts.append(sample.encode_prompt(tokenizer, example.prompt, model.config.vocab_size))
-        if len(contexts[-1]) > model.config.max_seq_len:
-            raise task.wrong(example.line, f"the prompt has {len(contexts[-1]):,} tokens, more than the context of "
+    prompts = _prompts(tokenizer, task, template, model.config.vocab_size)
+    for example, prompt in zip(task.examples, prompts, strict=True):
+        if len(prompt) > model.config.max_seq_len:
+            raise task.wrong(example.line, f"the prompt has {len(prompt):,} tokens, more than the context of "
                                            f"{model.config.max_seq_len:,}; shorten it or remove the line")
-    texts, finished = continue_greedily(model, tokenizer, contexts, max_new_tokens=max_new_tokens, stop=stop,
+    ends = {tokenizer.eot, *(tokenizer.special_ids.values() if task.kind == "chat" else ())}
+    texts, finished = continue_greedily(model, tokenizer, prompts, ends=ends, max_new_tokens=max_new_tokens, stop=stop,
                                         batch_size=batch_size)
-    references = [example.references for example in task.examples]
-    result, each = scores.text_scores(texts, references, metrics)
-    rows = [{"line": example.line, "prompt": example.prompt, "references": list(example.references),
-             "prediction": text, "finished": is_finished, **score}
+    result, each = scores.text_scores(texts, [example.references for example in task.examples], metrics)
+    rows = [{**asdict(example), "prediction": text, "finished": is_finished, **score}
             for example, text, is_finished, score in zip(task.examples, texts, finished, each, strict=True)]
     return result | {"unfinished": finished.count(False)}, rows
 
 
-def continue_greedily(model: GPT, tokenizer: Tokenizer, contexts: list[list[int]], *, max_new_tokens: int,
-                      stop: tuple[str, ...], batch_size: int) -> tuple[list[str], list[bool]]:
-    """The text that follows each context, and whether it came to its end."""
+def _prompts(tokenizer: Tokenizer, task: Task, template: str | None, vocab_size: int) -> list[list[int]]:
+    if task.kind == "generation":
+        return [sample.encode_prompt(tokenizer, example.prompt, vocab_size) for example in task.examples]
+    if template is None:
+        raise TaskError(f"task {str(task.path)!r} holds messages, but the run has no chat template: it was not trained "
+                        "on chats; give the task as lines of prompt, reference")
+    prompts = []
+    for example in task.examples:
+        try:
+            prompts.append(encode_chat(tokenizer, template, list(example.messages)).tolist())
+        except ChatError as error:
+            raise task.wrong(example.line, str(error)) from None
+    return prompts
+
+
+def continue_greedily(model: GPT, tokenizer: Tokenizer, contexts: list[list[int]], *, ends: set[int],
+                      max_new_tokens: int, stop: tuple[str, ...],
+                      batch_size: int) -> tuple[list[str], list[bool]]:
+    """The text that follows each context up to one of the tokens that end it, and whether it came to its end."""
     texts, finished = [""] * len(contexts), [False] * len(contexts)
     order = sorted(range(len(contexts)), key=lambda i: len(contexts[i]), reverse=True)  # alike beside alike
     with _progress("generating", len(contexts), unit="prompt") as advance:
@@ -477,7 +482,7 @@ def continue_greedily(model: GPT, tokenizer: Tokenizer, contexts: list[list[int]
                 for i, token in zip(batch, tokens, strict=True):
                     if i not in streams:
                         continue
-                    is_end = token == tokenizer.eot
+                    is_end = token in ends
                     texts[i] += "" if is_end else streams[i].add(token)
                     if is_end or count == room[i]:
                         texts[i] += streams[i].end()

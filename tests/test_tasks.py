@@ -11,9 +11,10 @@ import torch
 
 import tasks
 from config import ModelConfig
+from data.chat import DEFAULT_TEMPLATE
 from data.tokenizer import load_tokenizer, train_bpe
 from model import GPT
-from tasks import Answer, Choice, Labelled, Task, TaskError, read_task
+from tasks import Answer, Chat, Choice, Labelled, Task, TaskError, read_task
 
 BYTES = load_tokenizer("bytes")
 EOT = BYTES.eot
@@ -291,9 +292,10 @@ def test_labels_that_the_tokenizer_cannot_tell_apart_are_refused():
 # Generation
 
 @torch.no_grad()
-def greedy(model: GPT, prompt: str, tokens: int) -> tuple[bytes, bool]:
+def greedy(model: GPT, prompt: str | list[int], tokens: int) -> tuple[bytes, bool]:
     """The bytes up to end-of-text of at most so many tokens, each the likeliest by a plain forward pass."""
-    ids, start = list(prompt.encode()) or [EOT], len(prompt.encode()) or 1
+    ids = list(prompt.encode() if isinstance(prompt, str) else prompt) or [EOT]
+    start = len(ids)
     while len(ids) - start < tokens and len(ids) <= model.config.max_seq_len:
         ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
         if ids[-1] == EOT:
@@ -308,7 +310,7 @@ PROMPTS = ["", "a", "what?", "0123456789" * 3, "ab cd", "é" * 5, "x" * 31, "zzz
 def test_an_answer_is_the_greedy_continuation_to_end_of_text_or_to_the_end_of_the_context(batch_size):
     model = talkative_model()
     examples = [Answer(i + 1, prompt, ("ab",)) for i, prompt in enumerate(PROMPTS)]
-    result, rows = tasks.generation(model, BYTES, Task(Path("f"), examples), metrics=("exact_match",),
+    result, rows = tasks.generation(model, BYTES, Task(Path("f"), examples), None, metrics=("exact_match",),
                                     max_new_tokens=12, stop=(), batch_size=batch_size)
     expected = [greedy(model, prompt, 12) for prompt in PROMPTS]
     assert [(row["prediction"], row["finished"]) for row in rows] == [
@@ -322,7 +324,8 @@ def test_a_stop_text_ends_an_answer_and_is_no_part_of_it():
     text = greedy(model, "abc", 12)[0]
     stop = next(chr(byte) for byte in text[1:] if byte < 128)
     task = Task(Path("f"), [Answer(1, "abc", ("x",))])
-    _, [row] = tasks.generation(model, BYTES, task, metrics=("f1",), max_new_tokens=12, stop=(stop,), batch_size=1)
+    _, [row] = tasks.generation(model, BYTES, task, None, metrics=("f1",), max_new_tokens=12, stop=(stop,),
+                                batch_size=1)
     assert row["finished"] and row["prediction"] == text[:text.index(stop.encode())].decode(errors="replace")
 
 
@@ -331,7 +334,7 @@ def test_the_scores_are_those_of_the_answers():
     text = next(text for text in (greedy(model, prompt, 12)[0].decode(errors="replace") for prompt in PROMPTS)
                 if any(map(str.isalnum, text)))
     examples = [Answer(i + 1, prompt, (text, "zz")) for i, prompt in enumerate(PROMPTS)]
-    result, rows = tasks.generation(model, BYTES, Task(Path("f"), examples), metrics=("exact_match",),
+    result, rows = tasks.generation(model, BYTES, Task(Path("f"), examples), None, metrics=("exact_match",),
                                     max_new_tokens=12, stop=(), batch_size=4)
     hits = [row["prediction"] == text for row in rows]
     assert result["exact_match"] == pytest.approx(np.mean(hits)) and any(hits)
@@ -341,8 +344,50 @@ def test_the_scores_are_those_of_the_answers():
 def test_a_prompt_longer_than_the_context_is_refused_with_its_line():
     examples = [Answer(1, "x" * 32, ("a",)), Answer(9, "x" * 33, ("a",))]
     with pytest.raises(TaskError, match="task 'f' line 9: the prompt has 33 tokens, more than the context of 32"):
-        tasks.generation(make_model(), BYTES, Task(Path("f"), examples), metrics=("f1",), max_new_tokens=5, stop=(),
-                         batch_size=1)
+        tasks.generation(make_model(), BYTES, Task(Path("f"), examples), None, metrics=("f1",), max_new_tokens=5,
+                         stop=(), batch_size=1)
+
+
+def chat(*contents: str) -> Chat:
+    """Turns of user and assistant, the last one the user's; the answer sought is 'yes'."""
+    messages = tuple({"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents))
+    return Chat(5, messages, ("yes",))
+
+
+def test_a_chat_is_answered_behind_what_the_template_makes_of_it():
+    model = talkative_model(max_seq_len=64)
+    examples = [chat("hi"), chat("a", "b", "c <|endoftext|>")]  # what users write is text, whatever it spells
+    expected = [greedy(model, "User:\nhi\n\nAssistant:\n", 9)]
+    [head, tail] = ["User:\na\n\nAssistant:\nb", "\n\nUser:\nc <|endoftext|>\n\nAssistant:\n"]
+    expected.append(greedy(model, [*head.encode(), EOT, *tail.encode()], 9))
+    _, rows = tasks.generation(model, BYTES, Task(Path("f"), examples), DEFAULT_TEMPLATE, metrics=("f1",),
+                               max_new_tokens=9, stop=(), batch_size=2)
+    assert [row["prediction"] for row in rows] == [text.decode(errors="replace") for text, _ in expected]
+    assert [row["finished"] for row in rows] == [finished for _, finished in expected]
+    assert rows[0]["messages"] == examples[0].messages
+
+
+def test_an_answer_in_a_chat_ends_with_any_special_token():
+    model = talkative_model()
+    text = greedy(model, "abc", 9)[0]
+    end = next(byte for byte in text if text.index(byte) > 0)
+    class Tokenizer:  # the bytes' with one more special token, as of a chat model that ends its turns with its own
+        def __getattr__(self, name: str):
+            return getattr(BYTES, name)
+        special_ids = BYTES.special_ids | {"<|end|>": end}
+    task = Task(Path("f"), [chat("abc")])
+    _, [row] = tasks.generation(model, Tokenizer(), task, "{{ messages[0].content }}", metrics=("f1",),
+                                max_new_tokens=9, stop=(), batch_size=1)
+    assert row["finished"] and row["prediction"] == text[:text.index(end)].decode(errors="replace")
+
+
+def test_a_chat_that_the_template_refuses_or_a_run_without_one_is_an_error():
+    model, bad = talkative_model(), Chat(3, ({"role": "robot", "content": "beep"},), ("yes",))
+    arguments = dict(metrics=("f1",), max_new_tokens=9, stop=(), batch_size=2)
+    with pytest.raises(TaskError, match="task 'f' line 3: .*robot"):
+        tasks.generation(model, BYTES, Task(Path("f"), [chat("a"), bad]), DEFAULT_TEMPLATE, **arguments)
+    with pytest.raises(TaskError, match="task 'f' holds messages, but the run has no chat template"):
+        tasks.generation(model, BYTES, Task(Path("f"), [bad]), None, **arguments)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -360,7 +405,9 @@ def test_the_kind_is_seen_from_the_fields(tmp_path):
             ('{"text": "t", "label": 3, "id": 7}', "classification", Labelled(1, "t", "3")),
             ('{"prompt": "", "reference": "r"}', "generation", Answer(1, "", ("r",))),
             ('{"prompt": "p", "reference": ["r", "s"]}', "generation", Answer(1, "p", ("r", "s"))),
-            ('{"prompt": "p", "response": " r"}', "generation", Answer(1, "p", (" r",)))):
+            ('{"prompt": "p", "response": " r"}', "generation", Answer(1, "p", (" r",))),
+            ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}', "chat",
+             Chat(1, ({"role": "user", "content": "a"},), ("b",)))):
         task = read_task(write(tmp_path, line))
         assert (task.kind, task.examples) == (kind, [example])
 
