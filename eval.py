@@ -108,6 +108,8 @@ def main(argv: list[str]) -> None:
     args = _parse(argv)
     task = None if args.task is None else tasks.read_task(Path(args.task))
     _check_task_options(args, task)
+    if task is not None:
+        _check_output_files(args, task)
     metrics = scores.choose_metrics(args.metrics, _note) if task is not None and task.is_generation else ()
     labels = tasks.choose_labels(task, args.labels) if task is not None and task.kind == "classification" else []
     device = sample.choose_device(args.device)
@@ -207,7 +209,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _check_task_options(args: argparse.Namespace, task: tasks.Task | None) -> None:
-    """Raise UserError for an option that has no meaning here, or a file that could not be written; fill defaults in."""
+    """Raise UserError for an option that has no meaning here; fill defaults in."""
     kinds = {"limit": "any kind", "predictions": "any kind", "labels": "classification", "plot": "classification",
              "max_new_tokens": "generation", "stop": "generation", "metrics": "generation"}
     for name, kind in kinds.items():
@@ -219,6 +221,10 @@ def _check_task_options(args: argparse.Namespace, task: tasks.Task | None) -> No
         if kind != "any kind" and kind != ("generation" if task.is_generation else task.kind):
             raise UserError(f"{option} is for {kind}, and {args.task!r} is {task.kind}; leave it out")
     args.stop, args.max_new_tokens = args.stop or [], args.max_new_tokens or 256
+
+
+def _check_output_files(args: argparse.Namespace, task: tasks.Task) -> None:
+    """Raise UserError for a file that could not be written after the work, or should not."""
     if args.plot is not None:
         if args.plot.suffix != ".png":
             raise UserError(f"--plot {str(args.plot)!r} should end in .png")
@@ -228,9 +234,10 @@ def _check_task_options(args: argparse.Namespace, task: tasks.Task | None) -> No
         if path is not None and not path.parent.is_dir():
             raise UserError(f"{option} {str(path)!r} lies in a folder that does not exist; make {str(path.parent)!r} "
                             "first")
-        if path is not None and (path.is_dir() or path.resolve() == task.path.resolve()):
-            raise UserError(f"{option} {str(path)!r} is {'a folder' if path.is_dir() else 'the task itself'}; name "
-                            "another file")
+        if path is not None and path.exists() and not path.is_file():  # os.replace would put a file for a device
+            raise UserError(f"{option} {str(path)!r} is no regular file; name another")
+        if path is not None and path.resolve() == task.path.resolve():
+            raise UserError(f"{option} {str(path)!r} is the task itself; name another file")
 
 
 def _shard_batches(data: Path, model: GPT, tokenizer: Tokenizer, batch_size: int, device: torch.device,

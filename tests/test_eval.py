@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -197,6 +198,8 @@ def test_data_and_a_task_share_one_json_object(settings, capsys):  # noqa: F811
     (["--task", "labels.jsonl", "--plot", "no/m.png"], "folder that does not exist; make 'no' first"),
     (["--task", "answers.jsonl", "--predictions", "no/p.jsonl"], "folder that does not exist; make 'no' first"),
     (["--task", "answers.jsonl", "--predictions", "answers.jsonl"], "is the task itself"),
+    (["--task", "answers.jsonl", "--predictions", "pipe"], "--predictions 'pipe' is no regular file"),
+    (["--task", "answers.jsonl", "--predictions", "scored"], "--predictions 'scored' is no regular file"),
     (["--task", "answers.jsonl", "--metrics", "f2"], "names 'f2'; there are exact_match"),
     (["--task", "long.jsonl", "--predictions", "p.jsonl"], "task 'long.jsonl' line 1: the prompt has 17 tokens, more"),
     (["--task", "chats.jsonl", "--predictions", "p.jsonl"], "holds messages, but the run has no chat template"),
@@ -206,6 +209,7 @@ def test_mistakes_with_tasks_are_one_line_and_write_nothing(settings, words, mes
     for name, rows in (("choices", CHOICES), ("labels", LABELLED), ("answers", ANSWERED), ("chats", CHATS),
                        ("long", [{"prompt": "x" * 17, "reference": "y"}])):
         write_task(f"{name}.jsonl", *rows)
+    os.mkfifo("pipe")
     Path("bad.jsonl").write_text('{"text": "a", "label": "b"}\n{"text": "a", "label": \n')
     before = {path: path.stat().st_mtime_ns for path in Path().rglob("*")}
     with pytest.raises(UserError, match=message) as caught:
