@@ -426,7 +426,7 @@ GOOD = '{"query": "q", "choices": ["a", "b"], "gold": 1}'
 
 @pytest.mark.parametrize("line, message", [
     ('{"text": "a", "label": "b"', "is not JSON"),
-    ("[" * 100_000, "is not JSON"),
+    pytest.param("[" * 100_000, "is not JSON", id="nested too deeply"),
     (b'{"text": "\xff"}', "is not UTF-8 at byte 10"),
     ('["a"]', r'holds \["a"\], not an object'),
     ('{"question": "a", "id": 1}', "has the fields question, id; an example has query, choices, gold, or"),
