@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 
 import config as configuration
 import eval as evaluation
-from config import UserError
+from config import MachineError, UserError
 from data.loader import MicroBatch
 from data.tokenizer import load_tokenizer
 from model import GPT
@@ -125,3 +126,105 @@ def test_mistakes_are_one_line(settings, words, message):  # noqa: F811
         run(settings, "unused", "train.max_steps=1", "data.tokenizer=bpe:257", "data.dir=other")
     with pytest.raises(UserError, match=message):
         evaluation.main(words)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tasks on the command line
+
+def write_task(name: str, *rows: dict) -> None:
+    Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+CHOICES = [{"query": "the cat", "choices": ["sat", "mat", "zzz"], "gold": i % 3} for i in range(4)]
+LABELLED = [{"text": "the cat", "label": label} for label in ("sat", "on", "sat")]
+ANSWERED = [{"prompt": "the", "reference": ["cat", "mat"]}, {"prompt": "a", "reference": "mat"}]
+CHATS = [{"messages": [{"role": "user", "content": "the"}, {"role": "assistant", "content": "cat"}]}]
+
+
+@pytest.mark.parametrize("rows, words, expected", [
+    (CHOICES, ["--limit", "3"], {"kind": "multiple choice", "examples": 3, "acc": 1 / 3, "truncated": 0}),
+    (LABELLED, ["--labels", "zzz,sat,on"], {"kind": "classification", "examples": 3, "labels": ["zzz", "sat", "on"]}),
+    (ANSWERED, ["--max-new-tokens", "4", "--stop", " ", "--metrics", "f1,rouge_l"],
+     {"kind": "generation", "examples": 2}),
+    (CHATS, ["--metrics", "f1"], {"kind": "chat", "examples": 1}),
+], ids=["multiple-choice", "classification", "generation", "chat"])
+def test_a_task_is_scored_into_json_and_its_predictions_into_a_file(settings, capsys, rows, words, expected):  # noqa: F811
+    run_dir = run(settings, "scored", "train.max_steps=1")
+    (run_dir / "chat_template.jinja").write_text("{{ messages[0].content }}: ")
+    write_task("task.jsonl", *rows)
+    capsys.readouterr()
+    evaluation.main(["scored", "--task", "task.jsonl", "--predictions", "made.jsonl", *words])
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["run"] == "scored" and printed["task"] == "task.jsonl" and "loss" not in printed
+    assert {name: printed[name] for name in expected} == expected
+    made = [json.loads(line) for line in Path("made.jsonl").read_text().splitlines()]
+    assert [row["line"] for row in made] == list(range(1, printed["examples"] + 1))
+    if "--metrics" in words:
+        assert not printed.keys() & {"bleu", "chrf", "exact_match"}
+        assert printed["f1"] == pytest.approx(sum(row["f1"] for row in made) / len(made))
+    assert sorted(path.name for path in Path().glob("*made*")) == ["made.jsonl"]
+
+
+def test_a_classification_shows_its_table_on_stderr_and_its_image_in_a_file(settings, capsys):  # noqa: F811
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: --plot stays unchecked")
+    run(settings, "scored", "train.max_steps=1")
+    write_task("task.jsonl", *LABELLED)
+    capsys.readouterr()
+    evaluation.main(["scored", "--task", "task.jsonl", "--plot", "matrix.png"])
+    out, err = capsys.readouterr()
+    assert json.loads(out)["labels"] == ["on", "sat"]  # of the file, sorted
+    assert "true \\ predicted  on  sat  precision  recall     f1" in err
+    assert Path("matrix.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_data_and_a_task_share_one_json_object(settings, capsys):  # noqa: F811
+    run(settings, "scored", "train.max_steps=1")
+    write_task("task.jsonl", *CHOICES)
+    capsys.readouterr()
+    evaluation.main(["scored", "--task", "task.jsonl", "--data", "text.txt"])
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["data"] == "text.txt" and printed["loss"] > 0 and printed["examples"] == 4
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--task", "missing.jsonl"], "task 'missing.jsonl' does not exist"),
+    (["--task", "bad.jsonl"], "task 'bad.jsonl' line 2: is not JSON"),
+    (["--limit", "3"], "--limit is for a task of any kind; name one with --task"),
+    (["--task", "choices.jsonl", "--limit", "0"], "--limit 0 should be at least 1"),
+    (["--task", "choices.jsonl", "--labels", "a,b"], "--labels is for classification, and 'choices.jsonl' is multiple"),
+    (["--task", "labels.jsonl", "--metrics", "f1"], "--metrics is for generation, and 'labels.jsonl' is class"),
+    (["--task", "labels.jsonl", "--labels", "sat,mat"], "line 2: label \"on\" is not in --labels sat,mat"),
+    (["--task", "labels.jsonl", "--plot", "m.svg"], "--plot 'm.svg' should end in .png"),
+    (["--task", "labels.jsonl", "--plot", "no/m.png"], "folder that does not exist; make 'no' first"),
+    (["--task", "answers.jsonl", "--predictions", "no/p.jsonl"], "folder that does not exist; make 'no' first"),
+    (["--task", "answers.jsonl", "--predictions", "answers.jsonl"], "is the task itself"),
+    (["--task", "answers.jsonl", "--predictions", "pipe"], "--predictions 'pipe' is no regular file"),
+    (["--task", "answers.jsonl", "--predictions", "scored"], "--predictions 'scored' is no regular file"),
+    (["--task", "answers.jsonl", "--metrics", "f2"], "names 'f2'; there are exact_match"),
+    (["--task", "long.jsonl", "--predictions", "p.jsonl"], "task 'long.jsonl' line 1: the prompt has 17 tokens, more"),
+    (["--task", "chats.jsonl", "--predictions", "p.jsonl"], "holds messages, but the run has no chat template"),
+])
+def test_mistakes_with_tasks_are_one_line_and_write_nothing(settings, words, message):  # noqa: F811
+    run(settings, "scored", "train.max_steps=1")
+    for name, rows in (("choices", CHOICES), ("labels", LABELLED), ("answers", ANSWERED), ("chats", CHATS),
+                       ("long", [{"prompt": "x" * 17, "reference": "y"}])):
+        write_task(f"{name}.jsonl", *rows)
+    os.mkfifo("pipe")
+    Path("bad.jsonl").write_text('{"text": "a", "label": "b"}\n{"text": "a", "label": \n')
+    before = {path: path.stat().st_mtime_ns for path in Path().rglob("*")}
+    with pytest.raises(UserError, match=message) as caught:
+        evaluation.main(["scored", *words])
+    assert "\n" not in str(caught.value)
+    assert {path: path.stat().st_mtime_ns for path in Path().rglob("*")} == before
+
+
+def test_predictions_that_cannot_be_written_leave_the_old_file_as_it_was(settings, monkeypatch):  # noqa: F811
+    run(settings, "scored", "train.max_steps=1")
+    write_task("task.jsonl", *CHOICES)
+    Path("made.jsonl").write_text("old")
+    def full(*paths: object) -> None:
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(evaluation.os, "fsync", full)
+    with pytest.raises(MachineError, match="--predictions 'made.jsonl' cannot be written: No space left on device"):
+        evaluation.main(["scored", "--task", "task.jsonl", "--predictions", "made.jsonl"])
+    assert Path("made.jsonl").read_text() == "old" and list(Path().glob(".made*")) == []

@@ -1,0 +1,503 @@
+"""Tasks with right answers: JSONL examples -> requests to the model -> scores and predictions. eval.py calls it.
+
+Multiple choice and classification compare log-likelihoods of continuations; multiple choice is defined as in
+lm-evaluation-harness (github.com/EleutherAI/lm-evaluation-harness: api/task.py, api/model.py, models/huggingface.py,
+tasks/hellaswag), so that its numbers can be compared. Generation is greedy. A line's fields tell its kind:
+
+    {"query", "choices", "gold"}                      multiple choice; gold is the index of the right one
+    {"ctx", "endings", "label"}                       the same in HellaSwag's words (arXiv:1905.07830), as llm.c reads
+    {"activity_label", "ctx_a", "ctx_b", ...}         it; with all of HellaSwag's fields cleaned as the harness does
+    {"text", "label"}                                 classification
+    {"prompt", "reference"}, {"prompt", "response"}   generation; a reference may be a list of right answers
+    {"messages"}                                      generation of the last message, the assistant's, from the others
+
+Dims: Q contexts of a batch, R continuations computed together, T tokens, C width.
+"""
+
+import functools
+import json
+import math
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import kernels
+import sample
+import scores
+from config import UserError
+from data.chat import ChatError, encode_chat
+from data.tokenizer import Tokenizer, replace_surrogates
+from model import GPT, KVCache
+
+IGNORED = -100  # a target that is not scored
+GREEDY = sample.Sampling(temperature=0.0)
+
+
+class TaskError(UserError):
+    """A task's file or line that cannot be read, or fits neither the other lines nor the model."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading
+
+@dataclass(frozen=True)
+class Choice:
+    line: int
+    query: str
+    choices: tuple[str, ...]
+    gold: int
+
+
+@dataclass(frozen=True)
+class Labelled:
+    line: int
+    text: str
+    label: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    line: int
+    prompt: str
+    references: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Chat:
+    line: int
+    messages: tuple[dict, ...]  # those before the answer
+    references: tuple[str, ...]
+
+
+KINDS = {Choice: "multiple choice", Labelled: "classification", Answer: "generation", Chat: "chat"}
+Example = Choice | Labelled | Answer | Chat
+WrongLine = Callable[[str], TaskError]
+
+
+@dataclass(frozen=True)
+class Task:
+    path: Path
+    examples: list[Choice] | list[Labelled] | list[Answer] | list[Chat]
+
+    @property
+    def kind(self) -> str:
+        return KINDS[type(self.examples[0])]
+
+    @property
+    def is_generation(self) -> bool:
+        return self.kind in ("generation", "chat")
+
+    def wrong(self, line: int, text: str) -> TaskError:
+        return TaskError(f"task {str(self.path)!r} line {line}: {text}")
+
+
+def read_task(path: Path) -> Task:
+    """The examples of a JSONL file, all of one kind; blank lines are passed over. Raises TaskError."""
+    task = Task(path, [])
+    for line, text in _lines(path):
+        wrong = functools.partial(task.wrong, line)
+        example = _example(_row(text, wrong), line, wrong)
+        if task.examples and type(example) is not type(task.examples[0]):
+            raise wrong(f"is {KINDS[type(example)]}, the lines before it {task.kind}; a file holds one kind")
+        task.examples.append(example)
+    if not task.examples:
+        raise TaskError(f"task {str(path)!r} holds no examples; name a JSONL file with one per line")
+    return task
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+                if line.strip():
+                    yield number, line
+    except FileNotFoundError:
+        raise TaskError(f"task {str(path)!r} does not exist; name a JSONL file") from None
+    except OSError as error:
+        raise TaskError(f"task {str(path)!r} cannot be read: {error.strerror}; name a JSONL file") from None
+
+
+def _row(line: bytes, wrong: WrongLine) -> dict:
+    try:
+        row = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise wrong(f"is not UTF-8 at byte {error.start}; convert the file first") from None
+    except (ValueError, RecursionError) as error:
+        raise wrong(f"is not JSON: {error}") from None
+    if not isinstance(row, dict):
+        raise wrong(f"holds {_shown(row)}, not an object with fields")
+    return row
+
+
+def _example(row: dict, line: int, wrong: WrongLine) -> Example:
+    if {"query", "choices", "gold"} <= row.keys():
+        choices = tuple(_texts(row, "choices", wrong))
+        return Choice(line, _text(row, "query", wrong), choices, _index(row, "gold", choices, wrong))
+    if {"ctx", "endings", "label"} <= row.keys():
+        return _hellaswag(row, line, wrong)
+    if {"text", "label"} <= row.keys():
+        label = row["label"]
+        is_number = isinstance(label, int) and not isinstance(label, bool)
+        label = str(label) if is_number else _text(row, "label", wrong, may_be_empty=False)
+        return Labelled(line, _text(row, "text", wrong), label)
+    if "prompt" in row and ("reference" in row or "response" in row):
+        return Answer(line, _text(row, "prompt", wrong), _references(row, wrong))
+    if "messages" in row:
+        return _chat(row, line, wrong)
+    raise wrong(f"has the fields {', '.join(row) or '(none)'}; an example has query, choices, gold, or ctx, endings, "
+                "label, or text, label, or prompt, reference, or messages")
+
+
+def _hellaswag(row: dict, line: int, wrong: WrongLine) -> Choice:
+    query, endings = _text(row, "ctx", wrong), tuple(_texts(row, "endings", wrong))
+    gold = _index(row, "label", endings, wrong)
+    if {"activity_label", "ctx_a", "ctx_b"} <= row.keys():
+        activity, start, end = (_text(row, name, wrong) for name in ("activity_label", "ctx_a", "ctx_b"))
+        query = without_brackets(f"{activity}: {start} {end.capitalize()}")
+        endings = tuple(map(without_brackets, endings))
+        if "" in endings:
+            raise wrong(f"endings[{endings.index('')}] is empty without its brackets; remove the line")
+    return Choice(line, query, endings, gold)
+
+
+def without_brackets(text: str) -> str:
+    """HellaSwag's WikiHow half holds [title], [header], [step]: removed as the harness does, to the same characters."""
+    text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
+    return text.replace("  ", " ")
+
+
+def _chat(row: dict, line: int, wrong: WrongLine) -> Chat:
+    messages = row["messages"]
+    if not isinstance(messages, list) or len(messages) < 2:
+        raise wrong(f"messages = {_shown(messages)} should be a list of at least two, the last one the answer")
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise wrong(f"messages[{number}] = {_shown(message)} should have a role and content")
+        for name in ("role", "content"):
+            _text(message, name, wrong, name=f"messages[{number}].{name}", may_be_empty=name == "content")
+    if messages[-1]["role"] != "assistant":
+        raise wrong(f"the last message is of the role {messages[-1]['role']!r}, not assistant: there is no answer to "
+                    "compare with")
+    answer = _text(messages[-1], "content", wrong, name="the last message's content", may_be_empty=False)
+    return Chat(line, tuple(messages[:-1]), (answer,))
+
+
+def _references(row: dict, wrong: WrongLine) -> tuple[str, ...]:
+    name = "reference" if "reference" in row else "response"
+    if isinstance(row[name], list):
+        return tuple(_texts(row, name, wrong, at_least=1))
+    return (_text(row, name, wrong, may_be_empty=False),)
+
+
+def _text(row: dict, field: str, wrong: WrongLine, *, name: str | None = None, may_be_empty: bool = True) -> str:
+    name, value = name or field, row[field]
+    if not isinstance(value, str):
+        raise wrong(f"{name} = {_shown(value)} should be a text")
+    if not may_be_empty and not value.strip():
+        raise wrong(f"{name} is empty; fill it in or remove the line")
+    return replace_surrogates(value)  # JSON may spell lone ones, which no file can hold
+
+
+def _texts(row: dict, field: str, wrong: WrongLine, *, at_least: int = 2) -> list[str]:
+    values = row[field]
+    if not isinstance(values, list) or len(values) < at_least:
+        raise wrong(f"{field} = {_shown(values)} should be a list of at least {at_least} text{'s' * (at_least > 1)}")
+    return [_text({field: value}, field, wrong, name=f"{field}[{i}]", may_be_empty=False)
+            for i, value in enumerate(values)]
+
+
+def _index(row: dict, field: str, choices: tuple[str, ...], wrong: WrongLine) -> int:
+    value = row[field]
+    if isinstance(value, str) and re.fullmatch("[0-9]{1,9}", value):  # HellaSwag on the Hugging Face hub has texts
+        value = int(value)
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < len(choices):
+        raise wrong(f"{field} = {_shown(row[field])} should be the index of the right choice, 0 to {len(choices) - 1}")
+    return value
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=True)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Log-likelihoods
+
+Request = tuple[tuple[int, ...], tuple[int, ...]]  # ids of a context, at least one, and of what continues it, the same
+
+
+def log_likelihoods(model: GPT, requests: list[Request], *, batch_size: int) -> list[float]:
+    """ln p(continuation | context) of each request, in nats. Raises TaskError if one is not finite.
+
+    A context and a continuation after it have at most max_seq_len + 1 tokens. A context is computed once for all that
+    continues it, batch_size contexts and then as many continuations at a time; equal requests get equal numbers.
+    """
+    continuations: dict[tuple[int, ...], set[tuple[int, ...]]] = {}
+    for context, continuation in requests:
+        continuations.setdefault(context, set()).add(continuation)
+    nats: dict[Request, float] = {}
+    with _progress("scoring", len(continuations), unit="context") as advance:
+        for contexts in _batches(continuations, batch_size, model.config.max_seq_len):
+            nats |= _score_batch(model, contexts, [sorted(continuations[c]) for c in contexts], batch_size)
+            advance(len(contexts))
+    if not all(map(math.isfinite, nats.values())):
+        raise TaskError("the model's log-likelihoods are not finite; try --dtype float32, or an earlier checkpoint")
+    return [-nats[request] for request in requests]
+
+
+def _batches(continuations: dict[tuple[int, ...], set[tuple[int, ...]]], batch_size: int,
+             max_seq_len: int) -> Iterator[list[tuple[int, ...]]]:
+    """Contexts in batches of about one length, the longest first: what does not fit into memory fails at once.
+
+    The cache has as many slots as the longest context and the longest continuation of the batch need together.
+    """
+    batch: list[tuple[int, ...]] = []
+    longest = 0  # tokens that a continuation of the batch adds to the cache
+    for context in sorted(continuations, key=len, reverse=True):
+        added = max(map(len, continuations[context])) - 1
+        if batch and (len(batch) == batch_size or len(batch[0]) + max(longest, added) > max_seq_len):
+            yield batch
+            batch, longest = [], 0
+        batch.append(context)
+        longest = max(longest, added)
+    yield batch
+
+
+@torch.inference_mode()
+def _score_batch(model: GPT, contexts: list[tuple[int, ...]], continuations: list[list[tuple[int, ...]]],
+                 batch_size: int) -> dict[Request, float]:
+    """-ln p of each continuation of each context. The contexts pass through the model once, into a cache; rows of it
+    are copied for the continuations, which pass without their last tokens."""
+    hidden, cache = sample.prefill(model, [list(context) for context in contexts], new_tokens=0)
+    last = hidden[:, -1]  # (Q, C)
+    pairs = sorted(((q, continuation) for q, several in enumerate(continuations) for continuation in several),
+                   key=lambda pair: len(pair[1]))
+    nats = {}
+    for first in range(0, len(pairs), batch_size):
+        part = pairs[first:first + batch_size]
+        rows = torch.tensor([q for q, _ in part], device=last.device)  # (R,)
+        T = len(part[-1][1])
+        targets = torch.tensor([[*c, *[IGNORED] * (T - len(c))] for _, c in part], device=last.device)  # (R, T)
+        hidden = last[rows][:, None]  # (R, 1, C) predicts the first token of each continuation
+        if T > 1:  # padding stands behind the tokens, where nothing that counts sees it
+            following = model.hidden(targets[:, :-1].clamp(min=0), cache=_copy_rows(model, cache, rows, T - 1))
+            hidden = torch.cat((hidden, following), dim=1)  # (R, T, C)
+        scored = targets != IGNORED
+        losses = kernels.linear_cross_entropy(
+            hidden[scored], model.head_weight, targets[scored], vocab_size=model.config.vocab_size, reduction="none",
+            softcap=model.config.logit_softcap)
+        lengths = [len(continuation) for _, continuation in part]
+        for (q, continuation), loss in zip(part, losses.cpu().double().split(lengths), strict=True):
+            nats[contexts[q], continuation] = loss.sum().item()
+    return nats
+
+
+def _copy_rows(model: GPT, cache: KVCache, rows: Tensor, more_slots: int) -> KVCache:
+    """A cache that begins with rows (R,) of another, one of which may be there many times, and has more slots."""
+    copy = KVCache(model.config, batch=len(rows), dtype=cache.keys[0].dtype, device=rows.device,
+                   slots=cache.length + more_slots, padding=None if cache.padding is None else cache.padding[rows])
+    for layer in range(model.config.n_layer):
+        copy.append(layer, cache.keys[layer][rows], cache.values[layer][rows])
+    copy.length = cache.length
+    return copy
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Multiple choice
+
+def multiple_choice(model: GPT, tokenizer: Tokenizer, task: Task, *, batch_size: int) -> tuple[dict, list[dict]]:
+    """The scores, and of each example the prediction.
+
+    acc: the likeliest choice is right; acc_norm and acc_bytes: the likeliest per character (as the harness's acc_norm)
+    and per byte. The lowest index of equals counts. A context too long loses its first tokens, as in the harness.
+    """
+    requests, truncated = [], 0
+    for example in task.examples:
+        whole = [encode_pair(tokenizer, example.query, f" {choice}", model.config.vocab_size)
+                 for choice in example.choices]
+        fitting = [_fitting(task, example.line, i, request, model.config.max_seq_len)
+                   for i, request in enumerate(whole)]
+        truncated += fitting != whole
+        requests += fitting
+    values = iter(log_likelihoods(model, requests, batch_size=batch_size))
+    rows = []
+    for example in task.examples:
+        likelihoods = [next(values) for _ in example.choices]
+        lengths = {"acc": [1.0] * len(likelihoods), "acc_norm": [len(choice) for choice in example.choices],
+                   "acc_bytes": [len(choice.encode()) for choice in example.choices]}
+        chosen = {name: int(np.argmax(np.divide(likelihoods, each))) for name, each in lengths.items()}
+        rows.append({"line": example.line, "gold": example.gold, "predictions": chosen, "log_likelihoods": likelihoods})
+    result = {}
+    for name in ("acc", "acc_norm", "acc_bytes"):
+        hits = [float(row["predictions"][name] == row["gold"]) for row in rows]
+        result[name], result[f"{name}_stderr"] = scores.mean_and_stderr(hits)
+    return result | {"truncated": truncated}, rows
+
+
+def encode_pair(tokenizer: Tokenizer, context: str, continuation: str, vocab_size: int) -> Request:
+    """Both texts' ids as the harness splits them: blanks that end the context begin the continuation, the whole is
+    encoded, and what follows as many ids as the context alone has is the continuation's."""
+    stripped = context.rstrip()
+    continuation, context = context[len(stripped):] + continuation, stripped
+    if not context:
+        return (tokenizer.eot,), tuple(sample.encode_prompt(tokenizer, continuation, vocab_size))
+    ids = sample.encode_prompt(tokenizer, context, vocab_size)
+    return tuple(ids), tuple(sample.encode_prompt(tokenizer, context + continuation, vocab_size)[len(ids):])
+
+
+def _fitting(task: Task, line: int, choice: int, request: Request, max_seq_len: int) -> Request:
+    """The request with as much of the end of its context as fits. Raises TaskError if no token of it does."""
+    context, continuation = request
+    if not continuation:
+        raise task.wrong(line, f"choice {choice} adds no token to the query; remove the line")
+    if len(continuation) > max_seq_len:
+        raise task.wrong(line, f"choice {choice} has {len(continuation):,} tokens, more than the context of "
+                               f"{max_seq_len:,}; shorten it or remove the line")
+    return context[-(max_seq_len + 1 - len(continuation)):], continuation
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Classification
+
+def classification(model: GPT, tokenizer: Tokenizer, task: Task, labels: list[str], *,
+                   batch_size: int) -> tuple[dict, list[dict], np.ndarray]:
+    """The scores, of each example the prediction, and the confusion matrix. Each label is scored as what follows the
+    text, encoded on its own as in fine-tuning; the likeliest is predicted, the first of equals."""
+    spelled, has_end = encode_labels(tokenizer, labels, model.config.vocab_size)
+    longest = max(map(len, spelled))
+    requests = []
+    for example in task.examples:
+        context = tuple(sample.encode_prompt(tokenizer, example.text, model.config.vocab_size))
+        if len(context) + longest > model.config.max_seq_len + 1:
+            raise task.wrong(example.line, f"the text has {len(context):,} tokens and the longest label {longest}, "
+                                           f"more than the context of {model.config.max_seq_len:,}; shorten the text")
+        requests += [(context, label) for label in spelled]
+    values = np.reshape(log_likelihoods(model, requests, batch_size=batch_size), (-1, len(labels)))
+    predicted, expected = values.argmax(axis=1), [labels.index(example.label) for example in task.examples]
+    rows = [{"line": example.line, "text": example.text, "label": example.label, "prediction": labels[choice],
+             "log_likelihoods": dict(zip(labels, nats, strict=True))}
+            for example, choice, nats in zip(task.examples, predicted, values.tolist(), strict=True)]
+    acc, stderr = scores.mean_and_stderr([float(row["label"] == row["prediction"]) for row in rows])
+    confusion = scores.confusion_matrix(expected, predicted.tolist(), len(labels))
+    by_class = {name: column.tolist() for name, column in scores.class_scores(confusion).items()}
+    result = {"acc": acc, "acc_stderr": stderr,
+              "macro": {name: math.fsum(by_class[name]) / len(labels) for name in ("precision", "recall", "f1")},
+              "classes": {label: {name: column[k] for name, column in by_class.items()}
+                          for k, label in enumerate(labels)},
+              "labels": labels, "confusion": confusion.tolist(), "end_of_text_scored": has_end}
+    return result, rows, confusion
+
+
+def choose_labels(task: Task, names: str | None) -> list[str]:
+    """The set of labels: those of the file, sorted, or of a comma-separated list. Raises TaskError."""
+    if names is None:
+        labels = sorted({example.label for example in task.examples})
+        if len(labels) == 1:
+            raise TaskError(f"task {str(task.path)!r} has one label only, {labels[0]!r}; name the set with --labels")
+        return labels
+    labels = [name.strip() for name in names.split(",")]
+    if "" in labels or len(set(labels)) < max(2, len(labels)):
+        raise TaskError(f"--labels {names!r} should be two labels or more, no two equal, with commas between them")
+    for example in task.examples:
+        if example.label not in labels:
+            raise task.wrong(example.line, f"label {_shown(example.label)} is not in --labels {','.join(labels)}; add "
+                                           "it there or mend the line")
+    return labels
+
+
+def encode_labels(tokenizer: Tokenizer, labels: list[str], vocab_size: int) -> tuple[list[tuple[int, ...]], bool]:
+    """The ids of ' label' each, and whether end-of-text stands behind them.
+
+    It does if one label's ids begin another's, which otherwise could never be the likelier one.
+    """
+    spelled = [tuple(sample.encode_prompt(tokenizer, f" {label}", vocab_size)) for label in labels]
+    if len(set(spelled)) < len(labels):
+        raise TaskError(f"labels {', '.join(map(repr, labels))}: to the run's tokenizer two of them are the same text")
+    needs_end = any(a != b and b[:len(a)] == a for a in spelled for b in spelled)
+    return [(*ids, tokenizer.eot) if needs_end else ids for ids in spelled], needs_end
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Generation
+
+def generation(model: GPT, tokenizer: Tokenizer, task: Task, template: str | None, *, metrics: tuple[str, ...],
+               max_new_tokens: int, stop: tuple[str, ...], batch_size: int) -> tuple[dict, list[dict]]:
+    """The scores of the greedy continuations of the prompts, and of each example the prediction. template: the run's,
+    for a chat.
+
+    A continuation ends with end-of-text (an answer in a chat with any special token, since templates end turns with
+    their own), before a stop text, or unfinished: at max_new_tokens, or where the context is full, since a model that
+    no longer sees its prompt answers nothing.
+    """
+    prompts = _prompts(tokenizer, task, template, model.config.vocab_size)
+    for example, prompt in zip(task.examples, prompts, strict=True):
+        if len(prompt) > model.config.max_seq_len:
+            raise task.wrong(example.line, f"the prompt has {len(prompt):,} tokens, more than the context of "
+                                           f"{model.config.max_seq_len:,}; shorten it or remove the line")
+    ends = {tokenizer.eot, *(tokenizer.special_ids.values() if task.kind == "chat" else ())}
+    texts, finished = continue_greedily(model, tokenizer, prompts, ends=ends, max_new_tokens=max_new_tokens, stop=stop,
+                                        batch_size=batch_size)
+    result, each = scores.text_scores(texts, [example.references for example in task.examples], metrics)
+    rows = [{**asdict(example), "prediction": text, "finished": is_finished, **score}
+            for example, text, is_finished, score in zip(task.examples, texts, finished, each, strict=True)]
+    return result | {"unfinished": finished.count(False)}, rows
+
+
+def _prompts(tokenizer: Tokenizer, task: Task, template: str | None, vocab_size: int) -> list[list[int]]:
+    if task.kind == "generation":
+        return [sample.encode_prompt(tokenizer, example.prompt, vocab_size) for example in task.examples]
+    if template is None:
+        raise TaskError(f"task {str(task.path)!r} holds messages, but the run has no chat template: it was not trained "
+                        "on chats; give the task as lines of prompt, reference")
+    prompts = []
+    for example in task.examples:
+        try:
+            prompts.append(encode_chat(tokenizer, template, list(example.messages)).tolist())
+        except ChatError as error:
+            raise task.wrong(example.line, str(error)) from None
+    return prompts
+
+
+def continue_greedily(model: GPT, tokenizer: Tokenizer, contexts: list[list[int]], *, ends: set[int],
+                      max_new_tokens: int, stop: tuple[str, ...],
+                      batch_size: int) -> tuple[list[str], list[bool]]:
+    """The text that follows each context up to one of the tokens that end it, and whether it came to its end."""
+    texts, finished = [""] * len(contexts), [False] * len(contexts)
+    order = sorted(range(len(contexts)), key=lambda i: len(contexts[i]), reverse=True)  # alike beside alike
+    with _progress("generating", len(contexts), unit="prompt") as advance:
+        for first in range(0, len(order), batch_size):
+            batch = order[first:first + batch_size]
+            streams = {i: sample.TextStream(tokenizer, contexts[i], stop) for i in batch}
+            room = {i: min(max_new_tokens, model.config.max_seq_len + 1 - len(contexts[i])) for i in batch}
+            steps = sample.generate(model, [contexts[i] for i in batch], max_new_tokens=max(room.values()),
+                                    sampling=GREEDY)
+            for count, tokens in enumerate(steps, start=1):
+                for i, token in zip(batch, tokens, strict=True):
+                    if i not in streams:
+                        continue
+                    is_end = token in ends
+                    texts[i] += "" if is_end else streams[i].add(token)
+                    if is_end or count == room[i]:
+                        texts[i] += streams[i].end()
+                    finished[i] = is_end or streams[i].stopped
+                    if finished[i] or count == room[i]:
+                        del streams[i]
+                        advance(1)
+                if not streams:
+                    break
+    return texts, finished
+
+
+@contextmanager
+def _progress(what: str, total: int, *, unit: str) -> Iterator[Callable[[int], None]]:
+    """A progress bar on stderr, and the function that moves it on."""
+    from tqdm import tqdm
+    with tqdm(desc=what, total=total, unit=f" {unit}s", mininterval=1.0) as bar:
+        yield bar.update
