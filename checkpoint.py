@@ -35,7 +35,7 @@ from torch import Tensor
 from config import MachineError, UserError
 
 FORMAT = 1
-STATE, MANIFEST = "state.json", "manifest.json"
+STATE, MANIFEST, OPTIMIZER = "state.json", "manifest.json", "optimizer.safetensors"
 REQUIRED = ("model.safetensors", STATE)
 STEP_NAME = re.compile(r"step_(\d{8,})(\.replaced)?")
 TEMPORARY = ".tmp-"  # prefix of folders that are being written or deleted
@@ -63,10 +63,10 @@ def _write_bytes(path: Path, data: bytes) -> None:
     path.write_bytes(data)
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """A file in safetensors' format: length of the header, JSON header, raw bytes. Written straight from the tensors'
     memory, one after the other; the library's writer would copy all of them first (a third of a save's time)."""
-    header, end = {}, 0
+    header, end = {} if metadata is None else {"__metadata__": metadata}, 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.numel() * tensor.element_size()
         header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
@@ -112,17 +112,17 @@ def _hash(path: Path) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 # Saving
 
-def save(run_dir: Path, step: int, *, model: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict,
+def save(run_dir: Path, step: int, *, model: dict[str, Tensor], optimizer: dict[str, Tensor] | None, state: dict,
          keep: int) -> Path:
     """Write RUN/checkpoints/step_<step>, then delete all but the newest `keep` and the one with the best val_loss.
 
-    model, optimizer: tensors by name on any device, none sharing memory; state: JSON values, "val_loss" in it may be
-    None. Raises SaveError, with nothing changed, if the disk fails or is too full.
+    model, optimizer: tensors by name on any device, none sharing memory, optimizer None = weights alone; state: JSON
+    values, "val_loss" in it may be None. Raises SaveError, with nothing changed, if the disk fails or is too full.
     """
     folder = Path(run_dir) / "checkpoints"
     final = folder / f"step_{step:08d}"
     temporary = folder / (TEMPORARY + final.name)
-    tensors = {"optimizer.safetensors": optimizer, "model.safetensors": model}
+    tensors = ({} if optimizer is None else {OPTIMIZER: optimizer}) | {"model.safetensors": model}
     needed = sum(t.numel() * t.element_size() for part in tensors.values() for t in part.values()) + MARGIN_BYTES
     try:
         _make_checkpoints_folder(folder)
@@ -137,6 +137,13 @@ def save(run_dir: Path, step: int, *, model: dict[str, Tensor], optimizer: dict[
                         f"{_reason(error, folder, needed)}; older checkpoints are untouched") from error
     _delete_old(folder, keep, final)
     return final
+
+
+def write_tensor_file(path: Path, tensors: dict[str, Tensor]) -> None:
+    """A safetensors file outside any checkpoint, as Hugging Face's programs read it, synced. Tensors may be views: each
+    is made contiguous when its turn comes. Raises OSError."""
+    _write_tensors(path, tensors, {"format": "pt"})
+    _sync(path)
 
 
 def _make_checkpoints_folder(folder: Path) -> None:
@@ -364,6 +371,11 @@ def load_state(checkpoint: Path) -> dict:
         return json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{str(path)!r} cannot be read: {error}; use another checkpoint") from None
+
+
+def holds_optimizer(checkpoint: Path) -> bool:
+    """Whether a run can go on from it; convert.py writes weights alone."""
+    return (Path(checkpoint) / OPTIMIZER).exists()
 
 
 def load_tensors(checkpoint: Path, name: str, device: str | torch.device = "cpu") -> dict[str, Tensor]:

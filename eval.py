@@ -105,6 +105,8 @@ def main(argv: list[str]) -> None:
     run = Path(args.run)
     run_dir = run if (run / "config.toml").exists() else checkpoint.run_dir_of(run)
     data_config = load_config(run_dir / "config.toml").data
+    if args.data is None and data_config.dir is None:  # converted from Hugging Face
+        raise UserError(f"run {args.run!r} has no data of its own; name a folder of shards or a text file with --data")
     data = Path(args.data or data_config.dir)
     if not data.exists():
         raise UserError(f"data {str(data)!r} does not exist; name a folder of shards or a text file with --data")

@@ -50,6 +50,7 @@ from data.sources import (
 )
 from data.tokenizer import (
     TIKTOKEN_FILES,
+    TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
     Tokenizer,
     load_tokenizer,
@@ -356,7 +357,8 @@ class OutputFolder:
     def discard(self) -> None:
         """Remove all that was written: a mistake of the user's leaves nothing behind."""
         self._remove_all_but([])
-        (self.path / TOKENIZER_FILE).unlink(missing_ok=True)
+        for name in (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE):
+            (self.path / name).unlink(missing_ok=True)
 
     def _remove_all_but(self, keep: Sequence[str]) -> None:
         """Remove the files that prepare() makes on its way. Only for a folder with our .progress.json."""
