@@ -49,7 +49,6 @@ WEIGHT_DTYPES = ("F32", "BF16", "F16")  # those that float32 holds exactly
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 # Buffers that old transformers saved: causal masks and RoPE's frequencies. They follow from the config.
 BUFFER = re.compile(r"(^|\.)(h\.\d+\.attn\.(bias|masked_bias)|layers\.\d+\.self_attn\.rotary_emb\.inv_freq)$")
-BIASES = ("bias", "qkv_bias", "mlp_bias")
 OURS = "flatgpt"  # key of config.json under which to-hf notes switches that the family cannot express
 
 
@@ -195,11 +194,11 @@ def _read_config(folder: Path) -> tuple[str, dict]:
     return str(path), _read_json(path)
 
 
-def _pickle_there(folder: Path) -> str:
-    """Half a sentence on the pickle in a folder that lacks what is needed; empty if there is none."""
+def _pickle_there(folder: Path) -> str | None:
+    """Half a sentence on the pickle in a folder that lacks what is needed, if there is one."""
     name = next((path.name for path in sorted(folder.iterdir()) if path.suffix in PICKLES), None)
-    return name and (f", and {name!r} is a pickle, which could execute code, and is never loaded; docs/CONVERT.md shows "
-                     "how to turn it into safetensors where it was made")
+    return name and (f", and {name!r} is a pickle, which could execute code, and is never loaded; docs/CONVERT.md "
+                     "shows how to turn it into safetensors where it was made")
 
 
 def _read_json(path: Path) -> dict:
@@ -466,16 +465,21 @@ def _without_zero_biases(switches: object, model: ModelConfig, tensors: dict[str
     Takes them from tensors and returns the run's [model]."""
     if not isinstance(switches, dict):
         return model
-    switches = {name: switches[name] for name in BIASES if isinstance(switches.get(name), bool)}
-    smaller = replace(model, **switches)
-    if any(getattr(smaller, has) and not getattr(model, has) for has in ("bias", "has_qkv_bias", "has_mlp_bias")):
+    had = {name: bool(switches.get(name)) for name in _biases(model)}
+    if any(had[name] and not has for name, has in _biases(model).items()):
         return model  # the note is not of this model
+    smaller = replace(model, **had)
     added = [name for name in tensors if name.endswith(".bias") and not _has_bias(smaller, name)]
     if any(tensors[name].any() for name in added):
         return model
     for name in added:
         del tensors[name]
     return smaller
+
+
+def _biases(config: ModelConfig) -> dict[str, bool]:
+    """Which biases a model has, by the switch that says so."""
+    return {"bias": config.bias, "qkv_bias": config.has_qkv_bias, "mlp_bias": config.has_mlp_bias}
 
 
 def _has_bias(config: ModelConfig, name: str) -> bool:
@@ -533,9 +537,8 @@ def hf_config(config: ModelConfig, family: str, *, bos: int, eos: int, dtype: st
     common = {"architectures": [FAMILIES[family]], "model_type": family, "vocab_size": config.vocab_size,
               "bos_token_id": bos, "eos_token_id": eos, "tie_word_embeddings": config.tie_embeddings,
               "dtype": dtype, "torch_dtype": dtype, "initializer_range": 0.02, "use_cache": True}
-    switches = {name: getattr(config, name) for name in BIASES}
-    if any(getattr(config, name) != getattr(complete, name) for name in ("bias", "has_qkv_bias", "has_mlp_bias")):
-        common[OURS] = {name: value for name, value in switches.items() if value is not None}
+    if _biases(config) != _biases(complete):
+        common[OURS] = _biases(config)
     if family == "gpt2":
         activation = next(theirs for theirs, ours in GELUS.items() if ours == config.mlp)
         return common | {
