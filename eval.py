@@ -144,6 +144,8 @@ def _shard_batches(data: Path, model: GPT, tokenizer: Tokenizer, batch_size: int
     if has_own and load_tokenizer(str(data)).fingerprint != tokenizer.fingerprint:
         raise UserError(f"data {str(data)!r} was made with tokenizer {dataset.index['tokenizer']!r}, the run with "
                         "another; prepare the text again with --tokenizer RUN")
+    if dataset.raw_files:
+        _note(f"no header in {', '.join(dataset.raw_files)}: read as bare uint16 ids")
     stream = open_split(dataset, "val")
     loader = ValLoader(stream, seq_len=model.config.max_seq_len, eval_tokens=stream.tokens, micro_batch=batch_size,
                        device=device, eot=tokenizer.eot if document_mask else None,

@@ -337,7 +337,8 @@ def _first_lines(config: Config, chosen: dict[str, str], *, device: torch.device
         f"dtype: {train.dtype} ({chosen['dtype']}) | compile: {chosen['compile']}",
         f"kernels: torch for {', '.join(kernels.OPS)} (plain PyTorch is the only backend here)",
         f"data: {config.data.dir} (hash {dataset.hash[:16]}), {tokens['train']:,} training and {tokens['val']:,} "
-        f"validation tokens, vocabulary {config.model.vocab_size:,}",
+        f"validation tokens, vocabulary {config.model.vocab_size:,}"
+        + (f"; no header in {', '.join(dataset.raw_files)}: read as bare uint16 ids" if dataset.raw_files else ""),
         f"model: {model.parameter_count():,} parameters, {flops_per_token(config.model) / 1e6:.1f} MFLOPs per token",
         f"batch: {train.tokens_per_step:,} tokens a step = {world.size} ranks x {accumulation} micro-batches of up to "
         f"{train.micro_batch} x {config.model.max_seq_len}; {train.max_steps} steps = "
