@@ -431,7 +431,8 @@ def _check_train(config: Config) -> None:
     if train.init_from is not None and train.fork_from is not None:
         raise ConfigError("train.init_from and train.fork_from are both set; init_from takes weights only, fork_from "
                           "also moments and step: keep one")
-    if train.tokens_per_step % model.max_seq_len:
+    inherits = train.init_from is not None or train.fork_from is not None  # max_seq_len too: start.inherit checks it
+    if not inherits and train.tokens_per_step % model.max_seq_len:
         raise ConfigError(f"train.tokens_per_step = {train.tokens_per_step} does not divide by model.max_seq_len = "
                           f"{model.max_seq_len}; near it: {near_multiples(train.tokens_per_step, model.max_seq_len)}")
     if config.data.source and not config.data.val_source and config.data.val_fraction == 0.0:
