@@ -369,7 +369,7 @@ def load_hf_tokenizer(folder: Path) -> Tokenizer:
     eos = table.get("eos_token_id")
     eos = eos[0] if isinstance(eos, list) and eos else eos
     if (folder / TOKENIZER_FILE).exists():
-        return load_tokenizer(str(folder), end_of_text=eos)
+        return load_tokenizer(str(folder / TOKENIZER_FILE), end_of_text=eos)  # a folder called gpt2 is no name
     if (folder / "vocab.json").exists() and (folder / "merges.txt").exists() and _family(path, table) == "gpt2":
         return from_vocab_and_merges(folder, end_of_text=eos)
     other = next((name for name in ("tokenizer.model", "vocab.json") if (folder / name).exists()), None)
@@ -613,10 +613,10 @@ def to_hf(run: Path, folder: Path, *, dtype: str = "float32", note: Callable[[st
     _refuse_full(folder, "model folder")
     path = checkpoint.resolve(run, note)
     run_dir = checkpoint.run_dir_of(path)
-    config, tokenizer = configuration.load_config(run_dir / "config.toml").model, load_tokenizer(str(run_dir))
+    config = configuration.load_config(run_dir / "config.toml").model
+    tokenizer = load_tokenizer(str(run_dir / TOKENIZER_FILE))
     family = choose_family(config)
-    eos = tokenizer.eot
-    bos = tokenizer.special_tokens.get(tokenizer.bos_token, eos)
+    bos, eos = tokenizer.start, tokenizer.eot
     table = hf_config(config, family, bos=bos, eos=eos, dtype=dtype)
     tensors = _hf_tensors(config, family, checkpoint.load_tensors(path, "model"), where=str(path))
     if dtype != "float32":

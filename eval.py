@@ -158,7 +158,8 @@ def _file_batches(path: Path, model: GPT, tokenizer: Tokenizer, batch_size: int,
     ids = tokenizer.encode(path.read_bytes().decode("utf-8", errors="replace"))
     if len(ids) == 0:
         raise UserError(f"text {str(path)!r} is empty; name a file with text in it")
-    return text_batches(ids, eot=tokenizer.eot, seq_len=model.config.max_seq_len, batch_size=batch_size, device=device)
+    return text_batches(ids, eot=tokenizer.start, seq_len=model.config.max_seq_len, batch_size=batch_size,
+                        device=device)
 
 
 def _note(text: str) -> None:

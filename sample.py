@@ -273,8 +273,11 @@ def sample_text(model: GPT, tokenizer: Tokenizer, prompt: str, *, max_new_tokens
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str, vocab_size: int) -> list[int]:
-    """The prompt's ids, special tokens as plain text; end-of-text for an empty prompt. Raises SampleError."""
-    ids = tokenizer.encode(prompt).tolist() or [tokenizer.eot]
+    """The prompt's ids, special tokens as plain text; behind the tokenizer's bos_token if it has one, and end-of-text
+    for an empty prompt if not. Raises SampleError."""
+    ids = tokenizer.encode(prompt).tolist()
+    if tokenizer.bos_token is not None or not ids:
+        ids.insert(0, tokenizer.start)
     if max(ids) >= vocab_size:
         raise SampleError(f"the prompt has token {max(ids)} but the model knows {vocab_size} ids; the run's "
                           "tokenizer.json belongs to another model")

@@ -16,7 +16,7 @@ import distributed
 from checkpoint import CheckpointError
 from config import Config, ConfigError, ModelConfig
 from data.shards import Dataset
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from distributed import World
 from model import GPT
 from optim import LossScale, Optimizer
@@ -95,7 +95,7 @@ def agree_on_start(config: Config, dataset: Dataset, world: World, note: Callabl
 
 def check_same_tokenizer(parent: Path, tokenizer: Tokenizer) -> None:
     """Raise ConfigError if the data was encoded by another tokenizer than the weights were trained on."""
-    if load_tokenizer(str(parent)).fingerprint != tokenizer.fingerprint:
+    if load_tokenizer(str(parent / TOKENIZER_FILE)).fingerprint != tokenizer.fingerprint:
         raise ConfigError(f"data.tokenizer = {tokenizer.name!r} differs from that of {str(parent)!r}, whose weights "
                           "this run takes; leave data.tokenizer out")
 
@@ -121,7 +121,8 @@ def inherit(config: Config, given: set[str], parent: Path | None, world: World) 
     """config with [model] and the tokenizer of the parent run; then the batch must divide. Raises ConfigError."""
     if parent is not None:
         model = _inherited_model(config, given, configuration.load_config(parent / "config.toml").model)
-        data = config.data if config.data.tokenizer else replace(config.data, tokenizer=str(parent))
+        data = config.data if config.data.tokenizer else replace(
+            config.data, tokenizer=str(parent / TOKENIZER_FILE))  # the file: a run folder may be called gpt2
         config = replace(config, model=model, data=data)
     tokens, share = config.train.tokens_per_step, config.model.max_seq_len * world.size
     if tokens % share:

@@ -197,9 +197,9 @@ class Tokenizer:
         return _token_before_text(json.loads(self.file_text).get("post_processor"))
 
     @property
-    def special_tokens(self) -> dict[str, int]:
-        """Spelling -> id of the special tokens."""
-        return dict(self._specials)
+    def start(self) -> int:
+        """The id that stands before a text with nothing before it: bos_token's, else end-of-text."""
+        return self._specials.get(self.bos_token, self.eot)
 
     @property
     def eot_token(self) -> str:

@@ -53,6 +53,7 @@ def load(folder: Path) -> None:
     (folder / "theirs.json").write_text(json.dumps({
         "class": type(model).__name__, "dtype": str(model.dtype), "bos": tokenizer.bos_token,
         "ids": tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True), "eos": special,
+        "ids_of_prompt": tokenizer.encode(text, split_special_tokens=True),
         "decoded": tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)), "template": template,
         "eos_of_generation": model.generation_config.eos_token_id, "eos_of_config": model.config.eos_token_id,
         "chat": tokenizer.apply_chat_template(messages, tokenize=False) if template else None}))

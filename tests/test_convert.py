@@ -119,6 +119,17 @@ def small_tokenizer():
     return train_bpe(["Hello there, it's a quarter past one. Who is there? They are here, then, with dogs. "], 299)
 
 
+def with_bos(file_text: str) -> str:
+    """The tokenizer.json with <s> before every text, as Llama's."""
+    file = json.loads(file_text)
+    file["added_tokens"].append(file["added_tokens"][0] | {"id": 299, "content": "<s>"})
+    single = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    pair = [*single, {"Sequence": {"id": "B", "type_id": 0}}]
+    file["post_processor"] = {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": {
+        "<s>": {"id": "<s>", "ids": [299], "tokens": ["<s>"]}}}
+    return json.dumps(file)
+
+
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory) -> Iterator[Bench]:
     """Every case through both directions; transformers is started once."""
@@ -138,6 +149,8 @@ def bench(tmp_path_factory) -> Iterator[Bench]:
             pytest.fail(process.communicate()[1])
         for name in HF_CASES:
             tokenizer.save(folder / name / "hf" / "tokenizer.json")
+            if name == "llama2":
+                (folder / name / "hf" / "tokenizer.json").write_text(with_bos(tokenizer.file_text))
             from_hf(folder / name / "hf", folder / name / "run")
             to_hf(folder / name / "run", folder / name / "exported")
             tokens = load_file(folder / name / "logits.safetensors")["tokens"]
@@ -222,6 +235,15 @@ def test_transformers_tokenizer_of_an_export_gives_our_ids_and_end_of_text(bench
     assert (theirs["template"], theirs["chat"]) == (TEMPLATE, "<user>hi")
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama2"])
+def test_a_prompt_begins_as_transformers_begins_it(name, bench):
+    theirs = json.loads(bench.path(name, "theirs.json").read_text())
+    tokenizer = load_tokenizer(bench.path(name, "run"))
+    assert theirs["ids_of_prompt"] == sample.encode_prompt(tokenizer, TEXT, 301)
+    assert sample.encode_prompt(tokenizer, "", 301) == [tokenizer.start] == [{"gpt2": 298, "llama2": 299}[name]]
+    assert theirs["bos"] == {"gpt2": "<|endoftext|>", "llama2": "<s>"}[name]
+
+
 def test_greedy_generation_is_transformers(bench):
     for name in ("gpt2", "llama3", "run_demo"):
         prompt = load_file(bench.path(name, "tokens.safetensors"))["tokens"][:1, :5]
@@ -293,6 +315,14 @@ def test_configs_of_older_transformers_mean_the_same(tmp_path, scaling):
     assert (new.rope_theta, new.rope_scaling, new.kv_heads) == (5e5, scaling, 4)
     old = change_config(folder, num_key_value_heads=None, head_dim=None, attention_bias=None, mlp_bias=None)
     assert load_hf_config(change_config(old, tie_word_embeddings=None)) == new
+
+
+def test_a_folder_may_be_called_as_a_tokenizer_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_hf(Path("gpt2"))
+    from_hf(Path("gpt2"), Path("bytes"))
+    to_hf(Path("bytes"), Path("cl100k_base"))
+    assert load_hf(Path("cl100k_base")).tokenizer.vocab_size == 299
 
 
 def test_a_long_context_is_cut_with_a_note_unless_it_is_asked_for(tmp_path):
@@ -556,16 +586,16 @@ def test_a_converted_run_starts_another_but_cannot_go_on(tmp_path):
 
 
 def test_fine_tuning_starts_from_the_converted_weights(tmp_path):
-    from_hf(make_hf(tmp_path / "hf"), tmp_path / "run")
+    from_hf(make_hf(tmp_path / "hf"), tmp_path / "gpt2")  # also the name of a tokenizer
     (tmp_path / "text.txt").write_text("Hello there, it's a quarter past one. " * 300)
-    words = [f"train.init_from={tmp_path / 'run'}", f"data.source={tmp_path / 'text.txt'}", "data.val_fraction=0.2",
+    words = ["train.init_from=gpt2", f"data.source={tmp_path / 'text.txt'}", "data.val_fraction=0.2",
              f"data.dir={tmp_path / 'shards'}", f"train.out_dir={tmp_path / 'tuned'}", "train.tokens_per_step=120",
              "train.max_steps=1", "optim.lr=1e-9", "train.device=cpu", "train.dtype=float32", "train.compile=false"]
     root = Path(convert.__file__).parent
     done = subprocess.run([sys.executable, str(root / "train.py"), str(root / "configs" / "finetune.toml"), *words],
                           cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    ours, tuned = run_tensors(tmp_path / "run"), run_tensors(tmp_path / "tuned")
+    ours, tuned = run_tensors(tmp_path / "gpt2"), run_tensors(tmp_path / "tuned")
     for name in ours:
         torch.testing.assert_close(tuned[name], ours[name], rtol=0, atol=1e-7)  # one step of 1e-9
     to_hf(tmp_path / "tuned", tmp_path / "tuned_hf")
