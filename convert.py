@@ -23,7 +23,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -61,7 +60,7 @@ class HFModel:
     """A Hugging Face folder in our terms."""
 
     model: ModelConfig
-    tensors: dict[str, Tensor]  # float32 by our names, tables padded; some are views of the files' memory maps
+    tensors: dict[str, Tensor]  # float32 by our names, tables padded
     tokenizer: Tokenizer
     chat_template: str | None
 
@@ -90,18 +89,10 @@ class Rule:
         rows = self.padded_rows or sum(self.rows)
         return [rows] if self.columns is None else [rows, self.columns]
 
-    def merge(self, parts: list[Tensor]) -> Tensor:
-        """Ours of theirs, contiguous."""
-        ours = parts[0] if len(parts) == 1 else torch.cat(parts)
-        if self.transposed:
-            ours = ours.T.contiguous()
-        surplus = self.our_shape()[0] - len(ours)
-        return F.pad(ours, (0, 0, 0, surplus)) if surplus else ours
-
-    def split(self, ours: Tensor) -> dict[str, Tensor]:
-        """Theirs of ours, views of it."""
+    def split(self, ours: Tensor) -> list[Tensor]:
+        """Theirs of ours, views of it; the padding belongs to none."""
         parts = ours[:sum(self.rows)].split(self.rows)
-        return {name: part.T if self.transposed else part for name, part in zip(self.theirs, parts, strict=True)}
+        return [part.T for part in parts] if self.transposed else list(parts)
 
 
 def rules(config: ModelConfig, family: str) -> list[Rule]:
@@ -284,6 +275,8 @@ def _gpt2_values(path: str, table: dict, family: str) -> dict:
 
 def _llama_values(path: str, table: dict, family: str) -> dict:
     _only(path, table, "hidden_act", "silu", "swish")
+    _only(path, table, "rope_interleaved", False)
+    _only(path, table, "use_mrope", False)
     values = {ours: _whole(path, table, theirs) for ours, theirs in (
         ("n_layer", "num_hidden_layers"), ("n_head", "num_attention_heads"), ("n_embd", "hidden_size"),
         ("mlp_hidden", "intermediate_size"), ("vocab_size", "vocab_size"))}
@@ -410,12 +403,20 @@ def _read_tensors(folder: Path, wanted: list[Rule], *, tied: bool) -> dict[str, 
         if odd:
             raise ConvertError(f"the weights in {str(folder)!r} are not all float32, bfloat16 or float16: {odd[0]}; "
                                "use the model's original")
-        return {rule.ours: rule.merge([_read(files, found[name]) for name in rule.theirs]) for rule in wanted}
+        return {rule.ours: _merge(rule, files, found) for rule in wanted}
+
+
+def _merge(rule: Rule, files: dict[Path, "safe_open"], found: dict[str, tuple[Path, str]]) -> Tensor:
+    """Our tensor, float32, filled from theirs in place: nothing exists twice but pages of the file."""
+    ours = torch.zeros(rule.our_shape())
+    for view, name in zip(rule.split(ours), rule.theirs, strict=True):
+        view.copy_(_read(files, found[name]))
+    return ours
 
 
 def _read(files: dict[Path, "safe_open"], where: tuple[Path, str]) -> Tensor:
     path, name = where
-    return files[path].get_tensor(name).to(torch.float32)
+    return files[path].get_tensor(name)
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -648,7 +649,8 @@ def _hf_tensors(config: ModelConfig, family: str, ours: dict[str, Tensor], *, wh
                            "it was trained with")
     theirs = {}
     for rule in wanted:
-        theirs |= rule.split(ours[rule.ours] if rule.ours in ours else torch.zeros(rule.our_shape()))
+        tensor = ours[rule.ours] if rule.ours in ours else torch.zeros(rule.our_shape())
+        theirs |= zip(rule.theirs, rule.split(tensor), strict=True)
     return theirs
 
 

@@ -317,18 +317,22 @@ def load_tokenizer(name_or_path: str, *, end_of_text: int | None = None) -> Toke
 
 
 def tokenizer_identity(name_or_path: str) -> str:
-    """What tells tokenizers apart without loading them: the name, or of a file `tokenizer.json:<start of its sha256>`.
+    """What tells tokenizers apart without loading them: the name, or of a file `tokenizer.json:<start of its sha256>`
+    and after a + the end-of-text that its tokenizer_config.json names, unless that is a known name.
 
     Raises TokenizerError if there is no such file.
     """
     name_or_path = str(name_or_path)
     if name_or_path == "bytes" or name_or_path in TIKTOKEN_FILES or name_or_path.startswith("bpe:"):
         return name_or_path
+    path = tokenizer_path(name_or_path)
     try:
-        content = tokenizer_path(name_or_path).read_bytes()
+        content = path.read_bytes()
     except OSError as error:
         raise TokenizerError(f"tokenizer {name_or_path!r} cannot be read: {error.strerror}") from None
-    return f"{TOKENIZER_FILE}:{hashlib.sha256(content).hexdigest()[:12]}"
+    end = _configured_end(path)
+    return f"{TOKENIZER_FILE}:{hashlib.sha256(content).hexdigest()[:12]}" + (
+        "" if end in (None, END_OF_TEXT, *OTHER_ENDS) else f"+{end}")
 
 
 def tokenizer_path(name_or_path: str) -> Path:
@@ -428,9 +432,13 @@ def _configured_end(path: Path) -> str | None:
     config = path.with_name(TOKENIZER_CONFIG_FILE)
     if path.name != TOKENIZER_FILE or not config.exists():
         return None
-    table = json.loads(config.read_text(encoding="utf-8"))
-    token = table.get("eos_token")
-    return token["content"] if isinstance(token, dict) else token
+    try:
+        token = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
+        token = token["content"] if isinstance(token, dict) else token
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise TokenizerError(f"{str(config)!r} cannot be read as Hugging Face's ({type(error).__name__} {error}); copy "
+                             "it again") from None
+    return token if isinstance(token, str) else None
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -502,6 +502,16 @@ def test_a_given_end_of_text_counts_after_tokenizer_config_and_before_known_name
     assert load_tokenizer(renamed(tmp_path, eos_token="<|im_end|>"), end_of_text=261).eot == 260
 
 
+def test_tokenizers_that_differ_in_end_of_text_alone_are_told_apart(tmp_path):
+    """Else shards whose documents end with one would be taken for those of the other."""
+    plain = tokenizer_identity(renamed(tmp_path))
+    assert tokenizer_identity(renamed(tmp_path, eos_token="<|im_end|>")) == plain + "+<|im_end|>"
+    assert tokenizer_identity(renamed(tmp_path, eos_token="<|endoftext|>")) == plain
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(TokenizerError, match="tokenizer_config.json' cannot be read"):
+        tokenizer_identity(tmp_path)
+
+
 def test_an_end_of_text_that_is_no_special_token_is_refused(tmp_path):
     with pytest.raises(TokenizerError, match="eos_token '</s>'.*special tokens .*<eos>"):
         load_tokenizer(renamed(tmp_path, eos_token="</s>"))
