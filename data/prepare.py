@@ -632,7 +632,9 @@ def _tokenizer_setting(index: dict, data: DataConfig) -> dict:
     if data.tokenizer is None:
         return {}
     identity = tokenizer_identity(data.tokenizer)
-    return {} if identity == f"{TOKENIZER_FILE}:{index.get('tokenizer_sha256', '')[:12]}" else {"tokenizer": identity}
+    _, plus, end_of_text = index.get("tokenizer", "").partition("+")  # see tokenizer_identity
+    own = f"{TOKENIZER_FILE}:{index.get('tokenizer_sha256', '')[:12]}{plus}{end_of_text}"
+    return {} if identity == own else {"tokenizer": identity}
 
 
 def _check_given_folder(folder: Path, data: DataConfig) -> None:
