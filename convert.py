@@ -235,7 +235,7 @@ def _model_config(path: str, table: dict, max_seq_len: int | None) -> ModelConfi
         configuration.check(replace(config, train=TrainConfig(tokens_per_step=config.model.max_seq_len)))
     except ConfigError as error:
         raise ConvertError(f"{path!r}: {error}") from None
-    return _with_window(path, table, config.model)
+    return _with_window(path, table, config.model) if family in ("qwen2", "qwen3") else config.model
 
 
 def _need(path: str, table: dict, key: str) -> object:
@@ -320,7 +320,7 @@ def _rope_values(path: str, table: dict) -> dict:
 
 
 def _with_window(path: str, table: dict, config: ModelConfig) -> ModelConfig:
-    """config with the sliding window of Qwen2 and Qwen3, if it is on in every layer; Llama has none."""
+    """config with the sliding window of Qwen2 and Qwen3, if it is on in every layer."""
     window = _whole(path, table, "sliding_window", 4096)
     if not table.get("use_sliding_window", False) or window >= config.max_seq_len:  # such a window hides nothing
         return config

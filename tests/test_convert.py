@@ -342,6 +342,8 @@ def test_a_sliding_window_is_taken_where_all_layers_have_it_or_none_needs_it(tmp
     assert load_hf_config(change_config(folder, use_sliding_window=False, sliding_window=17)).window is None
     assert load_hf_config(change_config(folder, **window, max_window_layers=0)).window == 17
     assert load_hf_config(change_config(folder, **window, max_window_layers=2)).window is None
+    llama = make_hf(tmp_path / "llama", MODERN)  # transformers' Llama has no window, whatever its config says
+    assert load_hf_config(change_config(llama, **window, max_window_layers=0)).window is None
     change_config(folder, max_window_layers=1)
     assert load_hf_config(folder, max_seq_len=17).window is None
     with pytest.raises(ConvertError, match="some layers only.*--max-seq-len 17"):
