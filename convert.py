@@ -378,8 +378,9 @@ def _chat_template(folder: Path) -> str | None:
     if template is None and path.exists():
         template = _read_json(path).get("chat_template")
         if isinstance(template, list):
-            template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
-    return template
+            named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+            template = named.get("default")
+    return template if isinstance(template, str) else None
 
 
 def _read_tensors(folder: Path, wanted: list[Rule], *, tied: bool) -> dict[str, Tensor]:
@@ -456,7 +457,9 @@ def _drop_tied_head(folder: Path, files: dict, found: dict, *, table: str) -> No
     head = found.pop("lm_head.weight")
     if table not in found:
         found[table] = head
-    elif not torch.equal(_read(files, head), _read(files, found[table])):
+        return
+    ours, theirs = _read(files, found[table]), _read(files, head)
+    if ours.dtype != theirs.dtype or not torch.equal(ours, theirs):
         raise ConvertError(f"{str(folder)!r}: config.json ties the embeddings but lm_head.weight differs from {table}; "
                            "set tie_word_embeddings to false if the head is its own, or remove lm_head.weight")
 

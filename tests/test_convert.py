@@ -295,6 +295,8 @@ def test_weights_saved_without_prefix_with_masks_and_the_tied_head_are_read(tmp_
         tensors["lm_head.weight"] = tensors["wte.weight"].clone()
 
     assert_same(load_hf(change_weights(folder, change)).tensors, expected)
+    change_weights(folder, lambda tensors: tensors.pop("wte.weight"))  # the head alone stands for both
+    assert_same(load_hf(folder).tensors, expected)
 
 
 def test_a_head_that_differs_from_the_table_it_is_tied_to_is_refused(tmp_path):
