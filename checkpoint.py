@@ -39,7 +39,7 @@ import lora
 from config import MachineError, UserError
 
 FORMAT = 1
-STATE, MANIFEST = "state.json", "manifest.json"
+STATE, MANIFEST, OPTIMIZER = "state.json", "manifest.json", "optimizer.safetensors"
 MODEL, ADAPTER, ADAPTER_CONFIG = "model.safetensors", "adapter_model.safetensors", "adapter_config.json"
 STEP_NAME = re.compile(r"step_(\d{8,})(\.replaced)?")
 TEMPORARY = ".tmp-"  # prefix of folders that are being written or deleted
@@ -67,10 +67,10 @@ def _write_bytes(path: Path, data: bytes) -> None:
     path.write_bytes(data)
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """A file in safetensors' format: length of the header, JSON header, raw bytes. Written straight from the tensors'
     memory, one after the other; the library's writer would copy all of them first (a third of a save's time)."""
-    header, end = {}, 0
+    header, end = {} if metadata is None else {"__metadata__": metadata}, 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.numel() * tensor.element_size()
         header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
@@ -116,17 +116,20 @@ def _hash(path: Path) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 # Saving
 
-def save(run_dir: Path, step: int, *, model: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict,
+def save(run_dir: Path, step: int, *, model: dict[str, Tensor], optimizer: dict[str, Tensor] | None, state: dict,
          keep: int, adapter_config: dict | None = None) -> Path:
     """Write RUN/checkpoints/step_<step>, then delete all but the newest `keep` and the one with the best val_loss.
 
-    model, optimizer: tensors by name on any device; state: JSON values, "val_loss" in it may be None; adapter_config:
-    model holds adapters only, to RUN/base. Raises SaveError, with nothing changed, if the disk fails or is too full.
+    model, optimizer: tensors by name on any device, optimizer None = weights alone; state: JSON values, "val_loss" in
+    it may be None; adapter_config: model holds adapters only, to RUN/base. Raises SaveError, with nothing changed, if
+    the disk fails or is too full.
     """
     folder = Path(run_dir) / "checkpoints"
     final = folder / f"step_{step:08d}"
     temporary = folder / (TEMPORARY + final.name)
-    tensors = {"optimizer.safetensors": optimizer, MODEL if adapter_config is None else ADAPTER: model}
+    tensors = {MODEL if adapter_config is None else ADAPTER: model}
+    if optimizer is not None:
+        tensors = {OPTIMIZER: optimizer} | tensors  # the larger first: it is hashed while the other is written
     texts = {STATE: {"step": step, **state}} | ({} if adapter_config is None else {ADAPTER_CONFIG: adapter_config})
     needed = sum(t.numel() * t.element_size() for part in tensors.values() for t in part.values()) + MARGIN_BYTES
     try:
@@ -163,6 +166,11 @@ def save_base(run_dir: Path, tensors: dict[str, Tensor]) -> str:
         temporary.unlink(missing_ok=True)
         raise SaveError(f"the base of the adapters was not saved to {str(folder)!r}: "
                         f"{_reason(error, folder, needed)}") from error
+def write_tensor_file(path: Path, tensors: dict[str, Tensor]) -> None:
+    """A safetensors file outside any checkpoint, as Hugging Face's programs read it, synced. Tensors may be views: each
+    is made contiguous when its turn comes. Raises OSError."""
+    _write_tensors(path, tensors, {"format": "pt"})
+    _sync(path)
 
 
 def _make_checkpoints_folder(folder: Path) -> None:
@@ -391,6 +399,11 @@ def load_state(checkpoint: Path) -> dict:
         return json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{str(path)!r} cannot be read: {error}; use another checkpoint") from None
+
+
+def holds_optimizer(checkpoint: Path) -> bool:
+    """Whether a run can go on from it; convert.py writes weights alone."""
+    return (Path(checkpoint) / OPTIMIZER).exists()
 
 
 def load_tensors(checkpoint: Path, name: str, device: str | torch.device = "cpu") -> dict[str, Tensor]:

@@ -103,6 +103,7 @@ class ModelConfig:
     qk_norm: bool = knob(False, "RMSNorm over each head of q and k before RoPE (as Qwen3)")
     bias: bool = knob(True, "biases in linear layers and layernorms")
     qkv_bias: bool | None = knob(None, "bias of the q, k, v projection alone (Qwen2 has it); left out = bias")
+    mlp_bias: bool | None = knob(None, "bias of the MLP's layers alone (Llama may have it); left out = bias")
     tie_embeddings: bool = knob(True, "the head shares the token embedding's table")
     dropout: float = knob(0.0, "on the embedding and on both residual branches; 0.0 = off", minimum=0.0, maximum=0.99)
     logit_softcap: float = knob(0.0, "logits = cap * tanh(logits / cap); 0.0 = off", minimum=0.0)
@@ -129,6 +130,10 @@ class ModelConfig:
     @property
     def has_qkv_bias(self) -> bool:
         return self.bias if self.qkv_bias is None else self.qkv_bias
+
+    @property
+    def has_mlp_bias(self) -> bool:
+        return self.bias if self.mlp_bias is None else self.mlp_bias
 
 
 @dataclass(frozen=True)

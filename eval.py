@@ -130,6 +130,8 @@ def main(argv: list[str]) -> None:
 
 def _loss(args: argparse.Namespace, run_dir: Path, model: GPT, tokenizer: Tokenizer, device: torch.device) -> dict:
     data_config = load_config(run_dir / "config.toml").data
+    if args.data is None and data_config.dir is None:  # converted from Hugging Face
+        raise UserError(f"run {args.run!r} has no data of its own; name a folder of shards or a text file with --data")
     data = Path(args.data or data_config.dir)
     if not data.exists():
         raise UserError(f"data {str(data)!r} does not exist; name a folder of shards or a text file with --data")
@@ -251,6 +253,8 @@ def _shard_batches(data: Path, model: GPT, tokenizer: Tokenizer, batch_size: int
     if has_own and load_tokenizer(str(data)).fingerprint != tokenizer.fingerprint:
         raise UserError(f"data {str(data)!r} was made with tokenizer {dataset.index['tokenizer']!r}, the run with "
                         "another; prepare the text again with --tokenizer RUN")
+    if dataset.raw_files:
+        _note(f"no header in {', '.join(dataset.raw_files)}: read as bare uint16 ids")
     stream = open_split(dataset, "val")
     loader = ValLoader(stream, seq_len=model.config.max_seq_len, eval_tokens=stream.tokens, micro_batch=batch_size,
                        device=device, eot=tokenizer.eot if document_mask else None,
@@ -263,7 +267,8 @@ def _file_batches(path: Path, model: GPT, tokenizer: Tokenizer, batch_size: int,
     ids = tokenizer.encode(path.read_bytes().decode("utf-8", errors="replace"))
     if len(ids) == 0:
         raise UserError(f"text {str(path)!r} is empty; name a file with text in it")
-    return text_batches(ids, eot=tokenizer.eot, seq_len=model.config.max_seq_len, batch_size=batch_size, device=device)
+    return text_batches(ids, eot=tokenizer.start, seq_len=model.config.max_seq_len, batch_size=batch_size,
+                        device=device)
 
 
 def _note(text: str) -> None:

@@ -110,8 +110,8 @@ class MLP(nn.Module):
         super().__init__()
         self.kind = config.mlp
         width = 2 * config.hidden if self.kind == "swiglu" else config.hidden
-        self.fc = Linear(config.n_embd, width, bias=config.bias)
-        self.proj = Linear(config.hidden, config.n_embd, bias=config.bias)
+        self.fc = Linear(config.n_embd, width, bias=config.has_mlp_bias)
+        self.proj = Linear(config.hidden, config.n_embd, bias=config.has_mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc(x)  # (B, T, hidden), twice that for swiglu
@@ -181,6 +181,9 @@ class GPT(nn.Module):
                 is_last = name.endswith("proj.weight") or name == "lm_head.weight"
                 std = 0.0 if is_last else parameter.shape[1] ** -0.5
             nn.init.normal_(parameter, std=std) if std else nn.init.zeros_(parameter)
+        for table in (self.wte, self.lm_head):
+            if table is not None:  # rows that stand for no token stay 0: their gradient is, and decay keeps them there
+                table.weight[self.config.vocab_size:].zero_()
 
     @property
     def head_weight(self) -> Tensor:
@@ -273,7 +276,8 @@ def padded_vocab_size(vocab_size: int) -> int:
 def rope_table(config: ModelConfig) -> tuple[Tensor, Tensor]:
     """cos and sin of position x frequency, float32 (max_seq_len, D/2)."""
     D = config.dim_per_head
-    frequency = config.rope_theta ** (-torch.arange(0, D, 2, dtype=torch.float32) / D)  # radians per token, (D/2,)
+    # Radians per token, (D/2,); rounded as Hugging Face's, whose last bits position 10,000 would multiply.
+    frequency = 1.0 / config.rope_theta ** (torch.arange(0, D, 2, dtype=torch.float32) / D)
     if config.rope_scaling is not None:
         frequency = scaled_frequency(frequency, config.rope_scaling)
     angle = torch.outer(torch.arange(config.max_seq_len, dtype=torch.float32), frequency)

@@ -73,16 +73,26 @@ def find_start(config: Config, note: Callable[[str], None]) -> Start:
     folder = Path(config.train.out_dir) / "checkpoints"
     own = checkpoint.newest(Path(config.train.out_dir), note)
     if own is not None:
+        _check_holds_optimizer(own, "train.out_dir", config.train.out_dir)
         return Start(own, "everything", is_resume=True)
     if any(folder.glob("step_*.damaged")):
         raise CheckpointError(f"every checkpoint in {str(folder)!r} is damaged and none is left to go on from; remove "
                               "them to start from step 0, or choose another train.out_dir")
     if config.train.fork_from is not None:
-        return Start(checkpoint.resolve(config.train.fork_from, note), "everything")
+        parent = checkpoint.resolve(config.train.fork_from, note)
+        _check_holds_optimizer(parent, "train.fork_from", config.train.fork_from)
+        return Start(parent, "everything")
     if config.train.init_from is not None:
         parent = config.train.init_from
         return Start(Path(parent) if is_hugging_face(parent) else checkpoint.resolve(parent, note), "weights")
     return Start()
+
+
+def _check_holds_optimizer(path: Path, knob: str, run: str) -> None:
+    """Raise CheckpointError for weights that convert.py wrote: no training can go on from them, only start."""
+    if not checkpoint.holds_optimizer(path):
+        raise CheckpointError(f"{knob} = {run!r} holds converted weights without optimizer state; start a run of its "
+                              f"own from them: train.init_from={run} and another train.out_dir")
 
 
 def agree_on_start(config: Config, dataset: Dataset, world: World, note: Callable[[str], None]) -> Start:

@@ -354,7 +354,8 @@ def _first_lines(config: Config, chosen: dict[str, str], *, device: torch.device
         f"dtype: {train.dtype} ({chosen['dtype']}) | compile: {chosen['compile']}",
         chosen["kernels"],
         f"data: {config.data.dir} (hash {dataset.hash[:16]}), {tokens['train']:,} training and {tokens['val']:,} "
-        f"validation tokens, vocabulary {config.model.vocab_size:,}",
+        f"validation tokens, vocabulary {config.model.vocab_size:,}"
+        + (f"; no header in {', '.join(dataset.raw_files)}: read as bare uint16 ids" if dataset.raw_files else ""),
         f"model: {model.parameter_count():,} parameters, {flops_per_token(config.model) / 1e6:.1f} MFLOPs per token",
         *_lines_on_fine_tuning(config, dataset, model),
         f"batch: {train.tokens_per_step:,} tokens a step = {world.size} ranks x {accumulation} micro-batches of up to "

@@ -83,6 +83,7 @@ from data.sources import (
 )
 from data.tokenizer import (
     TIKTOKEN_FILES,
+    TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
     Tokenizer,
     load_tokenizer,
@@ -449,7 +450,7 @@ class OutputFolder:
     def discard(self) -> None:
         """Remove all that was written: a mistake of the user's leaves nothing behind."""
         self._remove_all_but([])
-        for name in (TOKENIZER_FILE, TEMPLATE_FILE):
+        for name in (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, TEMPLATE_FILE):
             (self.path / name).unlink(missing_ok=True)
 
     def _remove_all_but(self, keep: Sequence[str]) -> None:
@@ -788,7 +789,9 @@ def _tokenizer_setting(index: dict, data: DataConfig) -> dict:
     if data.tokenizer is None:
         return {}
     identity = tokenizer_identity(data.tokenizer)
-    return {} if identity == f"{TOKENIZER_FILE}:{index.get('tokenizer_sha256', '')[:12]}" else {"tokenizer": identity}
+    _, plus, end_of_text = index.get("tokenizer", "").partition("+")  # see tokenizer_identity
+    own = f"{TOKENIZER_FILE}:{index.get('tokenizer_sha256', '')[:12]}{plus}{end_of_text}"
+    return {} if identity == own else {"tokenizer": identity}
 
 
 def _check_given_folder(folder: Path, data: DataConfig) -> None:

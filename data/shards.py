@@ -2,7 +2,8 @@
 
 A shard is llm.c's file: a header of 256 little-endian int32 (magic, version, token count, zeros), then the token ids as
 uint16 or uint32. A data folder holds shards and index.json, which names each with its split, token count and sha256. A
-folder without index.json, as llm.c and modded-nanogpt make them, is read too: *train*.bin and *val*.bin, sorted.
+folder without index.json, as llm.c and modded-nanogpt make them, is read too: *train*.bin and *val*.bin, sorted; and
+nanoGPT's train.bin and val.bin, which are uint16 ids and nothing else.
 Beside a shard there may be tracks, one uint8 for each of its tokens and no header: train_00000.loss.bin, 1 where the
 loss counts predicting the token (no file: everywhere), and train_00000.start.bin, 1 where an example starts.
 Nothing here knows text, tokenizers or batches (prepare.py, tokenizer.py, loader.py do), and nothing imports torch.
@@ -29,6 +30,8 @@ from config import MachineError, UserError
 HEADER_BYTES = 256 * 4
 MAX_SHARD_TOKENS = 2**31 - 1  # the header counts in int32
 MAGIC_VERSION = {np.dtype("<u2"): (20240520, 1), np.dtype("<u4"): (20240801, 7)}  # llm.c's, of GPT-2 and Llama 3
+LLMC_EVAL_MAGIC = 20240522  # of its multiple-choice files
+RAW_FILES = ("train.bin", "val.bin")  # may lack a header, in a folder without index.json
 INDEX_FILE = "index.json"
 INDEX_FORMAT = 1
 SPLITS = ("train", "val")
@@ -49,6 +52,7 @@ class ShardError(UserError):
 class ShardHeader:
     dtype: np.dtype
     tokens: int
+    bytes: int = HEADER_BYTES  # 0 = nanoGPT's file without one
 
 
 def _header_bytes(dtype: np.dtype, tokens: int) -> bytes:
@@ -57,8 +61,9 @@ def _header_bytes(dtype: np.dtype, tokens: int) -> bytes:
     return header.tobytes()
 
 
-def read_header(path: Path) -> ShardHeader:
-    """The header of a shard, checked against the file's size. Raises ShardError."""
+def read_header(path: Path, *, foreign: bool = False) -> ShardHeader:
+    """The header of a shard, checked against the file's size. foreign: its folder has no index.json, so that a file
+    named as nanoGPT's may be without one. Raises ShardError."""
     path = Path(path)
     try:
         with open(path, "rb") as file:
@@ -66,6 +71,8 @@ def read_header(path: Path) -> ShardHeader:
     except OSError as error:
         raise ShardError(f"shard {str(path)!r} cannot be read: {error.strerror}; copy it back or prepare the data "
                          "again") from None
+    if foreign and path.name in RAW_FILES and not _has_header(raw):
+        return _raw_header(path, raw, size)
     if len(raw) < HEADER_BYTES:
         raise ShardError(f"shard {str(path)!r} holds {size} bytes, fewer than its header of {HEADER_BYTES}; copy it "
                          "again or prepare the data again")
@@ -74,13 +81,35 @@ def read_header(path: Path) -> ShardHeader:
     if dtype is None:
         known = " or ".join(f"{m} version {v} ({d.name})" for d, (m, v) in MAGIC_VERSION.items())
         raise ShardError(f"shard {str(path)!r} starts with magic {magic} version {version}, expected {known}; a file "
-                         "of bare token ids, such as nanoGPT's train.bin, has no header: prepare its text with "
-                         "python -m data.prepare")
+                         f"of bare uint16 ids, as nanoGPT's, is read if it is called {' or '.join(RAW_FILES)} and its "
+                         "folder has no index.json")
     expected = HEADER_BYTES + tokens * dtype.itemsize
     if tokens < 0 or size != expected:
         raise ShardError(f"shard {str(path)!r} holds {size} bytes but its header says {tokens} tokens of {dtype.name}, "
                          f"{expected} bytes; it is cut short or damaged: copy it again or prepare the data again")
     return ShardHeader(dtype, tokens)
+
+
+def _has_header(start: bytes) -> bool:
+    """Whether a file starts with one of llm.c's magics, whatever the version, or with what must be a header all the
+    same: three numbers and then zeros. 20240520 would be the token ids 55,432 and 308: no GPT-2 text starts so."""
+    magics = {magic for magic, _ in MAGIC_VERSION.values()} | {LLMC_EVAL_MAGIC}
+    return int.from_bytes(start[:4], "little") in magics or (len(start) == HEADER_BYTES and not any(start[12:]))
+
+
+def _raw_header(path: Path, start: bytes, size: int) -> ShardHeader:
+    """What a header would say of a file of bare uint16 ids; start: its first bytes. Raises ShardError if it is none."""
+    ids = np.frombuffer(start[:len(start) // 2 * 2], dtype="<u2")
+    if size == 0 or size % 2:
+        problem = f"holds {size} bytes, no number of uint16 ids"
+    elif len(ids) > 1 and not ids[1::2].any():
+        problem = "has no header, and every second uint16 is 0: these are ids of 4 or 8 bytes"
+    elif start.startswith(b"\x93NUMPY"):
+        problem = "is numpy's .npy format"
+    else:
+        return ShardHeader(np.dtype("<u2"), size // 2, bytes=0)
+    raise ShardError(f"shard {str(path)!r} {problem}; only bare uint16 ids (nanoGPT's) and llm.c's files are read: "
+                     "write it anew as one of them")
 
 
 @contextmanager
@@ -272,6 +301,11 @@ class Dataset:
     vocab_size: int | None
     eot: int | None
 
+    @property
+    def raw_files(self) -> list[str]:
+        """Files without a header, which were taken for bare uint16 ids; for a note to the user."""
+        return [shard["file"] for shard in self.index["shards"] if shard.get("raw")]
+
 
 def open_dataset(data_dir: Path) -> Dataset:
     """The data folder, with every header read and compared with the index. Raises ShardError."""
@@ -305,7 +339,7 @@ def _check_shard(data_dir: Path, index: dict, shard: dict) -> None:
 
 
 def _foreign_index(data_dir: Path) -> dict:
-    """An index for a folder of llm.c or modded-nanogpt shards."""
+    """An index for a folder of llm.c, modded-nanogpt or nanoGPT shards."""
     shards, dtypes = [], {}
     for split in SPLITS:
         for path in sorted(data_dir.glob(f"*{split}*.bin")):
@@ -313,10 +347,10 @@ def _foreign_index(data_dir: Path) -> dict:
                 continue
             if all(name in path.name for name in SPLITS):
                 raise ShardError(f"shard {str(path)!r} has both train and val in its name; rename it")
-            header = read_header(path)
+            header = read_header(path, foreign=True)
             dtypes[header.dtype.name] = path.name
             shards.append({"file": path.name, "split": split, "tokens": header.tokens, "sha256": None,
-                           "sample_sha256": _hash_ends(path)})
+                           "sample_sha256": _hash_ends(path)} | ({} if header.bytes else {"raw": True}))
     if not shards:
         raise ShardError(f"data folder {str(data_dir)!r} holds neither index.json nor *train*.bin and *val*.bin; make "
                          f"it with python -m data.prepare SOURCE --out {data_dir}")
@@ -360,7 +394,9 @@ def _verify_headers(data_dir: Path, note: Callable[[str], None]) -> list[str]:
     problems, paths = [], sorted(data_dir.glob("*.bin"))
     for path in paths:
         try:
-            note(f"{path.name}: {read_header(path).tokens} tokens; no index.json, so no sha256 to compare")
+            header = read_header(path, foreign=True)
+            note(f"{path.name}: {header.tokens} tokens" + ("" if header.bytes else " (no header: bare uint16 ids)")
+                 + "; no index.json, so no sha256 to compare")
         except ShardError as error:
             problems.append(str(error))
     return problems if paths else [f"data folder {str(data_dir)!r} holds no shards (*.bin)"]
@@ -429,13 +465,14 @@ class TokenStream:
     """The shards of one split as one stream of `tokens` ids, memory-mapped, so memory is flat in its size.
 
     row_tokens: whole examples were packed into rows of that many; None = text, in which windows start anywhere.
+    foreign: not made by prepare.py.
     """
 
-    def __init__(self, paths: list[Path], name: str, *, row_tokens: int | None = None):
+    def __init__(self, paths: list[Path], name: str, *, row_tokens: int | None = None, foreign: bool = False):
         self.name = name  # for error messages: "train split of 'shards/x'"
         self.row_tokens = row_tokens
-        self._offset = HEADER_BYTES
-        headers = [read_header(path) for path in paths]
+        self._is_track = False
+        headers = [read_header(path, foreign=foreign) for path in paths]
         filled = [(path, header) for path, header in zip(paths, headers, strict=True) if header.tokens]
         self._paths = [path for path, _ in filled]
         self._headers = [header for _, header in filled]
@@ -460,18 +497,18 @@ class TokenStream:
         if not any(path.exists() for path in paths):
             return None
         track = copy.copy(self)
-        track._paths, track._offset, track.dtype = paths, 0, np.dtype(np.uint8)
-        track._headers = [replace(header, dtype=track.dtype) for header in self._headers]
+        track._paths, track._is_track, track.dtype = paths, True, np.dtype(np.uint8)
+        track._headers = [replace(header, dtype=track.dtype, bytes=0) for header in self._headers]
         track._shard = functools.lru_cache(maxsize=OPEN_SHARDS)(track._map_shard)
         return track
 
     def _map_shard(self, number: int) -> np.ndarray:
         path, header = self._paths[number], self._headers[number]
-        if self._offset == 0 and not path.exists():
+        if self._is_track and not path.exists():
             return np.broadcast_to(np.uint8(1), (header.tokens,))
-        if path.stat().st_size < self._offset + header.tokens * header.dtype.itemsize:
+        if path.stat().st_size < header.bytes + header.tokens * header.dtype.itemsize:
             raise ShardError(f"shard {str(path)!r} became shorter while in use; leave shards alone during a run")
-        mapped = np.memmap(path, dtype=header.dtype, mode="r", offset=self._offset, shape=(header.tokens,))
+        mapped = np.memmap(path, dtype=header.dtype, mode="r", offset=header.bytes, shape=(header.tokens,))
         return mapped.view(np.ndarray)  # a memmap's own indexing costs several microseconds more
 
     def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
@@ -523,4 +560,4 @@ def open_split(dataset: Dataset, split: str) -> TokenStream:
             "prepare the data again" + (" with --val-fraction or --val" if split == "val" else "")
         raise ShardError(f"data folder {str(dataset.dir)!r} has no {split} shard; {way_out}")
     return TokenStream([dataset.dir / name for name in names], f"{split} split of {str(dataset.dir)!r}",
-                       row_tokens=dataset.index.get("row_tokens"))
+                       row_tokens=dataset.index.get("row_tokens"), foreign=dataset.vocab_size is None)

@@ -2,7 +2,9 @@
 
 Byte-level tokenizers (GPT-2's kind) are encoded by tiktoken, others by the `tokenizers` library, which also trains
 `bpe:N`; each is imported where it is used. save() writes Hugging Face's format whatever the kind, so a folder with a
-tokenizer.json works alone. Text that spells a special token is plain text. Nothing here knows files of text or shards.
+tokenizer.json works alone. Text that spells a special token is plain text. Which special token ends a text is the
+`eos_token` of a tokenizer_config.json beside it, else the one by a known name. Nothing here knows files of text or
+shards.
 
 Long texts. tiktoken slows down on very long pre-tokens, and fails beyond a million blanks in a row: its regex engine
 runs out of stack (0.14.0). So a long text is encoded in pieces, cut only where the ids provably stay those of the
@@ -24,7 +26,7 @@ from config import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 OTHER_ENDS = ("<|end_of_text|>", "</s>", "<eos>", "[SEP]")  # what others call it: Llama 3, Llama 2, Gemma, BERT
-TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_FILE, TOKENIZER_CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
 
 # GPT-2's split of text into words, the form that tiktoken runs fastest; bpe:N is trained with the same split.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
@@ -60,13 +62,15 @@ class Tokenizer:
     """Text <-> ids. Attributes: name, vocab_size (highest id + 1), eot (id of end-of-text).
 
     Made by load_tokenizer() and train_bpe(), as byte-level (ranks given) or around the `tokenizers` library (hf given).
-    ranks: token -> id, which is also the priority of its merge; pattern: the split into words, None = no split.
+    ranks: token -> id, which is also the priority of its merge; pattern: the split into words, None = no split;
+    end_of_text: the special token that ends a text, or its id, None = the one by a known name.
     """
 
     def __init__(self, name: str, specials: dict[str, int], *, ranks: dict[bytes, int] | None = None,
-                 pattern: str | None = None, hf=None, file_text: str | None = None):
+                 pattern: str | None = None, hf=None, file_text: str | None = None,
+                 end_of_text: str | int | None = None):
         self.name = name
-        self.eot = _end_of_text(name, specials)
+        self.eot = _end_of_text(name, specials, end_of_text)
         self._specials, self._ranks, self._pattern, self._hf = specials, ranks, pattern, hf
         self._file_text = file_text  # a tokenizer.json that was read is written back as it was
         vocab = ranks if ranks is not None else hf.get_vocab(with_added_tokens=True)
@@ -224,19 +228,29 @@ class Tokenizer:
         return next(token for token, i in self._specials.items() if i == self.eot)
 
     def save(self, path: Path) -> None:
-        """Write a Hugging Face tokenizer.json, whole or not at all."""
+        """Write a Hugging Face tokenizer.json, whole or not at all; before it a tokenizer_config.json with the
+        eos_token, if that does not show from the special tokens' names."""
         path = Path(path)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(self.file_text.encode())
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)  # mkstemp lets nobody else read it
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        config = path.with_name(TOKENIZER_CONFIG_FILE)
+        if _known_end(self._specials) == self.eot_token:
+            config.unlink(missing_ok=True)
+        else:
+            _write_whole(config, json.dumps({"eos_token": self.eot_token}, ensure_ascii=False).encode() + b"\n")
+        _write_whole(path, self.file_text.encode())
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp lets nobody else read it
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
 
 
 def replace_surrogates(text: str) -> str:
@@ -298,11 +312,11 @@ def _hugging_face_encoder(hf) -> Callable[[str], np.ndarray]:
 # ----------------------------------------------------------------------------------------------------------------------
 # Loading and training
 
-def load_tokenizer(name_or_path: str) -> Tokenizer:
+def load_tokenizer(name_or_path: str, *, end_of_text: int | None = None) -> Tokenizer:
     """The tokenizer of a name (bytes, gpt2, r50k_base, cl100k_base, o200k_base) or of a tokenizer.json.
 
-    The file may be given itself or as the folder that holds it: a run, shards, a Hugging Face model. Raises
-    TokenizerError.
+    The file may be given itself or as the folder that holds it: a run, shards, a Hugging Face model. end_of_text: its
+    id, for a file whose tokenizer_config.json names none. Raises TokenizerError.
     """
     name_or_path = str(name_or_path)
     if name_or_path == "bytes":
@@ -314,7 +328,8 @@ def load_tokenizer(name_or_path: str) -> Tokenizer:
                              "(data.source, or python -m data.prepare) and name the folder of shards or the run")
     path = tokenizer_path(name_or_path)
     try:
-        return _from_file_text(path.read_text(encoding="utf-8"), name=tokenizer_identity(name_or_path))
+        return _from_file_text(path.read_text(encoding="utf-8"), tokenizer_identity(name_or_path),
+                               end_of_text=_configured_end(path) or end_of_text)
     except OSError as error:
         raise TokenizerError(f"tokenizer {str(path)!r} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:  # not JSON, or not of the shape expected
@@ -323,18 +338,22 @@ def load_tokenizer(name_or_path: str) -> Tokenizer:
 
 
 def tokenizer_identity(name_or_path: str) -> str:
-    """What tells tokenizers apart without loading them: the name, or of a file `tokenizer.json:<start of its sha256>`.
+    """What tells tokenizers apart without loading them: the name, or of a file `tokenizer.json:<start of its sha256>`
+    and after a + the end-of-text that its tokenizer_config.json names, unless that is a known name.
 
     Raises TokenizerError if there is no such file.
     """
     name_or_path = str(name_or_path)
     if name_or_path == "bytes" or name_or_path in TIKTOKEN_FILES or name_or_path.startswith("bpe:"):
         return name_or_path
+    path = tokenizer_path(name_or_path)
     try:
-        content = tokenizer_path(name_or_path).read_bytes()
+        content = path.read_bytes()
     except OSError as error:
         raise TokenizerError(f"tokenizer {name_or_path!r} cannot be read: {error.strerror}") from None
-    return f"{TOKENIZER_FILE}:{hashlib.sha256(content).hexdigest()[:12]}"
+    end = _configured_end(path)
+    return f"{TOKENIZER_FILE}:{hashlib.sha256(content).hexdigest()[:12]}" + (
+        "" if end in (None, END_OF_TEXT, *OTHER_ENDS) else f"+{end}")
 
 
 def tokenizer_path(name_or_path: str) -> Path:
@@ -409,12 +428,38 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
                      file_text=_byte_level_file(ranks, merges, GPT2_PATTERN, specials))
 
 
-def _end_of_text(name: str, specials: dict[str, int]) -> int:
-    for token in (END_OF_TEXT, *OTHER_ENDS):
-        if token in specials:
-            return specials[token]
-    raise TokenizerError(f"tokenizer {name!r} has no end-of-text token among its special tokens ({', '.join(specials)})"
-                         f"; add {END_OF_TEXT} to its added_tokens")
+def _end_of_text(name: str, specials: dict[str, int], given: str | int | None) -> int:
+    """The id of end-of-text: the given token's, or that of the first known name. A given id that no special token has
+    (configs are careless with it) counts as not given."""
+    if isinstance(given, str) and given not in specials:
+        raise TokenizerError(f"tokenizer {name!r}: {TOKENIZER_CONFIG_FILE} names eos_token {given!r}, which is none of "
+                             f"its special tokens ({', '.join(specials)}); correct one of the two")
+    if isinstance(given, str) or given in specials.values():
+        return specials.get(given, given)
+    token = _known_end(specials)
+    if token is None:
+        raise TokenizerError(f"tokenizer {name!r} has no end-of-text token among its special tokens "
+                             f"({', '.join(specials)}); name one as eos_token in a {TOKENIZER_CONFIG_FILE} beside it, "
+                             f"or add {END_OF_TEXT} to its added_tokens")
+    return specials[token]
+
+
+def _known_end(specials: dict[str, int]) -> str | None:
+    return next((token for token in (END_OF_TEXT, *OTHER_ENDS) if token in specials), None)
+
+
+def _configured_end(path: Path) -> str | None:
+    """The eos_token of the tokenizer_config.json beside a tokenizer.json, None if there is none."""
+    config = path.with_name(TOKENIZER_CONFIG_FILE)
+    if path.name != TOKENIZER_FILE or not config.exists():
+        return None
+    try:
+        token = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
+        token = token["content"] if isinstance(token, dict) else token
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise TokenizerError(f"{str(config)!r} cannot be read as Hugging Face's ({type(error).__name__} {error}); copy "
+                             "it again") from None
+    return token if isinstance(token, str) else None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -504,14 +549,39 @@ def _pre_tokenizer(pattern: str | None) -> dict:
     return {"type": "Sequence", "pretokenizers": [split, byte_level]}
 
 
-def _from_file_text(text: str, name: str) -> Tokenizer:
+def from_vocab_and_merges(folder: Path, *, end_of_text: int | None = None) -> Tokenizer:
+    """GPT-2's tokenizer from its older files: vocab.json, merges.txt and, if there is one, added_tokens.json.
+
+    end_of_text as for load_tokenizer. Raises TokenizerError.
+    """
+    folder = Path(folder)
+    try:
+        added = folder / "added_tokens.json"
+        specials = json.loads(added.read_text(encoding="utf-8")) if added.exists() else {}
+        vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+        merges = [line for line in lines if line and not line.startswith("#version")]
+        specials = {token: i for token, i in vocab.items() if token == END_OF_TEXT} | specials
+        ranks = {_bytes_of_word(word): i for word, i in vocab.items() if word not in specials}
+        pairs = [tuple(_bytes_of_word(part) for part in merge.split(" ")) for merge in merges]
+        text = _byte_level_file(ranks, pairs, GPT2_PATTERN, specials)
+        name = f"{TOKENIZER_FILE}:{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+        return _from_file_text(text, name, end_of_text=_configured_end(folder / TOKENIZER_FILE) or end_of_text)
+    except OSError as error:
+        raise TokenizerError(f"tokenizer file {str(error.filename)!r} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise TokenizerError(f"vocab.json and merges.txt in {str(folder)!r} are not those of a byte-level BPE such as "
+                             f"GPT-2's: {type(error).__name__} {error}; put a {TOKENIZER_FILE} beside them") from None
+
+
+def _from_file_text(text: str, name: str, *, end_of_text: str | int | None = None) -> Tokenizer:
     """The tokenizer of a tokenizer.json: by tiktoken if that gives the same ids, else by the `tokenizers` library."""
     file = json.loads(text)
     specials = {t["content"]: t["id"] for t in file["added_tokens"] if t["special"]}
     if _is_byte_level(file):
         pattern = _pattern_of(file["pre_tokenizer"])
         ranks = {_bytes_of_word(word): i for word, i in file["model"]["vocab"].items() if word not in specials}
-        tokenizer = Tokenizer(name, specials, ranks=ranks, pattern=pattern, file_text=text)
+        tokenizer = Tokenizer(name, specials, ranks=ranks, pattern=pattern, file_text=text, end_of_text=end_of_text)
         if pattern in (None, GPT2_PATTERN) or _agrees(tokenizer, text):
             return tokenizer
     from tokenizers import Tokenizer as HuggingFace
@@ -519,7 +589,7 @@ def _from_file_text(text: str, name: str) -> Tokenizer:
         hf = HuggingFace.from_str(text)
     except Exception as error:  # the library raises nothing more special
         raise ValueError(str(error)) from None
-    return Tokenizer(name, specials, hf=hf, file_text=text)
+    return Tokenizer(name, specials, hf=hf, file_text=text, end_of_text=end_of_text)
 
 
 def _is_byte_level(file: dict) -> bool:

@@ -269,8 +269,8 @@ EVERY_KNOB_CHANGED = Config(
         norm="rmsnorm", norm_eps=1e-06, position="rope", rope_theta=5e5,
         rope_scaling=RopeScaling(kind="llama3", factor=8.0, low_freq_factor=1.5, high_freq_factor=3.5,
                                  original_max_seq_len=4096),
-        mlp="relu2", qk_norm=True, bias=False, qkv_bias=False, tie_embeddings=False, dropout=0.125, logit_softcap=30.0,
-        window=17, init="zero_residual"),
+        mlp="relu2", qk_norm=True, bias=False, qkv_bias=False, mlp_bias=False, tie_embeddings=False, dropout=0.125,
+        logit_softcap=30.0, window=17, init="zero_residual"),
     data=DataConfig(
         source=("a b.txt", NASTY), val_source=("val.jsonl",), dir="shards/ü", tokenizer="bpe:4096", val_fraction=0.1,
         text_field=NASTY, chat_template="chat.jinja", document_mask=True),

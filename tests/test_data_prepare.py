@@ -786,6 +786,26 @@ def test_the_tokenizer_left_out_or_named_by_its_file_is_that_of_the_folder(book)
         ensure_prepared(DataConfig(dir="mine", tokenizer="gpt2"), local_rank=0, note=quiet)
 
 
+def test_documents_end_with_the_end_of_text_that_the_tokenizers_folder_names(book):
+    file = json.loads(train_bpe(["some text"], 258).file_text)
+    file["added_tokens"].append(file["added_tokens"][0] | {"id": 258, "content": "<|im_end|>"})
+    Path("run").mkdir()
+    Path("run", "tokenizer.json").write_text(json.dumps(file))
+    Path("run", "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
+    Path("rows.jsonl").write_text("\n".join(json.dumps({"text": f"some text {i}"}) for i in range(200)))
+    prepare(["rows.jsonl"], Path("shards"), tokenizer="run", note=quiet, val_fraction=0.2)
+    dataset = open_dataset(Path("shards"))
+    stream = open_split(dataset, "train")
+    tokens = stream.windows(np.array([0]), stream.tokens)[0]
+    assert dataset.eot == load_tokenizer("shards").eot == tokens[-1] == 258 and 257 not in tokens
+    for tokenizer in ("run", "shards"):  # either names what the shards were made with
+        ensure_prepared(DataConfig(dir="shards", tokenizer=tokenizer), local_rank=0, note=quiet)
+    with pytest.raises(ConfigError, match="other settings"):
+        Path("run", "tokenizer_config.json").unlink()
+        ensure_prepared(DataConfig(source=("rows.jsonl",), val_fraction=0.2, dir="shards", tokenizer="run"),
+                        local_rank=0, note=quiet)
+
+
 def test_foreign_shards_need_a_tokenizer_and_other_folders_a_source(book, tmp_path):
     Path("foreign").mkdir()
     with pytest.raises(ConfigError, match="'foreign' holds neither index.json nor .*set data.source"):

@@ -148,7 +148,7 @@ def broken_files():
         "bytes too many": (good + b"\0\0", "1226 bytes"),
         "another version": (llmc_bytes(range(100), version=2), "version 2"),
         "an llm.c evaluation file": (llmc_bytes(range(100), magic=20240522), "20240522"),
-        "nanoGPT's headerless tokens": (np.arange(5000, dtype="<u2").tobytes(), "nanoGPT.*data.prepare"),
+        "nanoGPT's headerless tokens": (np.arange(5000, dtype="<u2").tobytes(), "nanoGPT.*train.bin or val.bin"),
         "a negative count": (llmc_bytes(range(100), count=-1), "-1 tokens"),
     }
 
@@ -247,6 +247,60 @@ def test_a_folder_of_llmc_shards_is_read_by_name(tmp_path):
     assert (dataset.vocab_size, dataset.eot) == (None, None)
     assert open_split(dataset, "train").windows(np.array([0]), 4).tolist() == [[3, 4, 5, 6]]
     assert open_split(dataset, "val").tokens == 1
+
+
+def test_nanogpts_files_without_header_are_read_as_uint16_and_named(tmp_path):
+    train = np.random.default_rng(0).integers(50_257, size=70_000).astype(np.uint16)  # longer than any header
+    train.tofile(tmp_path / "train.bin")  # as nanoGPT's prepare.py does
+    np.array([7, 8, 9], dtype=np.uint16).tofile(tmp_path / "val.bin")
+    dataset = open_dataset(tmp_path)
+    assert dataset.raw_files == ["train.bin", "val.bin"]
+    stream = open_split(dataset, "train")
+    assert stream.tokens == 70_000
+    assert (stream.windows(np.array([0, 69_500]), 500) == np.stack([train[:500], train[69_500:]])).all()
+    assert open_split(dataset, "val").windows(np.array([0]), 3).tolist() == [[7, 8, 9]]
+
+
+def test_raw_and_llmc_files_may_stand_side_by_side(tmp_path):
+    (tmp_path / "train.bin").write_bytes(llmc_bytes([1, 2, 3]))
+    np.array([7, 8], dtype=np.uint16).tofile(tmp_path / "val.bin")
+    dataset = open_dataset(tmp_path)
+    assert dataset.raw_files == ["val.bin"]
+    assert open_split(dataset, "train").windows(np.array([0]), 3).tolist() == [[1, 2, 3]]
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    (llmc_bytes([1, 2], version=2), "magic 20240520 version 2"),
+    (llmc_bytes([1, 2], magic=20240522), "magic 20240522"),
+    (llmc_bytes([1, 2], magic=20250101), "magic 20250101"),  # some later header
+    (llmc_bytes([1, 2], count=5), "says 5 tokens"),
+    (llmc_bytes([1, 2])[:600], "600 bytes, fewer than its header"),
+    (np.arange(1, 900, dtype=np.uint32).tobytes(), "every second uint16 is 0"),
+    (np.arange(1, 900, dtype=np.int64).tobytes(), "every second uint16 is 0"),
+    (b"\x93NUMPY\x01\x00" + bytes(range(1, 201)), "numpy's"),
+    (b"abc", "3 bytes"), (b"", "0 bytes")])
+def test_a_train_bin_that_is_neither_llmcs_nor_clearly_raw_is_refused(tmp_path, content, message):
+    (tmp_path / "train.bin").write_bytes(content)
+    with pytest.raises(ShardError, match=f"train.bin.*{message}"):
+        open_dataset(tmp_path)
+
+
+def test_files_without_header_are_refused_under_other_names_and_beside_an_index(tmp_path):
+    np.arange(5, 3000, dtype=np.uint16).tofile(tmp_path / "fineweb_train_000001.bin")
+    with pytest.raises(ShardError, match="fineweb_train_000001.bin.*train.bin or val.bin.*no index.json"):
+        open_dataset(tmp_path)
+    (tmp_path / "ours").mkdir()
+    make_folder(tmp_path / "ours", [[1, 2, 3]])
+    np.arange(5, 3000, dtype=np.uint16).tofile(tmp_path / "ours" / "train_00000.bin")
+    with pytest.raises(ShardError, match="train_00000.bin.*magic"):
+        open_dataset(tmp_path / "ours")
+
+
+def test_verify_says_which_files_have_no_header(tmp_path):
+    np.array([7, 8, 9], dtype=np.uint16).tofile(tmp_path / "train.bin")
+    notes = []
+    assert verify(tmp_path, notes.append) == []
+    assert notes == ["train.bin: 3 tokens (no header: bare uint16 ids); no index.json, so no sha256 to compare"]
 
 
 def test_the_hash_of_an_llmc_folder_sees_other_tokens_of_the_same_count(tmp_path):

@@ -463,3 +463,65 @@ def test_gpt2s_merges_are_those_that_openai_published():
     file = module._tiktoken_cache() / module._cache_name(TIKTOKEN_FILES["gpt2"][0])
     merges = json.loads(load_tokenizer("gpt2").file_text)["model"]["merges"]
     assert merges == file.read_text(encoding="utf-8").split("\n")[1:-1]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# End-of-text of tokenizers that call it by another name
+
+def renamed(folder: Path, **names: str) -> Path:
+    """A folder with the tokenizer.json of train_bpe and two more special tokens, <|im_end|> and <eos>."""
+    file = json.loads(train_bpe(["the cat sat on the mat"], 260).file_text)
+    (special,) = file["added_tokens"]
+    file["added_tokens"] += [special | {"id": 260, "content": "<|im_end|>"}, special | {"id": 261, "content": "<eos>"}]
+    (folder / "tokenizer.json").write_text(json.dumps(file))
+    if names:
+        (folder / "tokenizer_config.json").write_text(json.dumps(names))
+    return folder
+
+
+def test_tokenizer_config_names_the_end_of_text_and_copies_keep_it(tmp_path):
+    (tmp_path / "copy").mkdir()
+    tokenizer = load_tokenizer(renamed(tmp_path, eos_token="<|im_end|>"))
+    assert (tokenizer.eot, tokenizer.eot_token) == (260, "<|im_end|>")
+    tokenizer.save(tmp_path / "copy" / "tokenizer.json")
+    assert load_tokenizer(tmp_path / "copy").eot == load_tokenizer(tmp_path / "copy" / "tokenizer.json").eot == 260
+
+
+def test_saving_a_tokenizer_with_a_known_end_of_text_removes_the_name_of_another(tmp_path):
+    """Else a folder used again would end texts with the token of the tokenizer before."""
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
+    train_bpe(["the cat sat on the mat"], 260).save(tmp_path / "tokenizer.json")
+    assert load_tokenizer(tmp_path).eot == 259
+    assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.json"]
+
+
+def test_a_given_end_of_text_counts_after_tokenizer_config_and_before_known_names(tmp_path):
+    assert load_tokenizer(renamed(tmp_path)).eot == 259
+    assert load_tokenizer(tmp_path, end_of_text=261).eot == 261
+    assert load_tokenizer(tmp_path, end_of_text=3).eot == 259  # no special token
+    assert load_tokenizer(renamed(tmp_path, eos_token="<|im_end|>"), end_of_text=261).eot == 260
+
+
+def test_tokenizers_that_differ_in_end_of_text_alone_are_told_apart(tmp_path):
+    """Else shards whose documents end with one would be taken for those of the other."""
+    plain = tokenizer_identity(renamed(tmp_path))
+    assert tokenizer_identity(renamed(tmp_path, eos_token="<|im_end|>")) == plain + "+<|im_end|>"
+    assert tokenizer_identity(renamed(tmp_path, eos_token="<|endoftext|>")) == plain
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(TokenizerError, match="tokenizer_config.json' cannot be read"):
+        tokenizer_identity(tmp_path)
+
+
+def test_an_end_of_text_that_is_no_special_token_is_refused(tmp_path):
+    with pytest.raises(TokenizerError, match="eos_token '</s>'.*special tokens .*<eos>"):
+        load_tokenizer(renamed(tmp_path, eos_token="</s>"))
+
+
+@pytest.mark.parametrize(("processor", "expected"), [
+    (None, None), ({"type": "ByteLevel"}, None),
+    ({"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A"}}]}, None),
+    ({"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<eos>"}}, {"Sequence": {"id": "A"}}]}, "<eos>"),
+    ({"type": "Sequence", "processors": [{"type": "ByteLevel"}, {
+        "type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<eos>"}}]}]}, "<eos>")], ids=str)
+def test_the_token_before_every_text_is_that_of_the_post_processor(processor, expected):
+    assert module._token_before_text(processor) == expected

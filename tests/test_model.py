@@ -72,6 +72,9 @@ def test_switches_decide_which_parameters_exist():
     assert [name for name in names(bias=False, qkv_bias=True) if name.endswith("bias")] == [
         name for name in names(bias=False, qkv_bias=True) if name.endswith("attn.qkv.bias")] != []
     assert not [name for name in names(qkv_bias=False) if name.endswith("attn.qkv.bias")]
+    assert names(mlp_bias=False) == {name for name in names() if not (".mlp." in name and name.endswith("bias"))}
+    assert names(bias=False, mlp_bias=True) == names(bias=False) | {
+        f"blocks.{layer}.mlp.{part}.bias" for layer in (0, 1) for part in ("fc", "proj")}
     assert not [name for name in names(norm="rmsnorm") if name.endswith("norm.bias")]
     assert "wpe.weight" in names() and "wpe.weight" not in names(position="rope")
     assert "lm_head.weight" in names(tie_embeddings=False) and "lm_head.weight" not in names()
@@ -127,6 +130,20 @@ def test_zero_residual_initialisation_starts_blocks_as_the_identity(tied):
     assert torch.equal(model.hidden(tokens), model.final_norm(embedded))
     if not tied:  # all logits 0: the loss of guessing
         assert model(tokens, tokens).item() == pytest.approx(math.log(512), rel=1e-6)
+
+
+@pytest.mark.parametrize("switches", [
+    {}, {"tie_embeddings": False}, {"tie_embeddings": False, "init": "zero_residual"}], ids=str)
+def test_rows_without_a_token_are_born_zero_and_get_no_gradient(switches):
+    """So that they stay zero in training, and a model exported without them comes back equal."""
+    model = GPT(replace(SMALL, vocab_size=1037, **switches))
+    tokens = make_tokens(model.config, 2, 9)
+    model(tokens, tokens).backward()
+    for table in (model.wte, model.lm_head):
+        if table is not None:
+            assert len(table.weight) == 1152
+            assert not table.weight[1037:].any() and not table.weight.grad[1037:].any()
+    assert model.wte.weight[:1037].any(dim=1).all()
 
 
 def test_initialisation_is_a_function_of_the_global_seed():

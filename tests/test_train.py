@@ -450,6 +450,16 @@ def test_another_tokenizer_beside_init_from_is_refused(settings):
 # ----------------------------------------------------------------------------------------------------------------------
 # What a run says and writes
 
+def test_nanogpts_files_train_a_model_and_the_log_says_how_they_were_read(settings):
+    Path("nanogpt").mkdir()
+    for split, tokens in (("train", 3000), ("val", 400)):
+        np.random.default_rng(1).integers(256, size=tokens).astype(np.uint16).tofile(f"nanogpt/{split}.bin")
+    out = run(settings[:1], "out", "data.dir=nanogpt", "train.max_steps=2", "optim.decay_steps=9")
+    assert [row["step"] for row in rows(out)] == [1, 2]
+    assert "3,000 training and 400 validation tokens, vocabulary 257; no header in train.bin, val.bin: read as bare " \
+           "uint16 ids" in (out / "log.txt").read_text()
+
+
 def test_the_first_log_lines_say_what_was_chosen_and_why(settings):
     log = (run(settings, "said", "train.max_steps=1") / "log.txt").read_text()
     for words in ("torch " + torch.__version__, "device: cpu (asked for)", "threads", "dtype: float32 (asked for)",

@@ -1,0 +1,660 @@
+"""Conversion against transformers, which makes models for from-hf and loads those of to-hf, in a process of its own."""
+
+import errno
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import checkpoint
+import convert
+import eval as evaluation
+import sample
+import start
+from config import (
+    Config,
+    MachineError,
+    ModelConfig,
+    RopeScaling,
+    TrainConfig,
+    UserError,
+    exit_cleanly,
+    load_config,
+    to_toml,
+)
+from convert import ConvertError, from_hf, load_hf, load_hf_config, to_hf
+from data.chat import load_template, save_template
+from data.tokenizer import load_tokenizer, train_bpe
+from model import GPT
+
+F32 = {"rtol": 0, "atol": 1e-5}  # the promise; logits are of size 1
+TEXT = "Hello there, it's 12 o'clock.\n\n  naïve 日本 <|endoftext|> end"
+TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 64}
+GPT2 = {"vocab_size": 1037, "n_layer": 2, "n_head": 3, "n_embd": 24, "n_positions": 60}
+LLAMA = {"vocab_size": 301, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+         "hidden_size": 24, "intermediate_size": 40, "max_position_embeddings": 60, "tie_word_embeddings": False,
+         "rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
+HF_CASES = {  # name -> class, config; the weights' dtype and a size for shards where they are not float32 in one file
+    "gpt2": ("GPT2LMHeadModel", GPT2),
+    "gpt2_untied": ("GPT2LMHeadModel", GPT2 | {"activation_function": "gelu", "tie_word_embeddings": False,
+                                               "n_inner": 44, "layer_norm_epsilon": 1e-3}, "float32", "20KB"),
+    "gpt2_relu2": ("GPT2LMHeadModel", GPT2 | {"activation_function": "relu2", "vocab_size": 301}),
+    "llama2": ("LlamaForCausalLM", LLAMA | {"num_key_value_heads": 4}),
+    "llama3": ("LlamaForCausalLM", LLAMA | {
+        "vocab_size": 1037, "tie_word_embeddings": True, "hidden_size": 64,
+        "rope_parameters": LLAMA3 | {"rope_theta": 500.0}}, "bfloat16", "20KB"),
+    "llama_biased": ("LlamaForCausalLM", LLAMA | {
+        "attention_bias": True, "mlp_bias": True, "head_dim": 10,
+        "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}}),
+    "llama_attention_bias": ("LlamaForCausalLM", LLAMA | {"attention_bias": True}),
+    "llama_mlp_bias": ("LlamaForCausalLM", LLAMA | {"mlp_bias": True}),
+    "qwen2": ("Qwen2ForCausalLM", LLAMA | {"tie_word_embeddings": True, "vocab_size": 1037}, "float16", "5GB"),
+    "qwen2_window": ("Qwen2ForCausalLM", LLAMA | {"use_sliding_window": True, "sliding_window": 7,
+                                                  "max_window_layers": 0}),
+    "qwen3": ("Qwen3ForCausalLM", LLAMA | {"head_dim": 10, "rms_norm_eps": 1e-3}),
+    "qwen3_biased": ("Qwen3ForCausalLM", LLAMA | {"head_dim": 6, "attention_bias": True, "tie_word_embeddings": True}),
+}
+
+SMALL = ModelConfig(n_layer=2, n_head=4, n_embd=24, vocab_size=301, max_seq_len=60)
+MODERN = replace(SMALL, n_kv_head=2, norm="rmsnorm", position="rope", mlp="swiglu", mlp_hidden=40, bias=False)
+RUN_CASES = {  # name -> [model] and the family it should become
+    "nanogpt": (replace(SMALL, mlp="gelu_exact", bias=False, vocab_size=1037), "GPT2LMHeadModel"),
+    "gpt2_qkv_bias": (replace(SMALL, bias=False, qkv_bias=True, tie_embeddings=False), "GPT2LMHeadModel"),
+    "gpt2_no_mlp_bias": (replace(SMALL, mlp_bias=False, mlp="relu2"), "GPT2LMHeadModel"),
+    "llama": (replace(MODERN, vocab_size=1037, tie_embeddings=False, rope_scaling=RopeScaling(
+        kind="llama3", factor=4.0, original_max_seq_len=32)), "LlamaForCausalLM"),
+    "llama_proj_bias": (replace(MODERN, bias=True, qkv_bias=False, mlp_bias=False), "LlamaForCausalLM"),
+    "qwen2": (replace(MODERN, qkv_bias=True), "Qwen2ForCausalLM"),
+    "qwen2_window_no_bias": (replace(MODERN, window=7), "Qwen2ForCausalLM"),
+    "demo": (replace(MODERN, qk_norm=True, n_kv_head=None, vocab_size=1037), "Qwen3ForCausalLM"),
+    "qwen3_qkv_bias": (replace(MODERN, qk_norm=True, qkv_bias=True, head_dim=10), "Qwen3ForCausalLM"),
+}
+
+
+@dataclass
+class Bench:
+    """The folder NAME/ of each case: hf (made by transformers), run, exported (by us), theirs.* (loaded by them)."""
+
+    folder: Path
+
+    def path(self, case: str, name: str) -> Path:
+        return self.folder / case / name
+
+
+def random_tensors(config: ModelConfig) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    model = GPT(config)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            rows = p[:config.vocab_size] if name in ("wte.weight", "lm_head.weight") else p
+            rows.normal_(std=0.5 if p.dim() == 1 else 1.5 * p.shape[-1] ** -0.5)
+            rows.add_(1.0 if name.endswith("norm.weight") else 0.0)
+        model.head_weight.mul_(0.3)
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+def make_run(run: Path, config: ModelConfig, tokenizer, *, template: str | None = None) -> Path:
+    checkpoint.save(run, 3, model=random_tensors(config), optimizer={}, state={"val_loss": None}, keep=1)
+    tokenizer.save(run / "tokenizer.json")
+    (run / "config.toml").write_text(to_toml(Config(model=config, train=TrainConfig(tokens_per_step=60))))
+    if template is not None:
+        save_template(run, template)
+    return run
+
+
+def small_tokenizer():
+    """299 ids, so that models have rows without a token."""
+    return train_bpe(["Hello there, it's a quarter past one. Who is there? They are here, then, with dogs. "], 299)
+
+
+def with_bos(file_text: str) -> str:
+    """The tokenizer.json with <s> before every text, as Llama's."""
+    file = json.loads(file_text)
+    file["added_tokens"].append(file["added_tokens"][0] | {"id": 299, "content": "<s>"})
+    single = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    pair = [*single, {"Sequence": {"id": "B", "type_id": 0}}]
+    file["post_processor"] = {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": {
+        "<s>": {"id": "<s>", "ids": [299], "tokens": ["<s>"]}}}
+    return json.dumps(file)
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory) -> Iterator[Bench]:
+    """Every case through both directions; transformers is started once."""
+    if importlib.util.find_spec("transformers") is None:
+        pytest.skip("transformers is not installed: conversion stays unchecked against it")
+    folder, tokenizer = tmp_path_factory.mktemp("convert"), small_tokenizer()
+    for name, (hf_class, config, *rest) in HF_CASES.items():
+        (folder / name).mkdir()
+        dtype, shard = rest or ("float32", "5GB")
+        case = {"class": hf_class, "config": config, "dtype": dtype, "max_shard_size": shard}
+        (folder / name / "case.json").write_text(json.dumps(case))
+    (folder / "text.txt").write_text(TEXT)
+    script = Path(__file__).with_name("convert_oracle.py")
+    with subprocess.Popen([sys.executable, "-I", str(script), str(folder)], cwd=folder, text=True,
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        if process.stdout.readline() != "made\n":
+            pytest.fail(process.communicate()[1])
+        for name in HF_CASES:
+            tokenizer.save(folder / name / "hf" / "tokenizer.json")
+            if name == "llama2":
+                (folder / name / "hf" / "tokenizer.json").write_text(with_bos(tokenizer.file_text))
+            from_hf(folder / name / "hf", folder / name / "run")
+            to_hf(folder / name / "run", folder / name / "exported")
+            tokens = load_file(folder / name / "logits.safetensors")["tokens"]
+            save_file({"tokens": tokens}, folder / name / "tokens.safetensors")
+        for name, (config, _) in RUN_CASES.items():
+            make_run(folder / f"run_{name}" / "run", config, tokenizer, template=TEMPLATE)
+            to_hf(folder / f"run_{name}" / "run", folder / f"run_{name}" / "exported")
+            tokens = torch.randint(config.vocab_size, (2, 50), generator=torch.Generator().manual_seed(1))
+            save_file({"tokens": tokens}, folder / f"run_{name}" / "tokens.safetensors")
+        _, errors = process.communicate("go\n")
+    assert process.returncode == 0, errors
+    return Bench(folder)
+
+
+def our_logits(run: Path, tokens: Tensor) -> Tensor:
+    model, _ = sample.load_model(run, device=torch.device("cpu"), dtype="float32", note=lambda line: None)
+    with torch.no_grad():
+        return model(tokens)
+
+
+def run_tensors(run: Path) -> dict[str, Tensor]:
+    return checkpoint.load_tensors(checkpoint.resolve(run, lambda line: None), "model")
+
+
+def hf_tensors(folder: Path) -> dict[str, Tensor]:
+    return {name: t for path in folder.glob("*.safetensors") for name, t in load_file(path).items()}
+
+
+def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    wrong = [name for name in ours if not torch.equal(ours[name], theirs[name].to(ours[name].dtype))]
+    assert wrong == []
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Against transformers
+
+@pytest.mark.parametrize("name", HF_CASES)
+def test_a_converted_model_gives_transformers_logits(name, bench):
+    made = load_file(bench.path(name, "logits.safetensors"))
+    torch.testing.assert_close(our_logits(bench.path(name, "run"), made["tokens"]), made["logits"], **F32)
+    assert made["logits"].std() > 0.3  # a model of zeros would be equal too
+
+
+@pytest.mark.parametrize("name", HF_CASES)
+def test_there_and_back_gives_the_same_tensors_and_logits_in_transformers(name, bench):
+    assert_same(hf_tensors(bench.path(name, "exported")), hf_tensors(bench.path(name, "hf")))
+    theirs = load_file(bench.path(name, "theirs.safetensors"))["logits"]
+    assert torch.equal(theirs, load_file(bench.path(name, "logits.safetensors"))["logits"])
+
+
+@pytest.mark.parametrize("name", RUN_CASES)
+def test_transformers_gives_an_exported_runs_logits(name, bench):
+    config, hf_class = RUN_CASES[name]
+    theirs = json.loads(bench.path(f"run_{name}", "theirs.json").read_text())
+    assert (theirs["class"], theirs["dtype"]) == (hf_class, "torch.float32")
+    tokens = load_file(bench.path(f"run_{name}", "tokens.safetensors"))["tokens"]
+    logits = load_file(bench.path(f"run_{name}", "theirs.safetensors"))["logits"]
+    assert logits.shape == (2, 50, config.vocab_size)  # the padding is cut
+    torch.testing.assert_close(our_logits(bench.path(f"run_{name}", "run"), tokens), logits, **F32)
+
+
+@pytest.mark.parametrize("name", RUN_CASES)
+def test_a_run_exported_and_converted_again_is_equal_to_the_bit(name, bench, tmp_path):
+    from_hf(bench.path(f"run_{name}", "exported"), tmp_path / "again")
+    assert_same(run_tensors(tmp_path / "again"), run_tensors(bench.path(f"run_{name}", "run")))
+    again = load_config(tmp_path / "again" / "config.toml").model
+    ours = RUN_CASES[name][0]
+    for switch in ("n_head", "kv_heads", "dim_per_head", "hidden", "vocab_size", "max_seq_len", "norm", "norm_eps",
+                   "position", "rope_theta", "rope_scaling", "mlp", "qk_norm", "bias", "has_qkv_bias", "has_mlp_bias",
+                   "tie_embeddings", "window"):
+        assert getattr(again, switch) == getattr(ours, switch), switch
+    assert load_template(tmp_path / "again") == TEMPLATE
+
+
+def test_transformers_tokenizer_of_an_export_gives_our_ids_and_end_of_text(bench):
+    theirs = json.loads(bench.path("run_demo", "theirs.json").read_text())
+    tokenizer = small_tokenizer()
+    assert theirs["ids"] == tokenizer.encode(TEXT).tolist()
+    assert theirs["decoded"] == TEXT
+    assert theirs["eos"] == theirs["eos_of_generation"] == theirs["eos_of_config"] == tokenizer.eot == 298
+    assert (theirs["template"], theirs["chat"]) == (TEMPLATE, "<user>hi")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama2"])
+def test_a_prompt_begins_as_transformers_begins_it(name, bench):
+    theirs = json.loads(bench.path(name, "theirs.json").read_text())
+    tokenizer = load_tokenizer(bench.path(name, "run"))
+    assert theirs["ids_of_prompt"] == sample.encode_prompt(tokenizer, TEXT, 301)
+    assert sample.encode_prompt(tokenizer, "", 301) == [tokenizer.start] == [{"gpt2": 298, "llama2": 299}[name]]
+    assert theirs["bos"] == {"gpt2": "<|endoftext|>", "llama2": "<s>"}[name]
+
+
+def test_greedy_generation_is_transformers(bench):
+    for name in ("gpt2", "llama3", "run_demo"):
+        prompt = load_file(bench.path(name, "tokens.safetensors"))["tokens"][:1, :5]
+        model, _ = sample.load_model(bench.path(name, "run"), device=torch.device("cpu"), dtype="float32",
+                                     note=lambda line: None)
+        steps = sample.generate(model, prompt.tolist(), max_new_tokens=8, sampling=sample.Sampling(temperature=0))
+        assert prompt[0].tolist() + [token for token, in steps] == \
+            load_file(bench.path(name, "theirs.safetensors"))["generated"][0].tolist()
+
+
+def test_the_sharded_case_has_shards(bench):
+    assert len(list(bench.path("llama3", "hf").glob("model-*.safetensors"))) > 2
+    assert not bench.path("llama3", "hf").joinpath("model.safetensors").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Folders as they are found in the world, made from one of ours by hand
+
+def make_hf(folder: Path, config: ModelConfig = replace(SMALL, vocab_size=1037), **changes: object) -> Path:  # noqa: B008
+    """An exported folder; changes: keys of its config.json, None = removed."""
+    to_hf(make_run(folder.with_name(folder.name + "_of"), config, small_tokenizer()), folder)
+    return change_config(folder, **changes)
+
+
+def change_config(folder: Path, **changes: object) -> Path:
+    table = json.loads((folder / "config.json").read_text()) | changes
+    table = {key: value for key, value in table.items() if key not in changes or value is not None}
+    (folder / "config.json").write_text(json.dumps(table))
+    return folder
+
+
+def change_weights(folder: Path, change) -> Path:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def test_weights_saved_without_prefix_with_masks_and_the_tied_head_are_read(tmp_path):
+    """As openai's own gpt2 folder and older transformers have them."""
+    folder = make_hf(tmp_path / "hf")
+    expected = load_hf(folder).tensors
+
+    def change(tensors):
+        for name in list(tensors):
+            tensors[name.removeprefix("transformer.")] = tensors.pop(name)
+        tensors["h.0.attn.bias"] = torch.ones(1, 1, 60, 60)
+        tensors["h.1.attn.masked_bias"] = torch.tensor(-1e4)
+        tensors["lm_head.weight"] = tensors["wte.weight"].clone()
+
+    assert_same(load_hf(change_weights(folder, change)).tensors, expected)
+    change_weights(folder, lambda tensors: tensors.pop("wte.weight"))  # the head alone stands for both
+    assert_same(load_hf(folder).tensors, expected)
+
+
+def test_a_head_that_differs_from_the_table_it_is_tied_to_is_refused(tmp_path):
+    folder = make_hf(tmp_path / "hf")
+    change_weights(folder, lambda tensors: tensors.update({"lm_head.weight": tensors["transformer.wte.weight"] + 1}))
+    with pytest.raises(ConvertError, match="lm_head.weight differs.*tie_word_embeddings"):
+        load_hf(folder)
+
+
+@pytest.mark.parametrize("scaling", [None, RopeScaling(factor=4.0), RopeScaling(kind="llama3", factor=8.0)], ids=str)
+def test_configs_of_older_transformers_mean_the_same(tmp_path, scaling):
+    config = replace(MODERN, rope_theta=5e5, rope_scaling=scaling, tie_embeddings=False, n_kv_head=None)
+    folder = make_hf(tmp_path / "hf", config)
+    new = load_hf_config(change_config(folder, rope_scaling=None))
+    assert new == load_hf_config(change_config(folder, rope_parameters=None, rope_scaling=scaling and {
+        "type" if scaling.kind == "linear" else "rope_type": scaling.kind, "factor": scaling.factor,
+        "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}))
+    assert (new.rope_theta, new.rope_scaling, new.kv_heads) == (5e5, scaling, 4)
+    old = change_config(folder, num_key_value_heads=None, head_dim=None, attention_bias=None, mlp_bias=None)
+    assert load_hf_config(change_config(old, tie_word_embeddings=None)) == new
+
+
+def test_a_folder_may_be_called_as_a_tokenizer_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_hf(Path("gpt2"))
+    from_hf(Path("gpt2"), Path("bytes"))
+    to_hf(Path("bytes"), Path("cl100k_base"))
+    assert load_hf(Path("cl100k_base")).tokenizer.vocab_size == 299
+
+
+def test_a_long_context_is_cut_with_a_note_unless_it_is_asked_for(tmp_path):
+    folder, notes = make_hf(tmp_path / "hf", MODERN, max_position_embeddings=131_072), []
+    from_hf(folder, tmp_path / "run", note=notes.append)
+    assert load_config(tmp_path / "run" / "config.toml").model.max_seq_len == 8192
+    assert "8,192 of the 131,072" in notes[0] and "--max-seq-len 131072" in notes[0]
+    from_hf(folder, tmp_path / "long", max_seq_len=20_000, note=notes.append)
+    assert load_config(tmp_path / "long" / "config.toml").model.max_seq_len == 20_000
+    with pytest.raises(ConvertError, match="--max-seq-len 131073.*131072"):
+        load_hf(folder, max_seq_len=131_073)
+
+
+def test_a_sliding_window_is_taken_where_all_layers_have_it_or_none_needs_it(tmp_path):
+    folder = make_hf(tmp_path / "hf", replace(MODERN, qkv_bias=True))
+    window = {"use_sliding_window": True, "sliding_window": 17}
+    assert load_hf_config(change_config(folder, use_sliding_window=False, sliding_window=17)).window is None
+    assert load_hf_config(change_config(folder, **window, max_window_layers=0)).window == 17
+    assert load_hf_config(change_config(folder, **window, max_window_layers=2)).window is None
+    llama = make_hf(tmp_path / "llama", MODERN)  # transformers' Llama has no window, whatever its config says
+    assert load_hf_config(change_config(llama, **window, max_window_layers=0)).window is None
+    change_config(folder, max_window_layers=1)
+    assert load_hf_config(folder, max_seq_len=17).window is None
+    with pytest.raises(ConvertError, match="some layers only.*--max-seq-len 17"):
+        load_hf_config(folder)
+
+
+def test_end_of_text_is_what_the_folder_says(tmp_path):
+    """tokenizer_config.json before config.json before the known names; the run and its shards keep it."""
+    folder = make_hf(tmp_path / "hf")
+    file = json.loads((folder / "tokenizer.json").read_text())
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    for i, token in ((299, "<|im_start|>"), (300, "<|im_end|>")):
+        file["added_tokens"].append({"id": i, "content": token, **flags})
+    (folder / "tokenizer.json").write_text(json.dumps(file))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": {"content": "<|im_end|>"}}')
+    from_hf(folder, tmp_path / "run")
+    assert load_tokenizer(tmp_path / "run").eot == 300
+    to_hf(tmp_path / "run", tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["eos_token_id"] == 300
+    (folder / "tokenizer_config.json").unlink()
+    change_config(folder, eos_token_id=[300, 298])
+    assert load_hf(folder).tokenizer.eot == 300
+    assert load_hf(change_config(folder, eos_token_id=None)).tokenizer.eot == 298
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    with pytest.raises(UserError, match="eos_token '</s>'.*none of its special tokens"):
+        load_hf(folder)
+
+
+def test_vocab_and_merges_alone_make_gpt2s_tokenizer(tmp_path):
+    folder = make_hf(tmp_path / "hf")
+    expected = load_hf(folder).tokenizer
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(model["merges"]) + "\n")
+    ours = load_hf(folder).tokenizer
+    assert (ours.encode(TEXT) == expected.encode(TEXT)).all() and (ours.eot, ours.vocab_size) == (298, 299)
+
+
+@pytest.mark.parametrize(("template", "expected"), [
+    ("a{{ x }}", "a{{ x }}"), (None, None),
+    ([{"name": "rag", "template": "no"}, {"name": "default", "template": "yes"}], "yes")])
+def test_the_chat_template_of_tokenizer_config_is_kept(tmp_path, template, expected):
+    folder = make_hf(tmp_path / "hf")
+    table = json.loads((folder / "tokenizer_config.json").read_text()) | {"chat_template": template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(table))
+    from_hf(folder, tmp_path / "run")
+    assert load_template(tmp_path / "run") == expected
+
+
+def test_zero_biases_added_by_an_export_stay_if_training_moved_them(tmp_path):
+    folder = make_hf(tmp_path / "hf", replace(SMALL, bias=False))
+    assert load_hf(folder).model.bias is False
+    change_weights(folder, lambda tensors: tensors["transformer.h.1.mlp.c_fc.bias"].add_(1e-3))
+    hf = load_hf(folder)
+    assert hf.model.bias is True and (hf.tensors["blocks.1.mlp.fc.bias"] == 1e-3).all()
+
+
+def test_bfloat16_exports_are_the_rounded_weights_and_say_so(tmp_path):
+    run = make_run(tmp_path / "run", MODERN, small_tokenizer())
+    to_hf(run, tmp_path / "hf", dtype="bfloat16")
+    table = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert table["dtype"] == table["torch_dtype"] == "bfloat16"
+    theirs = load_file(tmp_path / "hf" / "model.safetensors")["model.norm.weight"]
+    assert torch.equal(theirs, run_tensors(run)["final_norm.weight"].bfloat16())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What cannot be converted
+
+def refused(capsys, *argv: object) -> str:
+    """The line of a command that must end with exit 2, on stderr alone."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(sys, "argv", ["convert.py", *map(str, argv)])
+        exit_cleanly(convert.main)
+    out, err = capsys.readouterr()
+    assert (stopped.value.code, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1, err
+    return err
+
+
+@pytest.mark.parametrize(("family", "changes", "message"), [
+    ("gpt2", {"model_type": "mistral"}, "model_type 'mistral'.*none of gpt2, llama, qwen2, qwen3"),
+    ("gpt2", {"model_type": ["gpt2"]}, "model_type"),
+    ("gpt2", {"activation_function": "silu"}, "activation_function = 'silu'.*'gelu_new'"),
+    ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True"),
+    ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights = False"),
+    ("gpt2", {"add_cross_attention": True}, "add_cross_attention"),
+    ("gpt2", {"n_head": 5}, "n_embd = 24 does not divide by model.n_head = 5"),
+    ("gpt2", {"n_layer": "two"}, "n_layer = 'two'"),
+    ("gpt2", {"n_layer": 0}, "n_layer = 0"),
+    ("gpt2", {"n_embd": None}, "has no 'n_embd'"),
+    ("gpt2", {"quantization_config": {"bits": 4}}, "quantization_config.*quantized"),
+    ("gpt2", {"n_positions": 61}, r"wpe.weight \[60, 24\] for \[61, 24\]"),
+    ("gpt2", {"n_layer": 3}, "missing transformer.h.2.ln_1.weight"),
+    ("gpt2", {"n_layer": 1}, "unknown transformer.h.1"),
+    ("gpt2", {"tie_word_embeddings": False}, "missing lm_head.weight"),
+    ("gpt2", {"vocab_size": 200}, "ids up to 298 but vocab_size in config.json is 200"),
+    ("llama", {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+    ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type = 'yarn'.*'default' or 'linear'"),
+    ("llama", {"rope_scaling": {"rope_type": "linear"}}, "has no 'factor'"),
+    ("llama", {"rope_scaling": {"type": "linear", "factor": 0.5}}, "factor = 0.5 should be at least 1"),
+    ("llama", {"rope_scaling": "linear"}, "'linear' cannot be converted"),
+    ("llama", {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "one flat table"),
+    ("llama", {"rope_interleaved": True}, "rope_interleaved = True"),
+    ("llama", {"use_mrope": True}, "use_mrope = True"),
+    ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+    ("llama", {"num_key_value_heads": 3}, "n_head = 4 does not divide by model.n_kv_head = 3"),
+    ("llama", {"attention_bias": True}, "missing model.layers.0.self_attn.q_proj.bias"),
+    ("llama", {"head_dim": 5}, "even head_dim"),
+    ("llama", {"model_type": "qwen3"}, "missing model.layers.0.self_attn.q_norm.weight"),
+    ("llama", {"rope_theta": "big", "rope_parameters": None}, "rope_theta = 'big' should be a number")])
+def test_a_config_that_does_not_fit_is_refused_and_nothing_is_written(tmp_path, capsys, family, changes, message):
+    folder = make_hf(tmp_path / "hf", SMALL if family == "gpt2" else MODERN, **changes)
+    error = refused(capsys, "from-hf", folder, tmp_path / "run")
+    assert re.search(message, error), error
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "hf_of"]
+
+
+def drop(name: str):
+    return lambda tensors: tensors.pop(name)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (drop("transformer.ln_f.bias"), "missing transformer.ln_f.bias"),
+    (lambda t: t.update(extra=torch.ones(1)), "unknown transformer.extra"),
+    (lambda t: t.update({"transformer.ln_f.bias": torch.ones(25)}), r"ln_f.bias \[25\] for \[24\]"),
+    (lambda t: t.update({"transformer.ln_f.bias": torch.ones(24, dtype=torch.int8)}), "not all float32.*ln_f.bias I8")])
+def test_tensors_that_do_not_fit_are_named_and_nothing_is_written(tmp_path, capsys, change, message):
+    folder = change_weights(make_hf(tmp_path / "hf"), change)
+    error = refused(capsys, "from-hf", folder, tmp_path / "run")
+    assert re.search(message, error), error
+    assert not (tmp_path / "run").exists()
+
+
+def make_index(folder: Path, weight_map: object) -> None:
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def only(folder: Path, *names: str) -> None:
+    for path in folder.iterdir():
+        if path.name not in names:
+            path.unlink()
+
+
+@pytest.mark.parametrize(("damage", "message"), [
+    (lambda f: (f / "config.json").write_text("{"), "config.json' is not JSON"),
+    (lambda f: (f / "config.json").write_text("[]"), "holds a list"),
+    (lambda f: (f / "config.json").unlink(), "has no config.json"),
+    (lambda f: (f / "model.safetensors").write_bytes(b"version https://git-lfs"), "cannot be read as safetensors"),
+    (lambda f: (f / "model.safetensors").unlink(), "holds neither model.safetensors nor"),
+    (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "'pytorch_model.bin' is a pickle"),
+    (lambda f: (only(f), (f / "ckpt.pt").write_bytes(b"")), "'ckpt.pt' is a pickle.*CONVERT.md"),
+    (lambda f: make_index(f, {"a": "model-00002-of-00002.safetensors"}), "1 files.*model-00002"),
+    (lambda f: make_index(f, {"a": "../hf_of/checkpoints/step_00000003/model.safetensors"}), "no weight_map of file"),
+    (lambda f: make_index(f, None), "no weight_map"),
+    (lambda f: (f / "tokenizer.json").unlink(), "holds no tokenizer.json.*save_pretrained"),
+    (lambda f: (f / "tokenizer.json").rename(f / "tokenizer.model"), "holds tokenizer.model but no.*save_pretrained"),
+    (lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer.json"),
+    (lambda f: (f / "tokenizer_config.json").write_text("{"), "tokenizer")])
+def test_a_damaged_folder_is_refused_and_nothing_is_written(tmp_path, capsys, damage, message):
+    folder = make_hf(tmp_path / "hf")
+    damage(folder)
+    error = refused(capsys, "from-hf", folder, tmp_path / "run")
+    assert re.search(message, error), error
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_no_model_folder_and_what_is_no_new_folder_is_refused(tmp_path, capsys):
+    folder, run = make_hf(tmp_path / "hf"), tmp_path / "hf_of"
+    (tmp_path / "ckpt.pt").write_bytes(b"")
+    before = sorted(tmp_path.rglob("*"))
+    assert "is a pickle" in refused(capsys, "from-hf", tmp_path / "ckpt.pt", tmp_path / "new")
+    assert "does not exist" in refused(capsys, "from-hf", tmp_path / "nowhere", tmp_path / "new")
+    assert "is a run already" in refused(capsys, "from-hf", run, tmp_path / "new")
+    assert "holds a run; name a new" in refused(capsys, "from-hf", folder, run)
+    assert "is not empty" in refused(capsys, "from-hf", folder, folder)
+    assert "is not empty" in refused(capsys, "to-hf", run, folder)
+    assert "is a Hugging Face folder, not a run" in refused(capsys, "to-hf", folder, tmp_path / "new")
+    assert "convert.py --help" in refused(capsys, "to-hf", run)
+    assert "--max-seq-len 12" in refused(capsys, "from-hf", folder, tmp_path / "new", "--max-seq-len", 12)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(("config", "switch"), [
+    (replace(SMALL, norm="rmsnorm"), "norm"), (replace(SMALL, mlp="swiglu"), "mlp"),
+    (replace(SMALL, qk_norm=True), "qk_norm"), (replace(SMALL, n_kv_head=2), "n_kv_head"),
+    (replace(SMALL, head_dim=8), "head_dim"), (replace(SMALL, window=9), "window"),
+    (replace(SMALL, logit_softcap=30.0), "logit_softcap"), (replace(MODERN, logit_softcap=30.0), "logit_softcap"),
+    (replace(MODERN, norm="layernorm"), "norm"), (replace(MODERN, mlp="relu2"), "mlp"),
+    (replace(MODERN, qk_norm=True, mlp_bias=True), "mlp_bias"), (replace(MODERN, window=9, bias=True), "bias"),
+    (replace(MODERN, n_head=5, n_kv_head=None, head_dim=6), "n_embd")])
+def test_a_model_of_no_family_is_refused_by_the_switchs_name(tmp_path, capsys, config, switch):
+    run = make_run(tmp_path / "run", config, small_tokenizer())
+    error = refused(capsys, "to-hf", run, tmp_path / "hf")
+    assert re.search(rf"maps to no Hugging Face family.*model\.{switch} = ", error), error
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_run_whose_config_was_changed_is_refused(tmp_path, capsys):
+    run = make_run(tmp_path / "run", SMALL, small_tokenizer())
+    (run / "config.toml").write_text((run / "config.toml").read_text().replace("n_layer = 2", "n_layer = 1"))
+    assert "does not fit the run's config.toml: unknown blocks.1" in refused(capsys, "to-hf", run, tmp_path / "hf")
+
+
+@pytest.mark.parametrize("direction", ["from-hf", "to-hf"])
+def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch, direction):
+    folder = make_hf(tmp_path / "hf")
+
+    def write(path, *rest):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "_write_tensors", write)
+    source = folder if direction == "from-hf" else tmp_path / "hf_of"
+    with pytest.raises(MachineError, match="disk full|No space left"):
+        convert.main([direction, str(source), str(tmp_path / "new")])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "hf_of"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The run that from-hf makes
+
+def test_a_converted_run_is_sampled_and_evaluated_by_their_command_lines(tmp_path, capsys):
+    from_hf(make_hf(tmp_path / "hf"), tmp_path / "run")
+    sample.main([str(tmp_path / "run"), "--prompt", "Hello", "--max-new-tokens", "5", "--device", "cpu"])
+    assert capsys.readouterr().out.startswith("Hello")
+    (tmp_path / "text.txt").write_text(TEXT)
+    evaluation.main([str(tmp_path / "run"), "--data", str(tmp_path / "text.txt"), "--device", "cpu"])
+    assert json.loads(capsys.readouterr().out)["tokens"] == len(small_tokenizer().encode(TEXT))
+    with pytest.raises(UserError, match="no data of its own.*--data"):
+        evaluation.main([str(tmp_path / "run"), "--device", "cpu"])
+
+
+def test_a_converted_run_starts_another_but_cannot_go_on(tmp_path):
+    from_hf(make_hf(tmp_path / "hf"), tmp_path / "run")
+    run, new = str(tmp_path / "run"), str(tmp_path / "new")
+    found = start.find_start(Config(train=TrainConfig(out_dir=new, init_from=run)), print)
+    assert (found.takes, found.path.name) == ("weights", "step_00000000")
+    for knobs in ({"out_dir": new, "fork_from": run}, {"out_dir": run}):
+        with pytest.raises(checkpoint.CheckpointError, match="without optimizer state.*train.init_from="):
+            start.find_start(Config(train=TrainConfig(**knobs)), print)
+
+
+def test_fine_tuning_starts_from_the_converted_weights(tmp_path):
+    from_hf(make_hf(tmp_path / "hf"), tmp_path / "gpt2")  # also the name of a tokenizer
+    (tmp_path / "text.txt").write_text("Hello there, it's a quarter past one. " * 300)
+    words = ["train.init_from=gpt2", f"data.source={tmp_path / 'text.txt'}", "data.val_fraction=0.2",
+             f"data.dir={tmp_path / 'shards'}", f"train.out_dir={tmp_path / 'tuned'}", "train.tokens_per_step=120",
+             "train.max_steps=1", "optim.lr=1e-9", "train.device=cpu", "train.dtype=float32", "train.compile=false"]
+    root = Path(convert.__file__).parent
+    done = subprocess.run([sys.executable, str(root / "train.py"), str(root / "configs" / "finetune.toml"), *words],
+                          cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ours, tuned = run_tensors(tmp_path / "gpt2"), run_tensors(tmp_path / "tuned")
+    for name in ours:
+        torch.testing.assert_close(tuned[name], ours[name], rtol=0, atol=1e-7)  # one step of 1e-9
+    to_hf(tmp_path / "tuned", tmp_path / "tuned_hf")
+
+
+NANOGPT = """
+import torch
+
+def random(*shape):
+    return torch.randn(*shape) * 0.3
+
+torch.manual_seed(0)
+B, T, C, V, H = BIAS, 20, 24, 304, 3
+sizes = {"attn.c_attn": (3 * C, C), "attn.c_proj": (C, C), "mlp.c_fc": (4 * C, C), "mlp.c_proj": (C, 4 * C)}
+state = {"transformer.wte.weight": random(V, C), "transformer.wpe.weight": random(T, C)}
+for name in ("transformer.h.0.ln_1", "transformer.h.0.ln_2", "transformer.ln_f"):
+    state[name + ".weight"] = 1 + random(C)
+    if B: state[name + ".bias"] = random(C)
+for name, shape in sizes.items():
+    state["transformer.h.0." + name + ".weight"] = random(*shape)
+    if B: state["transformer.h.0." + name + ".bias"] = random(shape[0])
+state["transformer.h.0.attn.bias"] = torch.ones(1, 1, T, T).tril()
+state["lm_head.weight"] = state["transformer.wte.weight"]
+args = dict(n_layer=1, n_head=H, n_embd=C, block_size=T, bias=B, vocab_size=V, dropout=0.0)
+torch.save({"model": {"_orig_mod." + k: v for k, v in state.items()}, "model_args": args, "iter_num": 3}, "ckpt.pt")
+
+# nanoGPT's forward, written out
+x = torch.arange(2 * T).view(2, T)
+norm = lambda x, n: torch.nn.functional.layer_norm(x, (C,), state[n + ".weight"], state.get(n + ".bias"), 1e-5)
+linear = lambda x, n: torch.nn.functional.linear(x, state["transformer.h.0." + n + ".weight"],
+                                                 state.get("transformer.h.0." + n + ".bias"))
+h = state["transformer.wte.weight"][x] + state["transformer.wpe.weight"]
+qkv = linear(norm(h, "transformer.h.0.ln_1"), "attn.c_attn")
+q, k, v = (t.view(2, T, H, C // H).transpose(1, 2) for t in qkv.split(C, 2))
+att = (q @ k.mT / (C // H) ** 0.5).masked_fill(torch.ones(T, T).tril() == 0, float("-inf")).softmax(-1)
+h = h + linear((att @ v).transpose(1, 2).reshape(2, T, C), "attn.c_proj")
+h = h + linear(torch.nn.functional.gelu(linear(norm(h, "transformer.h.0.ln_2"), "mlp.c_fc")), "mlp.c_proj")
+logits = norm(h, "transformer.ln_f") @ state["lm_head.weight"].T
+from safetensors.torch import save_file
+save_file({"tokens": x, "logits": logits}, "logits.safetensors")
+"""
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_documented_script_turns_a_nanogpt_checkpoint_into_a_model(tmp_path, bias):
+    document = Path(convert.__file__).parent / "docs" / "CONVERT.md"
+    script = re.search(r"```python\n(.*?)```", document.read_text(encoding="utf-8"), re.DOTALL)[1]
+    for program in (NANOGPT.replace("BIAS", str(bias)), script):
+        done = subprocess.run([sys.executable, "-I", "-c", program, "ckpt.pt", "hf"], cwd=tmp_path, capture_output=True,
+                              text=True)
+        assert done.returncode == 0, done.stderr
+    small_tokenizer().save(tmp_path / "hf" / "tokenizer.json")
+    from_hf(tmp_path / "hf", tmp_path / "run")
+    assert load_config(tmp_path / "run" / "config.toml").model.bias is bias
+    expected = load_file(tmp_path / "logits.safetensors")
+    torch.testing.assert_close(our_logits(tmp_path / "run", expected["tokens"]), expected["logits"], **F32)
