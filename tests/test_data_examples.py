@@ -214,7 +214,8 @@ def test_workers_compression_and_place_do_not_change_the_bytes(tmp_path, monkeyp
     prepared(source, tmp_path / "one", workers=1, shard_tokens=500)
     prepared(moved, tmp_path / "two", workers=2, shard_tokens=500)
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
-    assert len(json.loads((tmp_path / "one" / "index.json").read_text())["shards"]) > 5
+    shards = json.loads((tmp_path / "one" / "index.json").read_text())["shards"]
+    assert len(shards) > 5 and all(shard["tokens"] % (T + 1) == 0 and shard["tokens"] <= 500 for shard in shards)
     with gzip.open(tmp_path / "a.jsonl.gz", "wb") as file:
         file.write(Path(source).read_bytes())
     prepared(str(tmp_path / "a.jsonl.gz"), tmp_path / "packed")
