@@ -165,7 +165,8 @@ def test_what_is_reported_is_what_is_there(tmp_path):
     assert shard["text_bytes"] == sum(i != EOT for ids, _ in found for i in ids)
     full = 100 * sum(lengths) / shard["tokens"]
     assert f"{len(found)} examples of {min(lengths)} to {max(lengths)} tokens" in notes[-1]
-    assert f"rows {full:.1f} % full" in notes[-1] and "prompt/response" in notes[0]
+    assert f"rows {full:.1f} % full" in notes[-1]
+    assert len(notes) == 1 and f"prompt/response in rows of {T + 1} tokens, loss on the responses" in notes[-1]
 
 
 def test_packing_puts_every_example_once_into_rows_that_hold_it_and_wastes_little():
