@@ -510,7 +510,6 @@ def prepare(sources: Sequence[str], out_dir: Path, *, tokenizer: str = DEFAULT_T
     if packing is None:
         sources_of_text = choose_split(files, val_files, val_fraction, text_field)
     else:
-        note(f"{sources[0]}: {packing.kind}, packed into rows of {packing.row_tokens} tokens, loss on the responses")
         unit_bytes = min(max(UNIT_BYTES, ROWS_PER_UNIT * 4 * packing.row_tokens), LONGEST_UNIT_BYTES)
         sources_of_text = choose_split(files, val_files, val_fraction, None, row_unit_bytes=unit_bytes)
         settings |= packing.settings
@@ -698,6 +697,8 @@ def _summary(index: dict) -> str:
         if split in index.get("examples", {}):
             lines[-1] += f" ({_summary_of_examples(index['examples'][split], sum(s['tokens'] for s in shards))})"
     replaced = f", {index['invalid_utf8']:,} invalid UTF-8 sequences replaced" if index["invalid_utf8"] else ""
+    if "row_tokens" in index:
+        replaced += f"; {index['settings']['kind']} in rows of {index['row_tokens']:,} tokens, loss on the responses"
     return f"{', '.join(lines)}; tokenizer {index['tokenizer']}, {index['vocab_size']:,} ids{replaced}"
 
 

@@ -151,7 +151,7 @@ class Unit:
 
 
 def whole_document_units(files: Sequence[TextFile], split: str | None, *, val_fraction: float, unit_bytes: int,
-                         row_unit_bytes: int | None) -> Iterator[Unit]:
+                         row_unit_bytes: int | None = None) -> Iterator[Unit]:
     """The units of files whose documents stay whole: all of one split, or (None) each document by its hash."""
     small: list[TextFile] = []
     for file in files:

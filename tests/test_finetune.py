@@ -19,7 +19,7 @@ import sample
 import train
 from checkpoint import CheckpointError
 from config import ConfigError, OptimConfig, UserError
-from data.chat import load_template
+from data.chat import DEFAULT_TEMPLATE, load_template
 from data.loader import MicroBatch
 from data.tokenizer import load_tokenizer
 from model import GPT
@@ -59,7 +59,7 @@ def folder(tmp_path_factory) -> Path:
     lines = [{"prompt": f"{a}{b}", "response": f"{b}{a}" * (1 + i % 3)} for i, (a, b) in enumerate(
         (a, b) for a in "catsmeonh" for b in "thelpdiu")]
     (path / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    chats = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}] * 8
+    chats = [{"messages": [{"role": "assistant", "content": "b"}]}] * 8
     (path / "chat.jsonl").write_text("".join(json.dumps(line) + "\n" for line in chats))
     (path / "mine.jinja").write_text("{% for m in messages %}{{ m.content + eos_token }}{% endfor %}")
     before = os.getcwd()
@@ -189,7 +189,7 @@ with distributed.process_group(world, torch.device("cpu"), 60.0):
     for adapts in (False, True):
         found = steps(world, adapts)
         assert all(abs(a - b) < 1e-5 * b for a, b in zip(found, alone[adapts], strict=True)), (found, alone[adapts])
-print("rank", world.rank, "agrees")
+print(f"rank {{world.rank}} agrees")  # one write: the other rank's may come at the same time
 """
 
 
@@ -212,6 +212,8 @@ def test_a_run_on_chat_holds_its_template_and_hands_it_on(tune):
     assert load_template(first) == Path("mine.jinja").read_text()
     second = run(chat, "second", "train.init_from=first")
     assert load_template(second) == load_template(first)
+    plain = run(chat, "plain")  # prepared anew, in a folder of its own
+    assert load_template(plain) == DEFAULT_TEMPLATE
     assert load_template(Path("parent")) is None
     third = run(["tune.toml", "data.source=pairs.jsonl"], "third", "train.init_from=first", "train.max_steps=1")
     assert load_template(third) is None

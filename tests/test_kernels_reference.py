@@ -424,3 +424,19 @@ def test_only_a_chunk_of_the_logits_exists_at_a_time():
 def test_a_chunk_on_the_cpu_holds_at_most_64_MiB_of_logits_and_many_rows(V):
     rows = reference._default_chunk_rows(torch.zeros(1), V)
     assert rows >= 64 and (rows == 64 or rows * V * 4 <= 64 * 2 ** 20)
+
+
+def test_a_frozen_table_costs_no_gradient_of_its_own(monkeypatch):
+    torch.manual_seed(0)
+    hidden, weight, targets = torch.randn(37, 12), torch.randn(50, 12), torch.randint(50, (37,))
+    products, real = [], reference._matmul
+    monkeypatch.setattr(reference, "_matmul", lambda a, b: (products.append(1), real(a, b))[1])
+    gradients, counts = [], []
+    for learns in (True, False):
+        products.clear()
+        h = hidden.clone().requires_grad_()
+        loss = reference.linear_cross_entropy(h, weight.clone().requires_grad_(learns), targets, reduction="sum")
+        loss.backward()
+        gradients.append(h.grad)
+        counts.append(len(products))
+    assert torch.equal(*gradients) and counts == [3, 2]  # logits, d hidden, d weight

@@ -106,7 +106,7 @@ with distributed.process_group(world, torch.device("cpu"), 60.0):
     assert not step().skipped
     sums = distributed.gather([p.double().sum().item() for p in model.parameters()], world)
     assert sums[0] == sums[1]
-    print("rank", world.rank, "unharmed")
+    print(f"rank {{world.rank}} unharmed")  # one write: the other rank's may come at the same time
 """
 
 
