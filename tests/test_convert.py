@@ -596,7 +596,8 @@ def test_fine_tuning_starts_from_the_converted_weights(tmp_path):
     (tmp_path / "text.txt").write_text("Hello there, it's a quarter past one. " * 300)
     words = ["train.init_from=gpt2", f"data.source={tmp_path / 'text.txt'}", "data.val_fraction=0.2",
              f"data.dir={tmp_path / 'shards'}", f"train.out_dir={tmp_path / 'tuned'}", "train.tokens_per_step=120",
-             "train.max_steps=1", "optim.lr=1e-9", "train.device=cpu", "train.dtype=float32", "train.compile=false"]
+             "train.max_steps=1", "optim.warmup_steps=0", "optim.lr=1e-9", "train.device=cpu", "train.dtype=float32",
+             "train.compile=false"]
     root = Path(convert.__file__).parent
     done = subprocess.run([sys.executable, str(root / "train.py"), str(root / "configs" / "finetune.toml"), *words],
                           cwd=tmp_path, capture_output=True, text=True)

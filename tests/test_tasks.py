@@ -281,7 +281,7 @@ def test_one_label_is_no_set():
 
 def test_labels_that_the_tokenizer_cannot_tell_apart_are_refused():
     class Blind:  # as a tokenizer that lowers all letters
-        eot = 0
+        eot, bos_token = 0, None
         def encode(self, text: str) -> np.ndarray:
             return np.frombuffer(text.lower().encode(), np.uint8)
     with pytest.raises(TaskError, match="'a', 'A': to the run's tokenizer two of them are the same text"):
