@@ -56,3 +56,44 @@ def cross_entropy(vocab_size: int) -> Tile:
 
 
 CROSS_ENTROPY_CHUNK_ROWS = 8192  # fewer lose: each chunk reads and writes the float32 gradient of the weight once
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Attention
+
+MAX_HEAD_DIM = 256
+
+
+@dataclass(frozen=True)
+class AttentionTile:
+    """queries x keys scores at a time, by warps x 32 threads, with the loads of `stages` tiles in flight."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+ATTENTION_DELTA = AttentionTile(queries=64, keys=0, warps=4, stages=1)
+ATTENTION_LAST_QUERY = AttentionTile(queries=1024, keys=0, warps=4, stages=1)
+
+
+def head_block(D: int) -> int:
+    """Columns of a tile that holds whole heads: matrix units multiply 16 at a time."""
+    return max(16, next_power_of_2(D))
+
+
+def attention_forward(D: int, dtype: torch.dtype, arch: str) -> AttentionTile:
+    return AttentionTile(128, 64, 8, 3)
+
+
+def attention_backward_q(D: int, dtype: torch.dtype, arch: str) -> AttentionTile:
+    return AttentionTile(64, 64, 4, 3)
+
+
+def attention_backward_kv(D: int, dtype: torch.dtype, arch: str, *, fused: bool) -> AttentionTile:
+    return AttentionTile(64, 64, 4, 2)
+
+
+def attention_backward_is_fused(D: int, dtype: torch.dtype, arch: str) -> bool:
+    return False
