@@ -130,9 +130,8 @@ attention_forward.register_autograd(_gradients, setup_context=_save_for_backward
 # What the kernels are given
 
 def _addressable(x: Tensor) -> Tensor:
-    """x (B, T, H, D) as the kernels can read it: heads without gaps, and rows so near each other that offsets within
-    a tile, at most 256 rows, fit in an int32. (Offsets of tiles, heads and batches are int64.)"""
-    return x if x.stride(3) == 1 and 256 * x.stride(1) < 2 ** 31 else x.contiguous()
+    """x (B, T, H, D) as the kernels can read it: the numbers of a head in a row."""
+    return x if x.stride(3) == 1 else x.contiguous()
 
 
 def _first_keys(first_key: Tensor | None, q: Tensor) -> tuple[Tensor, int]:
@@ -192,14 +191,16 @@ def _forward_kernel(Q, K, V, FIRST, OUT, LSE, scale, H, Tq, Tk, q_b, q_t, q_h, k
     total = tl.zeros((BLOCK_Q,), tl.float32)  # of exp2(score - largest)
     largest = tl.full((BLOCK_Q,), -INFINITY, tl.float32)
     scale_2 = scale * LOG2_E
+    all_see_from, all_see_to = tl.max(first, axis=0), Tk - Tq + start_q + 1
     for start in range(start_k, end_k, BLOCK_K):
         k = _load_tile(K, start, Tk, k_t, BLOCK_K, D, BLOCK_D)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # (BLOCK_Q, BLOCK_K)
-        key = start + tl.arange(0, BLOCK_K)
-        visible = key[None, :] <= own[:, None]
-        if HAS_FIRST:
-            visible = visible & (key[None, :] >= first[:, None])
-        scores = tl.where(visible, scores, -INFINITY)
+        if (start < all_see_from) | (start + BLOCK_K > all_see_to):
+            key = start + tl.arange(0, BLOCK_K)
+            visible = key[None, :] <= own[:, None]
+            if HAS_FIRST:
+                visible = visible & (key[None, :] >= first[:, None])
+            scores = tl.where(visible, scores, -INFINITY)
         new_largest = tl.maximum(largest, tl.max(scores, axis=1) * scale_2)
         if HAS_FIRST:  # a query may see no key of its tile's first ones
             subtract = tl.where(new_largest == -INFINITY, 0.0, new_largest)
@@ -280,32 +281,31 @@ def _backward_kv_kernel(Q, K, V, GRAD, LSE, DELTA, FIRST, LAST, GRAD_Q, GRAD_K, 
     grad_k = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
     grad_v = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
     scale_2 = scale * LOG2_E
-    for g in range(G):
-        h = h_kv * G + g
+    for i in range(0, tl.cdiv(end - begin, BLOCK_Q) * G):  # one loop over tiles and heads: nested, it spills registers
+        start = begin + i // G * BLOCK_Q
+        h = h_kv * G + i % G
         rows = (b * Hkv * G + h) * Tq  # of LSE and DELTA
-        for start in range(begin, end, BLOCK_Q):
-            query = start + tl.arange(0, BLOCK_Q)
-            q = _load_tile(Q + b * q_b + h * q_h, start, Tq, q_t, BLOCK_Q, D, BLOCK_D)
-            grad = _load_tile(GRAD + b * grad_b + h * grad_h, start, Tq, grad_t, BLOCK_Q, D, BLOCK_D)
-            lse_2 = tl.load(LSE + rows + query, mask=query < Tq, other=INFINITY) * LOG2_E
-            delta = tl.load(DELTA + rows + query, mask=query < Tq, other=0.0)
-            scores = tl.dot(k, tl.trans(q), input_precision="ieee")  # (BLOCK_K, BLOCK_Q)
-            own = query + (Tk - Tq)
-            visible = key[:, None] <= own[None, :]
-            if HAS_FIRST:
-                first = tl.minimum(tl.load(FIRST + query, mask=query < Tq, other=0), own)
-                visible = visible & (key[:, None] >= first[None, :])
-            p = tl.where(visible, tl.exp2(scores * scale_2 - lse_2[None, :]), 0.0)
-            grad_v = tl.dot(p.to(grad.dtype), grad, grad_v, input_precision="ieee")
-            grad_p = tl.dot(v, tl.trans(grad), input_precision="ieee")
-            grad_scores = (p * (grad_p - delta[None, :])).to(q.dtype)
-            grad_k = tl.dot(grad_scores, q, grad_k, input_precision="ieee")
-            if ADD_GRAD_Q:
-                share = tl.dot(tl.trans(grad_scores), k, input_precision="ieee") * scale  # (BLOCK_Q, BLOCK_D)
-                column = tl.arange(0, BLOCK_D)
-                tl.atomic_add(GRAD_Q + ((b * Tq + start) * Hkv * G + h) * D
-                              + tl.arange(0, BLOCK_Q)[:, None] * (Hkv * G * D) + column[None, :],
-                              share, mask=(query < Tq)[:, None] & (column < D)[None, :], sem="relaxed")
+        query = start + tl.arange(0, BLOCK_Q)
+        q = _load_tile(Q + b * q_b + h * q_h, start, Tq, q_t, BLOCK_Q, D, BLOCK_D)
+        grad = _load_tile(GRAD + b * grad_b + h * grad_h, start, Tq, grad_t, BLOCK_Q, D, BLOCK_D)
+        lse_2 = tl.load(LSE + rows + query, mask=query < Tq, other=INFINITY) * LOG2_E
+        delta = tl.load(DELTA + rows + query, mask=query < Tq, other=0.0)
+        scores = tl.dot(k, tl.trans(q), input_precision="ieee")  # (BLOCK_K, BLOCK_Q)
+        own = query + (Tk - Tq)
+        visible = key[:, None] <= own[None, :]
+        if HAS_FIRST:
+            first = tl.minimum(tl.load(FIRST + query, mask=query < Tq, other=0), own)
+            visible = visible & (key[:, None] >= first[None, :])
+        p = tl.where(visible, tl.exp2(scores * scale_2 - lse_2[None, :]), 0.0)
+        grad_v = tl.dot(p.to(grad.dtype), grad, grad_v, input_precision="ieee")
+        grad_p = tl.dot(v, tl.trans(grad), input_precision="ieee")
+        grad_scores = (p * (grad_p - delta[None, :])).to(q.dtype)
+        grad_k = tl.dot(grad_scores, q, grad_k, input_precision="ieee")
+        if ADD_GRAD_Q:
+            share = tl.dot(tl.trans(grad_scores), k, input_precision="ieee") * scale  # (BLOCK_Q, BLOCK_D)
+            column = tl.arange(0, BLOCK_D)
+            tl.atomic_add(GRAD_Q + ((b * Tq + query[:, None]) * Hkv * G + h) * D + column[None, :], share,
+                          mask=(query < Tq)[:, None] & (column < D)[None, :], sem="relaxed")
     _store_tile(GRAD_K + (b * Tk * Hkv + h_kv) * D, grad_k * scale, start_k, Tk, Hkv * D, BLOCK_K, D, BLOCK_D)
     _store_tile(GRAD_V + (b * Tk * Hkv + h_kv) * D, grad_v, start_k, Tk, Hkv * D, BLOCK_K, D, BLOCK_D)
 
@@ -348,13 +348,13 @@ def _load_tile(BASE, start, T, stride, ROWS: tl.constexpr, D: tl.constexpr, BLOC
     mask = start + row < T
     if D < BLOCK_D:
         mask = mask & (column < D)
-    return tl.load(BASE + tl.cast(start, tl.int64) * stride + row * stride + column, mask=mask, other=0.0)
+    return tl.load(BASE + (tl.cast(start, tl.int64) + row) * stride + column, mask=mask, other=0.0)
 
 
 @triton.jit
 def _store_tile(BASE, tile, start, T, stride, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
     row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK_D)[None, :]
-    tl.store(BASE + tl.cast(start, tl.int64) * stride + row * stride + column, tile.to(BASE.dtype.element_ty),
+    tl.store(BASE + (tl.cast(start, tl.int64) + row) * stride + column, tile.to(BASE.dtype.element_ty),
              mask=(start + row < T) & (column < D))
 
 
@@ -363,8 +363,8 @@ def _visible_range(FIRST, start_q, Tq, Tk, BLOCK_Q: tl.constexpr, BLOCK_K: tl.co
     """Of each query the key at which it stands and the first that it sees; where the tile's keys start and end."""
     query = start_q + tl.arange(0, BLOCK_Q)
     own = query + (Tk - Tq)
+    first = tl.zeros((BLOCK_Q,), tl.int32)
     start_k = 0
-    first = own
     if HAS_FIRST:
         first = tl.minimum(tl.load(FIRST + query, mask=query < Tq, other=Tk), own)
         start_k = tl.maximum(tl.min(first, axis=0), 0) // BLOCK_K * BLOCK_K
