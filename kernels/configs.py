@@ -11,13 +11,19 @@ import torch
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # what the kernels compute in and for
 
 
+WARP_SIZE = 64 if torch.version.hip else 32  # threads
+
+
 @dataclass(frozen=True)
 class Tile:
-    """rows x columns elements by warps x 32 threads."""
+    """rows x columns elements by so many threads."""
 
     rows: int
     columns: int
-    warps: int
+    threads: int
+
+    def warps(self, warp_size: int = WARP_SIZE) -> int:
+        return max(1, self.threads // warp_size)
 
 
 def next_power_of_2(n: int) -> int:
@@ -34,13 +40,17 @@ NORM_BLOCKS = tuple(2 ** n for n in range(4, 15))  # the columns of a tile: the 
 def norm_forward(width: int) -> Tile:
     """4,096 elements a tile: 32 a thread, four 16-byte loads of bfloat16 in flight. Wide rows take more warps."""
     columns = max(NORM_BLOCKS[0], next_power_of_2(width))
-    return Tile(rows=max(1, 4096 // columns), columns=columns, warps=max(4, columns // 1024))
+    return Tile(rows=max(1, 4096 // columns), columns=columns, threads=max(128, columns // 32))
 
 
 def norm_backward(width: int) -> Tile:
     """Half of that a thread: x, dy and the sums for the weight and the bias stay in registers over all tiles."""
     columns = max(NORM_BLOCKS[0], next_power_of_2(width))
-    return Tile(rows=max(1, 2048 // columns), columns=columns, warps=min(32, max(4, columns // 512)))
+    return Tile(rows=max(1, 2048 // columns), columns=columns, threads=max(128, columns // 16))
+
+
+NORM_ONE_PASS_WIDTH = 8192  # beyond, the sums do not fit in registers beside a row: a second kernel makes them
+NORM_WEIGHT = Tile(rows=4, columns=512, threads=128)  # of that kernel
 
 
 NORM_BACKWARD_PROGRAMS_PER_SM = 4  # each writes one row of partial sums for the weight: few rows, all SMs busy
@@ -50,9 +60,10 @@ NORM_BACKWARD_PROGRAMS_PER_SM = 4  # each writes one row of partial sums for the
 # Cross-entropy: a program walks one row of logits in steps of `columns`
 
 def cross_entropy(vocab_size: int) -> Tile:
-    """16 elements a thread. Few programs an SM, so that rows read in the first sweep are still in L2 in the second."""
-    columns = min(8192, max(256, next_power_of_2(vocab_size)))
-    return Tile(rows=1, columns=columns, warps=max(1, columns // 512))
+    """16 elements a thread. Few programs an SM, so that rows read in the first sweep are still in L2 in the second:
+    3 on each of 132 SMs hold 40 MB of GPT-2's rows in bfloat16."""
+    columns = min(4096, max(256, next_power_of_2(vocab_size)))
+    return Tile(rows=1, columns=columns, threads=columns // 16)
 
 
 CROSS_ENTROPY_CHUNK_ROWS = 8192  # fewer lose: each chunk reads and writes the float32 gradient of the weight once

@@ -115,7 +115,7 @@ def _loss_and_gradient(logits: Tensor, targets: Tensor, losses: Tensor, vocab_si
     tile = configs.cross_entropy(V)
     _loss_kernel[(rows,)](logits, targets, losses, ignore_index, softcap, z_loss, V=V, VOCAB_SIZE=vocab_size,
                           BLOCK_V=tile.columns, HAS_SOFTCAP=softcap != 0.0, WANTS_GRAD=wants_grad,
-                          num_warps=tile.warps)
+                          num_warps=tile.warps())
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -168,10 +168,7 @@ def _loss_kernel(LOGITS, TARGETS, LOSSES, ignore_index, softcap, z_loss, V: tl.c
     largest = -float("inf")
     sums = tl.zeros((BLOCK_V,), tl.float32)
     for tile in range(0, tl.cdiv(VOCAB_SIZE, BLOCK_V)):
-        column = tile * BLOCK_V + tl.arange(0, BLOCK_V)
-        x = tl.load(LOGITS + column, mask=column < VOCAB_SIZE, other=-float("inf")).to(tl.float32)
-        if HAS_SOFTCAP:
-            x = tl.where(column < VOCAB_SIZE, softcap * _tanh(x / softcap), -float("inf"))
+        x = _logits(LOGITS, tile, softcap, V, VOCAB_SIZE, BLOCK_V, HAS_SOFTCAP)
         new_largest = tl.maximum(largest, tl.max(x, axis=0))
         sums = sums * tl.exp2((largest - new_largest) * LOG2_E) + tl.exp2((x - new_largest) * LOG2_E)
         largest = new_largest
@@ -183,14 +180,26 @@ def _loss_kernel(LOGITS, TARGETS, LOSSES, ignore_index, softcap, z_loss, V: tl.c
         factor = 1.0 + 2.0 * z_loss * lse
         n_tiles: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
         for i in range(0, n_tiles):
-            column = (n_tiles - 1 - i) * BLOCK_V + tl.arange(0, BLOCK_V)
-            x = tl.load(LOGITS + column, mask=column < VOCAB_SIZE, other=-float("inf")).to(tl.float32)
-            if HAS_SOFTCAP:
-                x = softcap * _tanh(x / softcap)
+            tile = n_tiles - 1 - i
+            column = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+            x = _logits(LOGITS, tile, softcap, V, VOCAB_SIZE, BLOCK_V, HAS_SOFTCAP)
             grad = factor * tl.exp2((x - lse) * LOG2_E) - tl.where(column == target, 1.0, 0.0)
             if HAS_SOFTCAP:
-                grad *= 1.0 - (x / softcap) * (x / softcap)  # of the padding, where x = -softcap: 0
+                share = tl.where(column < VOCAB_SIZE, x / softcap, 1.0)
+                grad *= 1.0 - share * share
             tl.store(LOGITS + column, grad.to(LOGITS.dtype.element_ty), mask=column < V)
+
+
+@triton.jit
+def _logits(LOGITS, tile, softcap, V: tl.constexpr, VOCAB_SIZE: tl.constexpr, BLOCK_V: tl.constexpr,
+            HAS_SOFTCAP: tl.constexpr):
+    """One tile of a row, float32, through the softcap; -inf from VOCAB_SIZE on. Loaded up to V, a multiple of 128: by
+    the odd VOCAB_SIZE the loads would fall apart into single numbers."""
+    column = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+    x = tl.load(LOGITS + column, mask=column < V, other=0.0).to(tl.float32)
+    if HAS_SOFTCAP:
+        x = softcap * _tanh(x / softcap)
+    return tl.where(column < VOCAB_SIZE, x, -float("inf"))
 
 
 @triton.jit

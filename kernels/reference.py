@@ -56,7 +56,7 @@ class _RMSNormOnCPU(torch.autograd.Function):
             grad, x, [C], torch.zeros_like(rstd), rstd, weight.to(rstd.dtype), None, [True, False, False])
         grad_x += (grad @ weight.to(grad.dtype)).unsqueeze(-1) * (rstd / C)
         # not from LayerNorm's backward either: it sums bfloat16 in bfloat16, 5 % off
-        grad_weight = (x * rstd).mul_(grad).view(-1, C).sum(0).to(weight.dtype)
+        grad_weight = (x * rstd).mul_(grad).reshape(-1, C).sum(0).to(weight.dtype)
         return grad_x, grad_weight, None
 
 

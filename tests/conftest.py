@@ -66,7 +66,23 @@ def kernel_device(monkeypatch) -> torch.device:
         pytest.skip("no triton here: the fused kernels are unchecked")
     import triton
     if triton.__version__ < "3.7" and np.__version__ >= "2.4":
-        pytest.skip(f"triton {triton.__version__}'s interpreter fails with numpy {np.__version__} (it needs numpy < 2.4): "
+        pytest.skip(f"triton {triton.__version__} interprets with numpy below 2.4 only, here is {np.__version__}: "
                     "the fused kernels are unchecked")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     return torch.device("cpu")
+
+
+@pytest.fixture
+def triton_backends(kernel_device):
+    """All operations that Triton has, by Triton, for the time of a test."""
+    import kernels
+    kernels.choose_backends(kernels.TRITON_OPS)
+    yield
+    kernels.choose_backends(())
+
+
+@pytest.fixture
+def gpu() -> torch.device:
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU: sizes, dtypes and speed paths of a real one are unchecked")
+    return torch.device("cuda")

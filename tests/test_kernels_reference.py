@@ -79,6 +79,9 @@ def test_norms_read_views_with_strides():
     assert not packed[:, :, 2:6].is_contiguous()
     assert_equal_to_float64(lambda p, w: reference.rms_norm(p[:, :, 2:6], w, eps=1e-5),
                             lambda p, w: plain_rms_norm(p[:, :, 2:6], w, eps=1e-5), [packed, weight], tolerance=F32)
+    assert_equal_to_float64(lambda p, w: reference.rms_norm(p.transpose(0, 2), w, eps=1e-5),
+                            lambda p, w: plain_rms_norm(p.transpose(0, 2), w, eps=1e-5), [packed, weight],
+                            tolerance=F32)
     assert_equal_to_float64(lambda p, w, b: reference.layer_norm(p.transpose(0, 2), w, b, eps=1e-5),
                             lambda p, w, b: plain_layer_norm(p.transpose(0, 2), w, b, eps=1e-5),
                             [packed, weight, bias], tolerance=F32)
