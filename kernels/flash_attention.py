@@ -54,7 +54,7 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, first_key: Tensor | None,
     B, Tq, H, D = q.shape
     out, lse = _outputs(q)
     first, first_b = _first_keys(first_key, q)
-    tile = configs.attention_forward(D, q.dtype, _arch(q.device))
+    tile = configs.attention(D, q.dtype, _arch(q.device)).forward
     _forward_kernel[(triton.cdiv(Tq, tile.queries) * B * H,)](
         q, k, v, first, out, lse, scale, H, Tq, k.shape[1], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], first_b,
         G=H // k.shape[2], D=D, BLOCK_D=configs.head_block(D), BLOCK_Q=tile.queries, BLOCK_K=tile.keys,
@@ -81,8 +81,10 @@ def attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tenso
     B, Tq, H, D = q.shape
     Tk, Hkv = k.shape[1], k.shape[2]
     arch = _arch(q.device)
-    fused = not deterministic and configs.attention_backward_is_fused(D, q.dtype, arch)
-    tile = configs.attention_backward_kv(D, q.dtype, arch, fused=fused)
+    tiles = configs.attention(D, q.dtype, arch)
+    fused = (not deterministic and tiles.fused is not None
+             and configs.attention_backward_is_fused(D, q.dtype, arch))
+    tile = tiles.fused if fused else tiles.backward_kv
     first, first_b = _first_keys(first_key, q)
     last, last_b = _last_queries(first_key, first, Tq, Tk, tile.keys)
     delta = torch.empty_like(lse)
@@ -95,10 +97,10 @@ def attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tenso
             BLOCK_Q=configs.ATTENTION_DELTA.queries, num_warps=configs.ATTENTION_DELTA.warps)
     else:
         grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
-        tile_q = configs.attention_backward_q(D, q.dtype, arch)
-        _backward_q_kernel[(triton.cdiv(Tq, tile_q.queries) * B * H,)](
+        of_q = tiles.backward_q
+        _backward_q_kernel[(triton.cdiv(Tq, of_q.queries) * B * H,)](
             q, k, v, grad, out, lse, delta, first, grad_q, scale, H, Tq, Tk, *strides, first_b, **constants,
-            BLOCK_Q=tile_q.queries, BLOCK_K=tile_q.keys, num_warps=tile_q.warps, num_stages=tile_q.stages)
+            BLOCK_Q=of_q.queries, BLOCK_K=of_q.keys, num_warps=of_q.warps, num_stages=of_q.stages)
     grad_k = torch.empty_like(k, memory_format=torch.contiguous_format)
     grad_v = torch.empty_like(v, memory_format=torch.contiguous_format)
     _backward_kv_kernel[(triton.cdiv(Tk, tile.keys) * B * Hkv,)](
@@ -248,7 +250,7 @@ def _backward_q_kernel(Q, K, V, GRAD, OUT, LSE, DELTA, FIRST, GRAD_Q, scale, H, 
         visible = key[None, :] <= own[:, None]
         if HAS_FIRST:
             visible = visible & (key[None, :] >= first[:, None])
-        p = tl.where(visible, tl.exp2(scores * scale_2 - lse_2[:, None]), 0.0)
+        p = tl.exp2(tl.where(visible, scores * scale_2 - lse_2[:, None], -INFINITY))
         grad_p = tl.dot(grad, tl.trans(v), input_precision="ieee")
         grad_scores = p * (grad_p - delta[:, None])
         grad_q = tl.dot(grad_scores.to(k.dtype), k, grad_q, input_precision="ieee")
@@ -296,7 +298,7 @@ def _backward_kv_kernel(Q, K, V, GRAD, LSE, DELTA, FIRST, LAST, GRAD_Q, GRAD_K, 
         if HAS_FIRST:
             first = tl.minimum(tl.load(FIRST + query, mask=query < Tq, other=0), own)
             visible = visible & (key[:, None] >= first[None, :])
-        p = tl.where(visible, tl.exp2(scores * scale_2 - lse_2[None, :]), 0.0)
+        p = tl.exp2(tl.where(visible, scores * scale_2 - lse_2[None, :], -INFINITY))
         grad_v = tl.dot(p.to(grad.dtype), grad, grad_v, input_precision="ieee")
         grad_p = tl.dot(v, tl.trans(grad), input_precision="ieee")
         grad_scores = (p * (grad_p - delta[None, :])).to(q.dtype)

@@ -109,15 +109,15 @@ SHAPES = {
     "T1": ((2, 1, 1, 2, 2, 16), None),
     "T63-G2": ((2, 63, 63, 4, 2, 24), None),
     "T127-D64": ((1, 127, 127, 2, 2, 64), None),
-    "T250-G4-D32": ((1, 250, 250, 4, 1, 32), None),
+    "T130-G4-D32": ((1, 130, 130, 4, 1, 32), None),
     "T130-D128": ((1, 130, 130, 1, 1, 128), None),
     "T70-D80": ((1, 70, 70, 2, 1, 80), None),
     "T40-D256": ((1, 40, 40, 1, 1, 256), None),
     "Tq1-Tk90": ((2, 1, 90, 4, 2, 16), None),
     "Tq37-Tk165": ((1, 37, 165, 2, 1, 16), None),
     "window-of-1": ((1, 70, 70, 2, 2, 16), windowed(70, 1)),
-    "window-of-100": ((2, 250, 250, 1, 1, 16), windowed(250, 100)),
-    "documents": ((2, 250, 250, 2, 2, 16), documents(2, 250)),
+    "window-of-100": ((1, 250, 250, 1, 1, 16), windowed(250, 100)),
+    "documents": ((2, 250, 250, 1, 1, 16), documents(2, 250)),
     "documents-window-G4-D64": ((2, 127, 127, 4, 1, 64), documents(2, 127, 20)),
     "padding-cached": ((3, 9, 140, 2, 1, 16), torch.tensor([[0], [131], [139]]).expand(3, 9)),
     "any-keys": ((2, 150, 211, 2, 1, 16), any_keys(2, 150, 211)),
@@ -151,7 +151,7 @@ def test_a_deterministic_backward_is_split_whatever_the_table_says(kernel_device
 
 
 def test_the_split_backward_gives_the_same_bits_every_time(kernel_device):
-    inputs = make_qkv(2, 150, 150, 4, 2, 16, dtype=torch.bfloat16, device=kernel_device)
+    inputs = make_qkv(1, 150, 150, 2, 1, 16, dtype=torch.bfloat16, device=kernel_device)
     once, again = (results(flash_attention.attention, *inputs) for _ in range(2))
     assert all(torch.equal(once[name], again[name]) for name in once)
 
@@ -259,15 +259,14 @@ def test_memory_outside_the_tensors_changes_no_bit(fused, masked, kernel_device,
 # ----------------------------------------------------------------------------------------------------------------------
 # What a query does not see
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("fused", [False, True], ids=["split", "fused"])
-def test_keys_that_no_query_sees_change_no_bit(fused, dtype, kernel_device, monkeypatch):
+def test_keys_that_no_query_sees_change_no_bit(fused, kernel_device, monkeypatch):
     """Two documents, the second one padded on the left, so to say: its queries see none of the first's keys. Nor does
     the first see the second, which lies in its future."""
     monkeypatch.setattr(configs, "attention_backward_is_fused", lambda *_: fused)
     T, cut = 150, 83
     first_key = torch.where(torch.arange(T) < cut, 0, cut)[None].to(kernel_device)
-    q, k, v, grad = make_qkv(2, T, T, 4, 2, 16, dtype=dtype, device=kernel_device)
+    q, k, v, grad = make_qkv(1, T, T, 2, 1, 16, dtype=torch.bfloat16, device=kernel_device)
     for changed, kept in (slice(None, cut), slice(cut, None)), (slice(cut, None), slice(None, cut)):
         other_k, other_v = k.detach().clone(), v.detach().clone()
         other_k[:, changed] = other_v[:, changed] = 1e4
@@ -277,6 +276,7 @@ def test_keys_that_no_query_sees_change_no_bit(fused, dtype, kernel_device, monk
             assert torch.equal(before[name][:, kept], after[name][:, kept]), name
 
 
+@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")  # of the interpreter's numpy
 @pytest.mark.parametrize("fused", [False, True], ids=["split", "fused"])
 def test_tiles_that_no_query_of_a_tile_sees_are_not_read(fused, kernel_device, monkeypatch):
     """NaN times a probability of 0 is NaN: results that stay finite come from programs that skipped what holds NaN."""
