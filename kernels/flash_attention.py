@@ -250,7 +250,7 @@ def _backward_q_kernel(Q, K, V, GRAD, OUT, LSE, DELTA, FIRST, GRAD_Q, scale, H, 
         visible = key[None, :] <= own[:, None]
         if HAS_FIRST:
             visible = visible & (key[None, :] >= first[:, None])
-        p = tl.exp2(tl.where(visible, scores * scale_2 - lse_2[:, None], -INFINITY))
+        p = tl.where(visible, tl.exp2(scores * scale_2 - lse_2[:, None]), 0.0)
         grad_p = tl.dot(grad, tl.trans(v), input_precision="ieee")
         grad_scores = p * (grad_p - delta[:, None])
         grad_q = tl.dot(grad_scores.to(k.dtype), k, grad_q, input_precision="ieee")
@@ -298,7 +298,7 @@ def _backward_kv_kernel(Q, K, V, GRAD, LSE, DELTA, FIRST, LAST, GRAD_Q, GRAD_K, 
         if HAS_FIRST:
             first = tl.minimum(tl.load(FIRST + query, mask=query < Tq, other=0), own)
             visible = visible & (key[:, None] >= first[None, :])
-        p = tl.exp2(tl.where(visible, scores * scale_2 - lse_2[None, :], -INFINITY))
+        p = tl.where(visible, tl.exp2(scores * scale_2 - lse_2[None, :]), 0.0)
         grad_v = tl.dot(p.to(grad.dtype), grad, grad_v, input_precision="ieee")
         grad_p = tl.dot(v, tl.trans(grad), input_precision="ieee")
         grad_scores = (p * (grad_p - delta[None, :])).to(q.dtype)
