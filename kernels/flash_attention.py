@@ -26,7 +26,7 @@ from kernels import configs
 def takes(q: Tensor) -> bool:
     """Whether these kernels compute for q (B, Tq, H, D). A single query is left to PyTorch: its kernel splits the keys
     over programs, where here one program would walk all of them."""
-    return (q.dtype in configs.DTYPES and q.shape[-1] <= configs.MAX_HEAD_DIM and q.shape[1] > 1 and q.numel() > 0)
+    return q.dtype in configs.DTYPES and q.shape[-1] <= configs.MAX_HEAD_DIM and q.shape[1] > 1 and q.numel() > 0
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, first_key: Tensor | None = None,
@@ -118,6 +118,7 @@ def _(grad, q, k, v, out, lse, first_key, scale, deterministic):
 def _save_for_backward(ctx, inputs, output) -> None:
     q, k, v, first_key, ctx.scale, ctx.deterministic = inputs
     ctx.save_for_backward(q, k, v, *output, first_key)
+    ctx.set_materialize_grads(False)  # no zeros for the log-sum-exp, whose gradient nobody asks for
 
 
 def _gradients(ctx, grad, _grad_lse):

@@ -132,12 +132,12 @@ def cross_entropy_cases(arch: str) -> Iterator[Case]:
 
 
 def attention_cases(arch: str) -> Iterator[Case]:
-    """Every tile of the table. The head dims of training on sm_90 causal and with documents, with one and four query
-    heads a key head; elsewhere what needs most, documents and four. 24 and 80 fill a tile's columns in part."""
+    """Every tile of the table with what needs most: documents, four query heads a key head. The head dims of training
+    on sm_90 in bfloat16 also causal and with one; 24 and 80 fill a tile's columns in part."""
     from kernels import configs
     for dtype in dtypes_of(arch):
-        training = arch == "sm_90" and dtype != "float32"
-        for D in (24, 64, 80, 128, 256) if training and dtype == "bfloat16" else (64, 128, 256):
+        training = arch == "sm_90" and dtype == "bfloat16"
+        for D in (24, 64, 80, 128, 256) if training else (64, 128, 256):
             for masked, G in itertools.product((False, True), (1, 4)) if training and D in (64, 128) else [(True, 4)]:
                 yield from _attention_kernels(arch, dtype, D, masked=masked, G=G)
     x, tile = "*bf16", configs.ATTENTION_DELTA
@@ -181,7 +181,7 @@ def _attention_kernels(arch: str, dtype: str, D: int, *, masked: bool, G: int) -
             signature={n: types[n] for n in arguments if n in types},
             constants={"G": G, "D": D, "BLOCK_D": configs.head_block(D), "HAS_FIRST": masked, "BLOCK_Q": tile.queries,
                        "BLOCK_K": tile.keys, **constants},
-            warps=tile.warps, stages=tile.stages, matmuls=True, wide_loads=True, limits=limits,
+            warps=tile.warps, stages=tile.stages, matmuls=True, wide_loads=dtype != "float32", limits=limits,
             divisible_by_16=tuple(n for n in arguments if n in pointers or n in strides))
 
 
