@@ -1,6 +1,7 @@
-"""Benchmarks of every hot path against PyTorch and peers: `python bench.py {train,data,sample,checkpoint} --json FILE`.
+"""Benchmarks of every hot path against PyTorch and peers: `python bench.py COMMAND [--json FILE]`.
 
-Each prints the setting it ran in and a table, and with --json writes the same. Contenders take turns within a repeat; a
+Commands: train, data, sample, kernels, checkpoint. Each prints the setting it ran in and a table, and with --json
+writes the same. Contenders take turns within a repeat; a
 figure is the median of the repeats, and a ratio is taken within each repeat, so that the machine's drift cancels. Peers
 run as they are, in processes of their own; none of their code is here, and nothing of theirs is unpickled.
 """
@@ -35,9 +36,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
+import bench_kernels
 import checkpoint
 import distributed
 import eval as evaluation
+import kernels
 import sample
 from config import Config, MachineError, ModelConfig, UserError, exit_cleanly, parse_arguments
 from data.loader import MicroBatch, TrainLoader
@@ -46,6 +49,7 @@ from data.shards import open_dataset, open_split
 from data.sources import STDLIB, UNIT_BYTES, documents, find_files, whole_document_units
 from data.tokenizer import GPT2_PATTERN, TIKTOKEN_FILES, train_bpe
 from distributed import World
+from kernels import self_check
 from metrics import format_table
 from model import GPT, padded_vocab_size
 from optim import LossScale, Optimizer
@@ -904,6 +908,42 @@ def _dd_writer(path: Path, size: int) -> Contender:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# kernels: see bench_kernels.py
+
+BENCH_OPS = ("layer_norm", "rms_norm", "linear_cross_entropy")
+
+
+def bench_ops(args: argparse.Namespace, figures: Figures) -> dict:
+    """Each operation beside PyTorch's, and what the machine could reach at best, in turns."""
+    device = sample.choose_device(args.device)
+    dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    rows = args.rows or (65_536 if device.type == "cuda" else 1024)
+    setting = describe_machine()
+    setting["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    setting["dtype"] = f"{dtype}, weights float32"
+    verdicts = {}
+    for norm in ("layernorm", "rmsnorm"):
+        model = ModelConfig(n_embd=768, n_head=12, norm=norm, vocab_size=bench_kernels.VOCAB_SIZE)
+        verdicts |= self_check.verdicts("auto", model, table_rows=bench_kernels.TABLE_ROWS, dtype=dtype, device=device)
+    kernels.choose_backends(op for op, problem in verdicts.items() if problem is None)
+    setting["Triton"] = "; ".join(f"{op}: {problem or 'passed its check'}" for op, problem in verdicts.items())
+    ceilings = bench_kernels.ceilings(device, dtype)
+    for comparison in bench_kernels.comparisons(args.ops, device, dtype, rows=rows):
+        bound = f"{comparison.ceiling}, beside {comparison.label}"
+        take_turns(comparison.contenders | {bound: partial(_ceiling, ceilings[comparison.ceiling], comparison.bounded)},
+                   args.repeats, figures)
+        ours, *peers = comparison.contenders
+        for peer in peers:
+            figures.add_ratios(f"{ours} / {peer.partition(':')[0]}", ours, peer, comparison.ratios)
+        figures.add_ratios(f"{ours} / {comparison.ceiling}", ours, bound, comparison.bounded)
+    return setting
+
+
+def _ceiling(measure: Callable[[], float], quantities: tuple[str, ...], repeat: int) -> dict[str, float]:
+    return dict.fromkeys(quantities, measure())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Command line
 
 def write_json(path: Path, content: dict) -> None:
@@ -924,7 +964,7 @@ class _Parser(argparse.ArgumentParser):
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = _Parser(prog="bench.py", description="Benchmarks against PyTorch and peers: a table, and JSON.",
                      allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,data,sample,checkpoint}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,data,sample,kernels,checkpoint}")
 
     def command(name: str, run: Callable, what: str, *, repeats: int, config: str | None) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=what, description=what, allow_abbrev=False)
@@ -962,6 +1002,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     sampling.add_argument("--batch-sizes", nargs="+", type=_count, default=[1], metavar="N", help="default 1")
     for subparser in (train, sampling):
         subparser.add_argument("--peer", metavar="PATH", help="a checkout of nanoGPT")
+
+    operations = command("kernels", bench_ops, "Each operation of kernels/ beside PyTorch's.", repeats=5, config=None)
+    operations.add_argument("--ops", nargs="+", choices=BENCH_OPS, default=list(BENCH_OPS), help="default: all")
+    operations.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
+    operations.add_argument("--dtype", choices=sample.DTYPES, help="default bfloat16 on CUDA, float32 on the CPU")
+    operations.add_argument("--rows", type=_count, metavar="N", help="default 65,536 on CUDA, 1,024 on the CPU")
 
     saving = command("checkpoint", bench_checkpoint, "Saving beside dd; loading.", repeats=5, config="gpt2_124m.toml")
     saving.add_argument("--dir", default=".", help="folder on the disk to measure, left as it was; default: this one")

@@ -184,6 +184,9 @@ class TrainConfig:
                       choices=("auto", "float32", "bfloat16", "float16"))
     compile: str = knob("auto", "torch.compile; auto = on for CUDA where a C compiler and triton are found",
                         choices=("auto", "true", "false"))
+    kernels: str = knob("auto", "fused Triton kernels; auto = on CUDA from compute capability 8.0 those that pass a "
+                                "check at the start, else PyTorch; triton refuses to run without them",
+                        choices=("auto", "triton", "torch"))
     activation_checkpointing: bool = knob(False, "recompute each block in the backward pass: less memory, a third more "
                                                  "work")
     init_from: str | None = knob(None, "run folder or checkpoint whose weights and tokenizer start this run")

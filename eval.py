@@ -18,12 +18,14 @@ import numpy as np
 import torch
 
 import checkpoint
+import kernels
 import sample
 from config import UserError, exit_cleanly, load_config
 from data.loader import MicroBatch, ValLoader
 from data.shards import open_dataset, open_split
 from data.tokenizer import Tokenizer, load_tokenizer
 from distributed import World, sum_over_ranks
+from kernels import self_check
 from model import GPT
 
 IGNORED = -100  # a target that is not scored
@@ -102,6 +104,9 @@ def main(argv: list[str]) -> None:
     args = _parse(argv)
     device = sample.choose_device(args.device)
     model, tokenizer = sample.load_model(args.run, device=device, dtype=args.dtype, note=_note)
+    verdicts = self_check.verdicts("auto", model.config, table_rows=model.wte.num_embeddings,
+                                   dtype=model.compute_dtype, device=device)
+    kernels.choose_backends(op for op, problem in verdicts.items() if problem is None)
     run = Path(args.run)
     run_dir = run if (run / "config.toml").exists() else checkpoint.run_dir_of(run)
     data_config = load_config(run_dir / "config.toml").data

@@ -13,12 +13,14 @@ import torch
 import checkpoint
 import config as configuration
 import distributed
+import kernels
 from checkpoint import CheckpointError
 from config import Config, ConfigError, ModelConfig
 from data.shards import Dataset
 from data.tokenizer import Tokenizer, load_tokenizer
 from distributed import World
-from model import GPT
+from kernels import self_check
+from model import GPT, padded_vocab_size
 from optim import LossScale, Optimizer
 
 
@@ -204,3 +206,36 @@ def describe(start: Start, progress: Progress) -> str:
     if start.is_resume:
         return f"start: going on from step {progress.step} ({start.path})"
     return f"start: {start.takes} of {start.path}, at step {progress.step}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Kernels
+
+def check_kernels_can_run(config: Config, device: torch.device) -> None:
+    """Raises ConfigError if train.kernels = triton asks for what this machine cannot do, before any work."""
+    reason = kernels.why_no_triton(device)
+    if config.train.kernels == "triton" and reason is not None:
+        raise ConfigError(f"train.kernels = 'triton' but {reason}; kernels=auto takes PyTorch where Triton cannot run")
+
+
+def choose_kernels(config: Config, *, dtype: torch.dtype, device: torch.device, world: World) -> str:
+    """Switch each operation to Triton if its kernel is right on every rank. Returns the line that says which, and why.
+
+    Raises ConfigError on all ranks if train.kernels = triton and one is not.
+    """
+    mine = self_check.verdicts(config.train.kernels, config.model, dtype=dtype, device=device,
+                               table_rows=padded_vocab_size(config.model.vocab_size))
+    problems: dict[str, str] = {}  # the first rank's for each operation
+    for rank, theirs in enumerate(distributed.gather(mine, world)):
+        for op, problem in theirs.items():
+            if problem is not None and op not in problems:
+                problems[op] = problem if world.size == 1 else f"rank {rank}: {problem}"
+    if config.train.kernels == "triton" and problems:
+        with distributed.together(world):
+            raise ConfigError("train.kernels = 'triton' but " + "; ".join(f"{op}: {p}" for op, p in problems.items())
+                              + "; kernels=auto takes PyTorch for these")
+    kernels.choose_backends(op for op in mine if op not in problems)
+    by_backend: dict[str, list[str]] = {}
+    for op in mine:
+        by_backend.setdefault(f"torch ({problems[op]})" if op in problems else "triton", []).append(op)
+    return "kernels: " + "; ".join(f"{backend} for {', '.join(ops)}" for backend, ops in by_backend.items())

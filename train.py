@@ -29,7 +29,6 @@ import checkpoint
 import config as configuration
 import distributed
 import eval as evaluation
-import kernels
 import metrics
 import sample
 from config import Config, ConfigError, MachineError, UserError
@@ -44,7 +43,9 @@ from start import (
     Progress,
     Start,
     agree_on_start,
+    check_kernels_can_run,
     check_same_tokenizer,
+    choose_kernels,
     describe,
     inherit,
     load_start,
@@ -335,7 +336,7 @@ def _first_lines(config: Config, chosen: dict[str, str], *, device: torch.device
         f"numpy {np.__version__} | {platform.platform()}",
         f"device: {device} ({chosen['device']}), ranks {world.size}, threads {torch.get_num_threads()}",
         f"dtype: {train.dtype} ({chosen['dtype']}) | compile: {chosen['compile']}",
-        f"kernels: torch for {', '.join(kernels.OPS)} (plain PyTorch is the only backend here)",
+        chosen["kernels"],
         f"data: {config.data.dir} (hash {dataset.hash[:16]}), {tokens['train']:,} training and {tokens['val']:,} "
         f"validation tokens, vocabulary {config.model.vocab_size:,}",
         f"model: {model.parameter_count():,} parameters, {flops_per_token(config.model) / 1e6:.1f} MFLOPs per token",
@@ -373,6 +374,7 @@ def train(config: Config, given: set[str], *, world: World, stop: StopRequest) -
               "compile": f"{'on' if compiles else 'off'} ({compile_reason})"}
     distributed.prepare_cpu(device, world)
     metrics.check_tracker(config.train.tracker)
+    check_kernels_can_run(config, device)
     parent = parent_run(config)
     config = inherit(config, given, parent, world)
     try:
@@ -391,6 +393,7 @@ def train(config: Config, given: set[str], *, world: World, stop: StopRequest) -
             loaders = make_loaders(config, dataset, tokenizer, device, world)
             if parent is not None:
                 check_same_tokenizer(parent, tokenizer)
+        chosen["kernels"] = choose_kernels(config, dtype=dtype, device=device, world=world)
         with distributed.together(world):
             check_same_on_all_ranks(config, dataset, world)
             if world.is_main:

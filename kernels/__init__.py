@@ -23,7 +23,7 @@ OPS = ("attention", "layer_norm", "rms_norm", "linear_cross_entropy")
 TRITON_OPS = ("layer_norm", "rms_norm", "linear_cross_entropy")
 
 __all__ = ["OPS", "attention", "backend", "choose_backends", "document_starts", "first_visible_key", "layer_norm",
-           "linear", "linear_cross_entropy", "rms_norm", "why_no_triton"]
+           "linear", "linear_cross_entropy", "rms_norm", "triton_module", "why_no_triton"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -47,15 +47,15 @@ def choose_backends(triton_ops: Iterable[str]) -> None:
     """From now on Triton computes triton_ops, PyTorch the other operations."""
     _triton.clear()
     for op in triton_ops:
-        _triton[op] = _module(op)
+        _triton[op] = triton_module(op)
 
 
 def backend(op: str) -> str:
     return "triton" if op in _triton else "torch"
 
 
-def _module(op: str) -> ModuleType:
-    """Imported only here: without a GPU nothing should wait for triton, and without triton all else should work."""
+def triton_module(op: str) -> ModuleType:
+    """The file of op's Triton kernel. Imported only here: without a GPU nothing should wait for triton."""
     if op in ("layer_norm", "rms_norm"):
         from kernels import norm
         return norm

@@ -279,7 +279,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
                 grad_logits.mul_(slope)
             grad_logits = grad_logits.to(hidden.dtype)
             grad_hidden[start:start + rule.rows] = _matmul(grad_logits, compute_weight)
-            grad_weight += _matmul(grad_logits.T, h)
+            _add_product(grad_weight, grad_logits.T, h)
         ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
         return total
 
@@ -288,4 +288,19 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         grad_hidden, grad_weight = ctx.saved_tensors
         # float32: in bfloat16 a factor such as 1/200 is off by up to 2^-9, and with it the whole gradient of the body
         grad_hidden = (grad_hidden.to(grad_output.dtype) * grad_output).to(grad_hidden.dtype)
-        return grad_hidden, grad_weight * grad_output.to(grad_weight.dtype), None, None
+        grad_output = grad_output.to(grad_weight.dtype)
+        scale = Tensor.mul if _may_be_needed_again() else Tensor.mul_  # in place: a table less at the peak
+        return grad_hidden, scale(grad_weight, grad_output), None, None
+
+
+def _may_be_needed_again() -> bool:
+    """Whether a second backward could ask for the tensors saved for this one (retain_graph=True)."""
+    keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return keeps_graph is None or torch.compiler.is_compiling() or keeps_graph()
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total (m, n) += a (m, k) @ b (k, n); on the CPU in blocks of rows, so that the product stays in the caches."""
+    rows = max(256, 2 ** 22 // b.shape[1]) if a.device.type == "cpu" else a.shape[0]
+    for block, a_rows in zip(total.split(rows), a.split(rows), strict=True):
+        block += _matmul(a_rows, b)

@@ -337,6 +337,32 @@ def test_sampling_is_compared_with_peers_and_with_the_bound_of_memory(config_fil
     assert not (peer / "__pycache__").exists()
 
 
+@pytest.mark.parametrize("op", bench.BENCH_OPS)
+def test_an_operation_is_compared_with_pytorch_and_the_roofline(op, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(bench.bench_kernels, "seconds_per_call", lambda work, device: (work(), 0.5)[1])
+    monkeypatch.setattr(bench.bench_kernels, "TABLE_ROWS", 384)
+    monkeypatch.setattr(bench.bench_kernels, "VOCAB_SIZE", 300)
+    bench.main(["kernels", "--device", "cpu", "--ops", op, "--rows", "9", "--repeats", "1", "--json",
+                str(tmp_path / "ops.json")])
+    rows = {(row["subject"], row["quantity"]): row["median"]
+            for row in json.loads((tmp_path / "ops.json").read_text())["figures"]}
+    if op == "linear_cross_entropy":
+        label = "linear_cross_entropy 9 x 768 x 384"
+        assert rows[f"reference: {label}", "TFLOP/s"] == 6 * 9 * 768 * 384 / 1e12 / 0.5  # three matmuls in 0.5 s
+        assert rows[f"reference: {label} / PyTorch", "ratio of forward + backward ms"] == 1.0
+    else:
+        for label, tensors in ((f"{op} 9 x 768", 2), (f"{op} + residual 9 x 768", 4)):  # read or written forward
+            assert rows[f"PyTorch: {label}", "forward GB/s"] == tensors * 9 * 768 * 4 / 1e9 / 0.5
+        assert rows[f"reference: {op} 9 x 768 / copy", "ratio of forward GB/s"] < 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of resident memory is read from /proc")
+def test_the_growth_of_memory_is_that_of_the_work_alone():
+    held = torch.ones(2 ** 24)  # 64 MiB, before
+    growth = bench.bench_kernels.peak_growth_bytes(lambda: torch.ones(2 ** 23).sum(), torch.device("cpu"))
+    assert held.sum() == 2 ** 24 and 32 <= growth / 2 ** 20 < 48
+
+
 def test_saving_is_compared_with_dd_and_leaves_nothing_behind(config_file, tmp_path):
     (tmp_path / "disk").mkdir()
     figures = run("checkpoint", "--config", config_file, "--dir", tmp_path / "disk", json_file=tmp_path / "result.json")

@@ -1,11 +1,218 @@
-"""The public operations: which backend computes them, and what holds for every backend."""
+"""The public operations: which backend computes them, who is trusted, and what holds for every backend."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 import kernels
+import start
+from config import Config, ConfigError, ModelConfig, TrainConfig
+from distributed import World
+from kernels import self_check
+from model import GPT
+from tests.test_train import losses, run, settings  # noqa: F401 (a fixture)
+
+CPU = torch.device("cpu")
+CHECKOUT = Path(__file__).resolve().parents[1]
+GPT2 = ModelConfig(n_layer=1, n_head=2, n_embd=60, max_seq_len=16, vocab_size=65)
+QWEN = ModelConfig(n_layer=1, n_head=4, n_kv_head=2, n_embd=64, max_seq_len=16, vocab_size=1100, norm="rmsnorm",
+                   position="rope", mlp="swiglu", bias=False, qk_norm=True, logit_softcap=15.0)
+
+
+def verdicts(model: ModelConfig = QWEN, *, setting: str = "auto", dtype: torch.dtype = torch.float32,
+             device: torch.device = CPU) -> dict[str, str | None]:
+    return self_check.verdicts(setting, model, table_rows=1152 if model is QWEN else 65, dtype=dtype, device=device)
 
 
 def test_an_unknown_reduction_is_refused_by_name():
     with pytest.raises(ValueError, match="'avg' should be mean, sum or none"):
         kernels.linear_cross_entropy(torch.zeros(2, 6), torch.zeros(16, 6), torch.tensor([1, 2]), reduction="avg")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Who computes what
+
+def test_without_gpu_and_interpreter_pytorch_computes_all_that_the_model_uses(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    reason = kernels.why_no_triton(CPU)
+    assert verdicts(GPT2) == dict.fromkeys(("attention", "linear_cross_entropy", "layer_norm"), reason)
+    assert verdicts(QWEN) == dict.fromkeys(("attention", "linear_cross_entropy", "rms_norm"), reason)
+
+
+def test_the_torch_setting_is_obeyed(kernel_device):
+    assert set(verdicts(setting="torch", device=kernel_device).values()) == {"asked for"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("model", [GPT2, QWEN], ids=["GPT-2", "Qwen3"])
+def test_every_kernel_passes_its_check(model, dtype, kernel_device):
+    found = verdicts(model, dtype=dtype, device=kernel_device)
+    assert [op for op in kernels.TRITON_OPS if op in found and found[op] is not None] == []
+
+
+def test_the_chosen_backend_computes_and_pytorch_takes_what_a_kernel_does_not(triton_backends, kernel_device):
+    from kernels import norm, reference
+    x = torch.randn(3, 8, device=kernel_device)
+    assert kernels._of("rms_norm", x) is norm
+    assert kernels._of("rms_norm", x.double()) is reference
+    kernels.choose_backends(["linear_cross_entropy"])
+    assert kernels.backend("linear_cross_entropy") == "triton" and kernels.backend("rms_norm") == "torch"
+    assert kernels._of("rms_norm", x) is reference
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A broken kernel
+
+class Broken:
+    """A kernel that, after its launch, spoils one of its arguments by 1 %."""
+
+    def __init__(self, kernel, argument: int):
+        self.kernel, self.argument = kernel, argument
+
+    def __getitem__(self, grid):
+        def launch(*args, **constants):
+            self.kernel[grid](*args, **constants)
+            args[self.argument].mul_(1.01)
+        return launch
+
+
+@pytest.fixture
+def broken_norm(kernel_device, monkeypatch):
+    """RMSNorm's backward kernel gives an input gradient that is 1 % too large."""
+    from kernels import norm
+    monkeypatch.setattr(norm, "_backward_kernel", Broken(norm._backward_kernel, norm._backward_kernel.arg_names.index(
+        "GRAD_X")))
+
+
+def test_a_wrong_gradient_is_found_named_and_measured(broken_norm, kernel_device):
+    found = verdicts(QWEN, device=kernel_device)
+    assert found["rms_norm"].startswith("relative error 0.01 of gradient 0, allowed 2")
+    assert found["linear_cross_entropy"] is None
+
+
+def test_a_kernel_that_does_not_compile_is_named_with_the_reason(kernel_device, monkeypatch):
+    from kernels import cross_entropy
+    def fail(*args, **options):
+        raise RuntimeError("PassManager::run failed\nand 200 lines of MLIR")
+    monkeypatch.setattr(cross_entropy, "_by_chunk", fail)
+    assert verdicts(device=kernel_device)["linear_cross_entropy"] == "RuntimeError: PassManager::run failed"
+
+
+def test_a_run_goes_on_without_the_broken_kernel_and_says_so(broken_norm, kernel_device, settings):  # noqa: F811
+    more = ["train.max_steps=2", "model.norm=rmsnorm", f"train.device={kernel_device.type}"]
+    log = (run(settings, "fallen_back", *more) / "log.txt").read_text()
+    line = next(line for line in log.splitlines() if "kernels:" in line)
+    assert "torch (relative error 0.01 of gradient 0, allowed 2" in line and "for rms_norm" in line
+    assert "triton for " in line and "linear_cross_entropy" in line
+    assert kernels.backend("rms_norm") == "torch" and kernels.backend("linear_cross_entropy") == "triton"
+    kernels.choose_backends(())
+
+
+def test_triton_is_refused_with_a_broken_kernel_and_nothing_is_written(broken_norm, kernel_device,
+                                                                       settings):  # noqa: F811
+    more = ["train.kernels=triton", "model.norm=rmsnorm", f"train.device={kernel_device.type}"]
+    with pytest.raises(ConfigError, match="train.kernels = 'triton' but .*rms_norm: relative error 0.01"):
+        run(settings, "refused", *more)
+    assert not Path("refused").exists()
+
+
+def test_triton_is_refused_where_it_cannot_run_before_any_work(settings, monkeypatch):  # noqa: F811
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ConfigError, match="train.kernels = 'triton' but (no CUDA device|triton is not installed); "):
+        run(settings, "refused", "train.kernels=triton")
+    assert sorted(path.name for path in Path().iterdir()) == ["small.toml", "text.txt"]
+
+
+BROKEN_ON_RANK_1 = """
+import os, sys, torch
+sys.path.insert(0, {checkout!r})
+sys.path.insert(0, {checkout!r} + "/tests")
+import conftest, distributed, kernels, start
+from config import Config, ModelConfig
+from kernels import norm, reference
+
+world = distributed.read_world()
+config = Config(model=ModelConfig(n_layer=1, n_head=2, n_embd=60, max_seq_len=16, vocab_size=65))
+if world.rank == 1:
+    norm.layer_norm = lambda x, weight, bias, *, eps: 1.01 * reference.layer_norm(x, weight, bias, eps=eps)
+os.environ["TRITON_INTERPRET"] = "1"
+with distributed.process_group(world, torch.device("cpu"), 60.0):
+    line = start.choose_kernels(config, dtype=torch.float32, device=torch.device("cpu"), world=world)
+    print(f"rank {{world.rank}}:", kernels.backend("layer_norm"), kernels.backend("linear_cross_entropy"), line)
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="two interpreters; on GPUs every run does this")
+def test_ranks_agree_on_the_backend_that_works_on_all(tmp_path, kernel_device):
+    script = tmp_path / "script.py"
+    script.write_text(BROKEN_ON_RANK_1.format(checkout=str(CHECKOUT)))
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                           str(script)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    for rank in (0, 1):
+        assert f"rank {rank}: torch triton kernels: " in done.stdout, done.stdout + done.stderr
+    assert done.stdout.count("torch (rank 1: relative error ") == 2
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training on either backend
+
+@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
+def test_triton_trains_to_the_losses_of_torch(norm, kernel_device, settings):  # noqa: F811
+    more = ["train.max_steps=4", "train.eval_tokens=64", f"model.norm={norm}", f"train.device={kernel_device.type}"]
+    by_triton = run(settings, "triton", *more)
+    assert kernels.backend("linear_cross_entropy") == "triton"
+    kernels.choose_backends(())
+    by_torch = run(settings, "torch", *more, "train.kernels=torch")
+    assert kernels.backend("linear_cross_entropy") == "torch"
+    for ours, theirs in zip(losses(by_triton), losses(by_torch), strict=True):
+        # float32, sums in another order, amplified by three steps of AdamW at 1e-2
+        assert ours[1] == pytest.approx(theirs[1], abs=1e-4)
+
+
+def test_kernels_are_named_for_the_operations_of_the_model_only(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    line = start.choose_kernels(Config(model=GPT2, train=TrainConfig(kernels="torch")), dtype=torch.float32, device=CPU,
+                                world=World())
+    assert line == "kernels: torch (asked for) for attention, linear_cross_entropy, layer_norm"
+
+
+@pytest.mark.gpu
+def test_fifty_steps_on_the_gpu_give_the_same_loss_curve(gpu, settings):  # noqa: F811
+    """bfloat16: each backend rounds elsewhere; over 50 steps of a small model that stays within 0.01 nats a token."""
+    more = ["train.max_steps=50", "train.device=cuda", "train.dtype=bfloat16", "model.n_embd=256", "model.n_head=4",
+            "model.max_seq_len=128", "train.tokens_per_step=8192", "optim.lr=1e-3", "train.eval_tokens=4096"]
+    curves = [[row[1] for row in losses(run(settings, backend, *more, f"train.kernels={backend}"))]
+              for backend in ("triton", "torch")]
+    assert all(abs(a - b) < 0.01 for a, b in zip(*curves, strict=True))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Packed documents
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("model", [GPT2, QWEN], ids=["GPT-2", "Qwen3"])
+def test_what_changes_in_one_document_changes_no_bit_of_another(model, backend, kernel_device, triton_backends):
+    """Neither its logits nor the gradients that its input embeddings get from the loss of the whole row."""
+    if backend == "torch":
+        kernels.choose_backends(())
+    torch.manual_seed(0)
+    gpt = GPT(replace(model, max_seq_len=70)).to(kernel_device)
+    tokens = torch.randint(model.vocab_size, (2, 70)).to(kernel_device)
+    documents = torch.tensor([[0] * 20 + [1] * 50, [0] * 45 + [1] * 25]).to(kernel_device)
+    changed = torch.where(documents == 0, (tokens + 1) % model.vocab_size, tokens)
+    results = []
+    for text in (tokens, changed):
+        embedded = []
+        handle = gpt.dropout.register_forward_hook(lambda module, args, output: embedded.append(output))  # noqa: B023
+        logits = gpt(text, documents=documents)
+        gradient, = torch.autograd.grad(gpt(text, text, documents=documents, reduction="sum"), embedded[1])
+        handle.remove()
+        results.append((logits, gradient))
+    for before, after in zip(*results, strict=True):
+        assert torch.equal(before[documents == 1], after[documents == 1])
+        assert not torch.isclose(before[documents == 0], after[documents == 0]).all(-1).any()

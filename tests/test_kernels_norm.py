@@ -116,6 +116,13 @@ def test_either_output_may_go_unused(kernel_device):
             torch.testing.assert_close(our, their)
 
 
+def test_with_a_residual_the_norm_is_that_of_the_rounded_sum(kernel_device):
+    inputs = make_inputs((5, 60), torch.bfloat16, kernel_device, rms=True, residual=True)
+    y, added = call(norm, inputs)
+    assert torch.equal(added, inputs["x"] + inputs["residual"])
+    assert torch.equal(y, norm.rms_norm(added, inputs["weight"], eps=1e-5))
+
+
 def test_memory_beside_the_rows_is_not_read(kernel_device):
     """Rows inside a larger matrix of NaN, 60 columns of a tile of 64, 5 rows of a tile of 64."""
     outer = torch.full((9, 80), float("nan"), device=kernel_device)

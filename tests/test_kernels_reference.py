@@ -289,6 +289,17 @@ def test_a_factor_behind_the_loss_is_not_rounded_to_the_dtype_of_the_rows(dtype,
     assert share.item() == pytest.approx(1.0, abs=2 ** -11)  # 222 roundings of either sign, 2^-9 each
 
 
+def test_gradients_can_be_asked_for_again_while_the_graph_is_kept():
+    hidden, weight, targets = randn(5, 6), randn(16, 6, seed=1), make_targets(5, 16)
+    once = torch.autograd.grad(reference.linear_cross_entropy(hidden, weight, targets) * 3.0, (hidden, weight))
+    loss = reference.linear_cross_entropy(hidden, weight, targets) * 3.0
+    for retain_graph in (True, True, False):
+        again = torch.autograd.grad(loss, (hidden, weight), retain_graph=retain_graph)
+        assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, (hidden, weight))
+
+
 def assert_loss_equals_formula(hidden: Tensor, weight: Tensor, targets: Tensor, *, tolerance: dict,
                                chunk_rows: int | None, **options) -> None:
     ours = reference.linear_cross_entropy(hidden, weight, targets, chunk_rows=chunk_rows, **options)
