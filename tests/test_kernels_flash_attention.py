@@ -80,6 +80,14 @@ def assert_as_exact_as_pytorch(inputs: list[Tensor], first_key: Tensor | None = 
         assert error <= cap, name
 
 
+def assert_unchanged(before: Tensor, after: Tensor, name: str, *, fused: bool) -> None:
+    """Bit by bit, but for what a GPU's atomics add up in any order."""
+    if fused and name == "grad_q":
+        torch.testing.assert_close(after, before)
+    else:
+        assert torch.equal(after, before), name
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Which keys a query sees
 
@@ -201,7 +209,7 @@ def test_attention_reads_any_strides(layout, kernel_device):
     assert strided[0].shape == inputs[0].shape and not strided[0].is_contiguous()
     plain, ours = (results(flash_attention.attention, *x) for x in (inputs, strided))
     for name in plain:
-        torch.testing.assert_close(ours[name], plain[name], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(ours[name], plain[name], rtol=1e-5, atol=1e-5)  # float32, sums in another order
 
 
 @pytest.mark.parametrize("kind", ["expanded", "transposed"])
@@ -254,7 +262,7 @@ def test_memory_outside_the_tensors_changes_no_bit(fused, masked, kernel_device,
     clean, poisoned = (results(lambda *qkv: flash_attention.attention(*qkv, first_key=first_key),
                                *(inside(x, outside) for x in inputs)) for outside in (0.0, math.nan))
     for name in clean:
-        assert torch.equal(clean[name], poisoned[name]), name
+        assert_unchanged(clean[name], poisoned[name], name, fused=fused)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -275,7 +283,7 @@ def test_keys_that_no_query_sees_change_no_bit(fused, kernel_device, monkeypatch
         before, after = (results(lambda *qkv: flash_attention.attention(*qkv, first_key=first_key), q, *kv, grad)
                          for kv in ((k, v), (other_k.requires_grad_(), other_v.requires_grad_())))
         for name in before:
-            assert torch.equal(before[name][:, kept], after[name][:, kept]), name
+            assert_unchanged(before[name][:, kept], after[name][:, kept], name, fused=fused)
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")  # of the interpreter's numpy
