@@ -30,8 +30,11 @@ def takes(q: Tensor) -> bool:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, first_key: Tensor | None = None,
-              deterministic: bool = False) -> Tensor:
-    """kernels.attention by Triton. deterministic: the gradients have the same bits every time."""
+              deterministic: bool | None = None) -> Tensor:
+    """kernels.attention by Triton. deterministic: the gradients have the same bits every time; None = as PyTorch is set
+    (train.deterministic)."""
+    if deterministic is None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if torch.is_autocast_enabled(q.device.type):  # as PyTorch's attention does
         dtype = torch.get_autocast_dtype(q.device.type)

@@ -76,7 +76,7 @@ def kernel_device(monkeypatch) -> torch.device:
 def triton_backends(kernel_device):
     """All operations that Triton has, by Triton, for the time of a test."""
     import kernels
-    kernels.choose_backends(kernels.TRITON_OPS)
+    kernels.choose_backends(kernels.OPS)
     yield
     kernels.choose_backends(())
 
