@@ -1,8 +1,8 @@
 """The fused operations of the model: one public function each, whatever computes it.
 
 Two backends compute the same functions: `torch` is reference.py, plain PyTorch on any device; `triton` are the fused
-kernels of norm.py and cross_entropy.py, custom operators that torch.compile takes whole. A process starts with torch
-for every operation; choose_backends() switches those to triton that self_check.py found right on this machine.
+kernels of flash_attention.py, norm.py and cross_entropy.py, custom operators that torch.compile takes whole. A process
+starts with torch for every operation; choose_backends() switches those to triton that self_check.py found right here.
 
 Dims: B batch, T sequence (Tq queries, Tk keys), H query heads, Hkv key/value heads, D head dim, N = B*T rows, C width,
 V vocabulary (rows of the padded table). Statistics and losses are float32 whatever the dtype of the inputs.
@@ -20,8 +20,6 @@ from kernels import reference
 from kernels.reference import document_starts, first_visible_key, linear
 
 OPS = ("attention", "layer_norm", "rms_norm", "linear_cross_entropy")
-TRITON_OPS = ("layer_norm", "rms_norm", "linear_cross_entropy")
-
 __all__ = ["OPS", "attention", "backend", "choose_backends", "document_starts", "first_visible_key", "layer_norm",
            "linear", "linear_cross_entropy", "rms_norm", "triton_module", "why_no_triton"]
 
@@ -56,11 +54,14 @@ def backend(op: str) -> str:
 
 def triton_module(op: str) -> ModuleType:
     """The file of op's Triton kernel. Imported only here: without a GPU nothing should wait for triton."""
-    if op in ("layer_norm", "rms_norm"):
-        from kernels import norm
-        return norm
-    from kernels import cross_entropy
-    return cross_entropy
+    if op == "attention":
+        from kernels import flash_attention
+        return flash_attention
+    if op == "linear_cross_entropy":
+        from kernels import cross_entropy
+        return cross_entropy
+    from kernels import norm
+    return norm
 
 
 def _of(op: str, x: Tensor) -> ModuleType:
@@ -97,7 +98,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None,
     Query i stands at key Tk-Tq+i and sees the keys first_key[b, i] up to that one; first_key is int (B or 1, Tq) as
     first_visible_key makes it, None = from key 0. Every query sees itself, so no row is empty. scale: None = D ** -0.5.
     """
-    return reference.attention(q, k, v, scale=scale, first_key=first_key)
+    return _of("attention", q).attention(q, k, v, scale=scale, first_key=first_key)
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, vocab_size: int | None = None,

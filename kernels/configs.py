@@ -67,3 +67,88 @@ def cross_entropy(vocab_size: int) -> Tile:
 
 
 CROSS_ENTROPY_CHUNK_ROWS = 8192  # fewer lose: each chunk reads and writes the float32 gradient of the weight once
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Attention
+
+MAX_HEAD_DIM = 256
+
+
+@dataclass(frozen=True)
+class AttentionTile:
+    """queries x keys scores at a time, by warps x 32 threads, with the loads of `stages` tiles in flight."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class AttentionTiles:
+    """Of each kernel. fused: of the backward that makes all three gradients; None where it does not fit."""
+
+    forward: AttentionTile
+    backward_q: AttentionTile
+    backward_kv: AttentionTile
+    fused: AttentionTile | None = None
+
+
+def _tiles(*tiles: tuple[int, int, int, int]) -> AttentionTiles:
+    return AttentionTiles(*(AttentionTile(*tile) for tile in tiles))
+
+
+# By the columns of a tile, those of the head dim. Chosen by the ahead-of-time gate, not by time: the largest that keep
+# registers from spilling and wgmma from waiting for each other, on Triton 3.6 and 3.7. No GPU has timed them yet.
+_ATTENTION_16_BIT = {
+    "sm_90": {64: _tiles((128, 64, 8, 3), (128, 64, 8, 3), (64, 128, 8, 2), (64, 128, 8, 2)),
+              128: _tiles((128, 128, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 8, 2)),
+              256: _tiles((128, 32, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2))},
+    "sm_100": {64: _tiles((128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2), (64, 64, 8, 2)),
+               128: _tiles((128, 128, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 8, 2)),
+               256: _tiles((128, 32, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2))},
+    "sm_80": {64: _tiles((128, 64, 8, 3), (128, 64, 8, 2), (64, 128, 8, 2), (64, 64, 8, 2)),
+              128: _tiles((128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2)),
+              256: _tiles((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 8, 2))},
+    "gfx942": {64: _tiles((128, 64, 8, 2), (128, 64, 8, 2), (32, 64, 4, 2), (32, 64, 4, 2)),
+               128: _tiles((128, 64, 8, 2), (64, 32, 8, 2), (32, 64, 4, 1), (32, 64, 4, 1)),
+               256: _tiles((64, 32, 8, 2), (32, 32, 4, 1), (32, 32, 4, 1))},
+}
+# float32 is multiplied without tensor cores, operands in registers: small tiles, many threads
+_ATTENTION_FLOAT32 = {
+    64: _tiles((64, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
+    128: _tiles((64, 32, 8, 2), (32, 32, 8, 2), (16, 32, 8, 2), (16, 32, 8, 2)),
+    256: _tiles((16, 32, 8, 2), (16, 32, 8, 2), (16, 16, 8, 2)),
+}
+_ATTENTION_FLOAT32_GFX942 = {
+    64: _tiles((64, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1), (16, 16, 8, 1)),
+    128: _tiles((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+    256: _tiles((16, 16, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+}
+
+ATTENTION_DELTA = AttentionTile(queries=64, keys=0, warps=4, stages=1)
+ATTENTION_LAST_QUERY = AttentionTile(queries=1024, keys=0, warps=4, stages=1)
+
+
+def head_block(D: int) -> int:
+    """Columns of a tile that holds whole heads: matrix units multiply 16 at a time."""
+    return max(16, next_power_of_2(D))
+
+
+def attention(D: int, dtype: torch.dtype, arch: str) -> AttentionTiles:
+    """arch: sm_80 and so on, or gfx942. Compute capabilities 8.x and 12.x share a table that fits the least of them,
+    99 KB of shared memory; 10.x another; AMD's the third."""
+    if arch.startswith("sm_10"):
+        arch = "sm_100"
+    elif arch not in _ATTENTION_16_BIT:
+        arch = "sm_80"
+    block = max(64, head_block(D))
+    if dtype == torch.float32:
+        return (_ATTENTION_FLOAT32_GFX942 if arch == "gfx942" else _ATTENTION_FLOAT32)[block]
+    return _ATTENTION_16_BIT[arch][block]
+
+
+def attention_backward_is_fused(D: int, dtype: torch.dtype, arch: str) -> bool:
+    """Whether adding up q's gradient by atomics beats computing the probabilities twice. Split, until it is timed."""
+    return False

@@ -36,9 +36,8 @@ def verdicts(setting: str, model: ModelConfig, *, table_rows: int, dtype: torch.
 
 
 def _problem(op: str, model: ModelConfig, table_rows: int, dtype: torch.dtype, device: torch.device) -> str | None:
-    if op not in kernels.TRITON_OPS:
-        return "no Triton kernel yet"
-    cases = {"layer_norm": _norm_cases, "rms_norm": _norm_cases, "linear_cross_entropy": _cross_entropy_cases}[op]
+    cases = {"attention": _attention_cases, "layer_norm": _norm_cases, "rms_norm": _norm_cases,
+             "linear_cross_entropy": _cross_entropy_cases}[op]
     try:
         module = kernels.triton_module(op)
         for run, inputs in cases(op, model, table_rows, dtype):
@@ -69,6 +68,19 @@ def _norm_cases(op: str, model: ModelConfig, table_rows: int, dtype: torch.dtype
             yield (lambda m, x, w, b: m.layer_norm(x, w, b, eps=model.norm_eps)), [x, weight, bias]
         else:
             yield (lambda m, x, w: m.layer_norm(x, w, None, eps=model.norm_eps)), [x, weight]
+
+
+def _attention_cases(op: str, model: ModelConfig, table_rows: int, dtype: torch.dtype) -> Iterator[Case]:
+    """Plain causal (or the model's window), then documents too; two key heads at most, T of two tiles and a bit."""
+    T, heads = 150, model.n_head // model.kv_heads * min(2, model.kv_heads)
+    documents = torch.tensor([0] * 40 + [1] + [2] * (T - 41))[None]
+    q, k, v = (_randn(1, T, H, model.dim_per_head).to(dtype) for H in (heads, *[min(2, model.kv_heads)] * 2))
+    for ids in (None, documents):
+        def run(module, q: Tensor, k: Tensor, v: Tensor, ids: Tensor | None = ids) -> Tensor:
+            first_key = kernels.first_visible_key(None if ids is None else ids.to(q.device), model.window, T=T,
+                                                  device=q.device)
+            return module.attention(q, k, v, first_key=first_key)
+        yield run, [q, k, v]
 
 
 def _cross_entropy_cases(op: str, model: ModelConfig, table_rows: int, dtype: torch.dtype) -> Iterator[Case]:

@@ -47,7 +47,7 @@ def make_kernels_for_the_interpreter() -> None:
     the processes that they start, run as a user without a GPU would."""
     os.environ["TRITON_INTERPRET"] = "1"
     try:
-        from kernels import cross_entropy, norm  # noqa: F401
+        from kernels import cross_entropy, flash_attention, norm  # noqa: F401
     finally:
         del os.environ["TRITON_INTERPRET"]
     repair_bfloat16()
@@ -76,7 +76,7 @@ def kernel_device(monkeypatch) -> torch.device:
 def triton_backends(kernel_device):
     """All operations that Triton has, by Triton, for the time of a test."""
     import kernels
-    kernels.choose_backends(kernels.TRITON_OPS)
+    kernels.choose_backends(kernels.OPS)
     yield
     kernels.choose_backends(())
 

@@ -1,0 +1,384 @@
+"""Causal attention as fused Triton kernels, forward and backward: grouped queries, sliding windows, packed documents.
+
+Forward and backward as in FlashAttention-2 (arXiv:2307.08691): scores exist one tile at a time, the softmax runs along
+with its largest score and its sum, and the backward recomputes the probabilities from the saved log of that sum. One
+int32 per query, the first key that it sees, covers windows, documents and padding; tiles that no query of a tile sees
+are not visited. No dropout, no scores added, no decoding kernel: one query goes to PyTorch (see takes()).
+
+The backward is split by default: one kernel sums over keys (for q), one over queries (for k, v), each in a fixed order,
+so equal inputs give equal bits. The fused one computes the probabilities once and adds up q's gradient by atomics.
+
+Dims: B batch, Tq queries, Tk keys, H query heads, Hkv key/value heads, G = H / Hkv, D head dim. "own" is the key at
+which a query stands. In kernels a stride is named x_b, x_t, x_h for the dims of x; that of D is 1.
+"""
+
+import functools
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels import configs
+
+
+def takes(q: Tensor) -> bool:
+    """Whether these kernels compute for q (B, Tq, H, D). A single query is left to PyTorch: its kernel splits the keys
+    over programs, where here one program would walk all of them."""
+    return q.dtype in configs.DTYPES and q.shape[-1] <= configs.MAX_HEAD_DIM and q.shape[1] > 1 and q.numel() > 0
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, first_key: Tensor | None = None,
+              deterministic: bool | None = None) -> Tensor:
+    """kernels.attention by Triton. deterministic: the gradients have the same bits every time; None = as PyTorch is set
+    (train.deterministic)."""
+    if deterministic is None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if torch.is_autocast_enabled(q.device.type):  # as PyTorch's attention does
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    if scale <= 0.0:  # the kernels look for the largest score before they scale it
+        q, scale = (-q, -scale) if scale < 0.0 else (q * 0.0, 1.0)
+    out, _ = attention_forward(q, k, v, first_key, scale, deterministic)
+    return out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Operators
+
+@torch.library.custom_op("flatgpt::attention_forward", mutates_args=())
+def attention_forward(q: Tensor, k: Tensor, v: Tensor, first_key: Tensor | None, scale: float,
+                      deterministic: bool) -> tuple[Tensor, Tensor]:
+    """Attention (B, Tq, H, D), contiguous, and the log of the sum of exp(scores), float32 (B, H, Tq).
+    scale > 0; deterministic is for the backward."""
+    q, k, v = _addressable(q), _addressable(k), _addressable(v)
+    B, Tq, H, D = q.shape
+    out, lse = _outputs(q)
+    first, first_b = _first_keys(first_key, q)
+    tile = configs.attention(D, q.dtype, _arch(q.device)).forward
+    _forward_kernel[(triton.cdiv(Tq, tile.queries) * B * H,)](
+        q, k, v, first, out, lse, scale, H, Tq, k.shape[1], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], first_b,
+        G=H // k.shape[2], D=D, BLOCK_D=configs.head_block(D), BLOCK_Q=tile.queries, BLOCK_K=tile.keys,
+        HAS_FIRST=first_key is not None, num_warps=tile.warps, num_stages=tile.stages)
+    return out, lse
+
+
+def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:
+    B, Tq, H, _ = q.shape
+    return (torch.empty_like(q, memory_format=torch.contiguous_format),
+            q.new_empty((B, H, Tq), dtype=torch.float32))
+
+
+@attention_forward.register_fake
+def _(q, k, v, first_key, scale, deterministic):
+    return _outputs(q)
+
+
+@torch.library.custom_op("flatgpt::attention_backward", mutates_args=())
+def attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+                       first_key: Tensor | None, scale: float, deterministic: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, contiguous, in their dtypes; grad (B, Tq, H, D) is that of out."""
+    grad, q, k, v = _addressable(grad), _addressable(q), _addressable(k), _addressable(v)
+    B, Tq, H, D = q.shape
+    Tk, Hkv = k.shape[1], k.shape[2]
+    arch = _arch(q.device)
+    tiles = configs.attention(D, q.dtype, arch)
+    fused = (not deterministic and tiles.fused is not None
+             and configs.attention_backward_is_fused(D, q.dtype, arch))
+    tile = tiles.fused if fused else tiles.backward_kv
+    first, first_b = _first_keys(first_key, q)
+    last, last_b = _last_queries(first_key, first, Tq, Tk, tile.keys)
+    delta = torch.empty_like(lse)
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad.stride()[:3])
+    constants = {"G": H // Hkv, "D": D, "BLOCK_D": configs.head_block(D), "HAS_FIRST": first_key is not None}
+    if fused:
+        grad_q = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
+        _delta_kernel[(triton.cdiv(Tq, configs.ATTENTION_DELTA.queries) * B * H,)](
+            out, grad, delta, H, Tq, *grad.stride()[:3], D=D, BLOCK_D=configs.head_block(D),
+            BLOCK_Q=configs.ATTENTION_DELTA.queries, num_warps=configs.ATTENTION_DELTA.warps)
+    else:
+        grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
+        of_q = tiles.backward_q
+        _backward_q_kernel[(triton.cdiv(Tq, of_q.queries) * B * H,)](
+            q, k, v, grad, out, lse, delta, first, grad_q, scale, H, Tq, Tk, *strides, first_b, **constants,
+            BLOCK_Q=of_q.queries, BLOCK_K=of_q.keys, num_warps=of_q.warps, num_stages=of_q.stages)
+    grad_k = torch.empty_like(k, memory_format=torch.contiguous_format)
+    grad_v = torch.empty_like(v, memory_format=torch.contiguous_format)
+    _backward_kv_kernel[(triton.cdiv(Tk, tile.keys) * B * Hkv,)](
+        q, k, v, grad, lse, delta, first, last, grad_q, grad_k, grad_v, scale, Hkv, Tq, Tk, *strides, first_b, last_b,
+        **constants, BLOCK_Q=tile.queries, BLOCK_K=tile.keys, ADD_GRAD_Q=fused, num_warps=tile.warps,
+        num_stages=tile.stages)
+    return grad_q.to(q.dtype), grad_k, grad_v
+
+
+@attention_backward.register_fake
+def _(grad, q, k, v, out, lse, first_key, scale, deterministic):
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+
+
+def _save_for_backward(ctx, inputs, output) -> None:
+    q, k, v, first_key, ctx.scale, ctx.deterministic = inputs
+    ctx.save_for_backward(q, k, v, *output, first_key)
+    ctx.set_materialize_grads(False)  # no zeros for the log-sum-exp, whose gradient nobody asks for
+
+
+def _gradients(ctx, grad, _grad_lse):
+    q, k, v, out, lse, first_key = ctx.saved_tensors
+    return *attention_backward(grad, q, k, v, out, lse, first_key, ctx.scale, ctx.deterministic), None, None, None
+
+
+attention_forward.register_autograd(_gradients, setup_context=_save_for_backward)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What the kernels are given
+
+def _addressable(x: Tensor) -> Tensor:
+    """x (B, T, H, D) as the kernels can read it: the numbers of a head in a row."""
+    return x if x.stride(3) == 1 else x.contiguous()
+
+
+def _first_keys(first_key: Tensor | None, q: Tensor) -> tuple[Tensor, int]:
+    """first_key for the kernels, int32 (B or 1, Tq), and its stride over the batch; a tensor never read if None."""
+    if first_key is None:
+        return q, 0
+    first = first_key.to(torch.int32).contiguous()
+    return first, q.shape[1] if first.shape[0] > 1 else 0
+
+
+def _last_queries(first_key: Tensor | None, first: Tensor, Tq: int, Tk: int, block: int) -> tuple[Tensor, int]:
+    """For each tile of `block` keys one more than the last query that sees any of it, int32 (B or 1, tiles), and the
+    stride over the batch. Right for any first_key: none need rise along the sequence."""
+    if first_key is None:
+        return first, 0
+    tiles = triton.cdiv(Tk, block)
+    last = first.new_empty((first.shape[0], tiles))
+    _last_query_kernel[(tiles * first.shape[0],)](
+        first, last, Tq, Tk, BLOCK_K=block, BLOCK=configs.ATTENTION_LAST_QUERY.queries,
+        num_warps=configs.ATTENTION_LAST_QUERY.warps)
+    return last, tiles if first.shape[0] > 1 else 0
+
+
+@functools.cache
+def _arch(device: torch.device) -> str:
+    """The GPU as configs.py names it. The interpreter runs the tiles of the GPU that matters most."""
+    if device.type != "cuda":
+        return "sm_90"
+    if torch.version.hip is not None:
+        return "gfx942"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{10 * major + minor}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Kernels
+
+LOG2_E = tl.constexpr(math.log2(math.e))  # probabilities are powers of 2, which is what the hardware computes
+INFINITY = tl.constexpr(float("inf"))
+
+
+@triton.jit(do_not_specialize=["Tq", "Tk", "first_b"])
+def _forward_kernel(Q, K, V, FIRST, OUT, LSE, scale, H, Tq, Tk, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, first_b,
+                    G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
+                    BLOCK_K: tl.constexpr, HAS_FIRST: tl.constexpr):
+    """A program computes BLOCK_Q queries of one head. Those that stand last, and see most, start first."""
+    tiles = tl.cdiv(Tq, BLOCK_Q)
+    start_q = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_Q
+    head = (tl.program_id(0) // tiles).to(tl.int64)  # of all batches
+    b, h = head // H, head % H
+    K += b * k_b + h // G * k_h
+    V += b * v_b + h // G * v_h
+    q = _load_tile(Q + b * q_b + h * q_h, start_q, Tq, q_t, BLOCK_Q, D, BLOCK_D)
+    own, first, start_k, end_k = _visible_range(FIRST + b * first_b, start_q, Tq, Tk, BLOCK_Q, BLOCK_K, HAS_FIRST)
+
+    out = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
+    total = tl.zeros((BLOCK_Q,), tl.float32)  # of exp2(score - largest)
+    largest = tl.full((BLOCK_Q,), -INFINITY, tl.float32)
+    scale_2 = scale * LOG2_E
+    all_see_from, all_see_to = tl.max(first, axis=0), Tk - Tq + start_q + 1
+    for start in range(start_k, end_k, BLOCK_K):
+        k = _load_tile(K, start, Tk, k_t, BLOCK_K, D, BLOCK_D)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # (BLOCK_Q, BLOCK_K)
+        if (start < all_see_from) | (start + BLOCK_K > all_see_to):
+            key = start + tl.arange(0, BLOCK_K)
+            visible = key[None, :] <= own[:, None]
+            if HAS_FIRST:
+                visible = visible & (key[None, :] >= first[:, None])
+            scores = tl.where(visible, scores, -INFINITY)
+        new_largest = tl.maximum(largest, tl.max(scores, axis=1) * scale_2)
+        if HAS_FIRST:  # a query may see no key of its tile's first ones
+            subtract = tl.where(new_largest == -INFINITY, 0.0, new_largest)
+        else:
+            subtract = new_largest
+        p = tl.exp2(scores * scale_2 - subtract[:, None])
+        shrink = tl.exp2(largest - subtract)
+        total = total * shrink + tl.sum(p, axis=1)
+        v = _load_tile(V, start, Tk, v_t, BLOCK_K, D, BLOCK_D)
+        out = tl.dot(p.to(v.dtype), v, out * shrink[:, None], input_precision="ieee")
+        largest = new_largest
+
+    _store_tile(OUT + (b * Tq * H + h) * D, out / total[:, None], start_q, Tq, H * D, BLOCK_Q, D, BLOCK_D)
+    query = start_q + tl.arange(0, BLOCK_Q)
+    tl.store(LSE + head * Tq + query, (largest + tl.log2(total)) / LOG2_E, mask=query < Tq)
+
+
+@triton.jit(do_not_specialize=["Tq", "Tk", "first_b"])
+def _backward_q_kernel(Q, K, V, GRAD, OUT, LSE, DELTA, FIRST, GRAD_Q, scale, H, Tq, Tk,
+                       q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, grad_b, grad_t, grad_h, first_b,
+                       G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, HAS_FIRST: tl.constexpr,
+                       BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
+    """GRAD_Q for BLOCK_Q queries of one head, and their DELTA (B, H, Tq) for the other kernel: sum of out * grad."""
+    tiles = tl.cdiv(Tq, BLOCK_Q)
+    start_q = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_Q
+    head = (tl.program_id(0) // tiles).to(tl.int64)
+    b, h = head // H, head % H
+    K += b * k_b + h // G * k_h
+    V += b * v_b + h // G * v_h
+    query = start_q + tl.arange(0, BLOCK_Q)
+    q = _load_tile(Q + b * q_b + h * q_h, start_q, Tq, q_t, BLOCK_Q, D, BLOCK_D)
+    grad = _load_tile(GRAD + b * grad_b + h * grad_h, start_q, Tq, grad_t, BLOCK_Q, D, BLOCK_D)
+    delta = _delta(OUT + (b * Tq * H + h) * D, grad, start_q, Tq, H * D, BLOCK_Q, D, BLOCK_D)
+    tl.store(DELTA + head * Tq + query, delta, mask=query < Tq)
+    lse_2 = tl.load(LSE + head * Tq + query, mask=query < Tq, other=INFINITY) * LOG2_E  # past Tq nothing is probable
+    own, first, start_k, end_k = _visible_range(FIRST + b * first_b, start_q, Tq, Tk, BLOCK_Q, BLOCK_K, HAS_FIRST)
+
+    grad_q = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
+    scale_2 = scale * LOG2_E
+    for start in range(start_k, end_k, BLOCK_K):
+        k = _load_tile(K, start, Tk, k_t, BLOCK_K, D, BLOCK_D)
+        v = _load_tile(V, start, Tk, v_t, BLOCK_K, D, BLOCK_D)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # (BLOCK_Q, BLOCK_K)
+        key = start + tl.arange(0, BLOCK_K)
+        visible = key[None, :] <= own[:, None]
+        if HAS_FIRST:
+            visible = visible & (key[None, :] >= first[:, None])
+        p = tl.where(visible, tl.exp2(scores * scale_2 - lse_2[:, None]), 0.0)
+        grad_p = tl.dot(grad, tl.trans(v), input_precision="ieee")
+        grad_scores = p * (grad_p - delta[:, None])
+        grad_q = tl.dot(grad_scores.to(k.dtype), k, grad_q, input_precision="ieee")
+    _store_tile(GRAD_Q + (b * Tq * H + h) * D, grad_q * scale, start_q, Tq, H * D, BLOCK_Q, D, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["Tq", "Tk", "first_b", "last_b"])
+def _backward_kv_kernel(Q, K, V, GRAD, LSE, DELTA, FIRST, LAST, GRAD_Q, GRAD_K, GRAD_V, scale, Hkv, Tq, Tk,
+                        q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, grad_b, grad_t, grad_h, first_b, last_b,
+                        G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, HAS_FIRST: tl.constexpr,
+                        BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, ADD_GRAD_Q: tl.constexpr):
+    """GRAD_K and GRAD_V for BLOCK_K keys of one key head, over all queries of its G query heads. With ADD_GRAD_Q the
+    tiles' shares of GRAD_Q, float32, are added to it on the way.
+
+    One loop with the mask in every tile: of two loops, one with it, Triton 3.6 made wgmma that wait for each other."""
+    tiles = tl.cdiv(Tk, BLOCK_K)
+    tile = tl.program_id(0) % tiles
+    start_k = tile * BLOCK_K
+    head = (tl.program_id(0) // tiles).to(tl.int64)
+    b, h_kv = head // Hkv, head % Hkv
+    k = _load_tile(K + b * k_b + h_kv * k_h, start_k, Tk, k_t, BLOCK_K, D, BLOCK_D)
+    v = _load_tile(V + b * v_b + h_kv * v_h, start_k, Tk, v_t, BLOCK_K, D, BLOCK_D)
+    key = start_k + tl.arange(0, BLOCK_K)
+    begin = tl.maximum(start_k - (Tk - Tq), 0) // BLOCK_Q * BLOCK_Q  # the first query at or behind these keys
+    end = Tq
+    if HAS_FIRST:
+        end = tl.load(LAST + b * last_b + tile)
+        FIRST += b * first_b
+
+    grad_k = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
+    grad_v = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
+    scale_2 = scale * LOG2_E
+    for i in range(0, tl.cdiv(end - begin, BLOCK_Q) * G):  # one loop over tiles and heads: nested, it spills registers
+        start = begin + i // G * BLOCK_Q
+        h = h_kv * G + i % G
+        rows = (b * Hkv * G + h) * Tq  # of LSE and DELTA
+        query = start + tl.arange(0, BLOCK_Q)
+        q = _load_tile(Q + b * q_b + h * q_h, start, Tq, q_t, BLOCK_Q, D, BLOCK_D)
+        grad = _load_tile(GRAD + b * grad_b + h * grad_h, start, Tq, grad_t, BLOCK_Q, D, BLOCK_D)
+        lse_2 = tl.load(LSE + rows + query, mask=query < Tq, other=INFINITY) * LOG2_E
+        delta = tl.load(DELTA + rows + query, mask=query < Tq, other=0.0)
+        scores = tl.dot(k, tl.trans(q), input_precision="ieee")  # (BLOCK_K, BLOCK_Q)
+        own = query + (Tk - Tq)
+        visible = key[:, None] <= own[None, :]
+        if HAS_FIRST:
+            first = tl.minimum(tl.load(FIRST + query, mask=query < Tq, other=0), own)
+            visible = visible & (key[:, None] >= first[None, :])
+        p = tl.where(visible, tl.exp2(scores * scale_2 - lse_2[None, :]), 0.0)
+        grad_v = tl.dot(p.to(grad.dtype), grad, grad_v, input_precision="ieee")
+        grad_p = tl.dot(v, tl.trans(grad), input_precision="ieee")
+        grad_scores = (p * (grad_p - delta[None, :])).to(q.dtype)
+        grad_k = tl.dot(grad_scores, q, grad_k, input_precision="ieee")
+        if ADD_GRAD_Q:
+            share = tl.dot(tl.trans(grad_scores), k, input_precision="ieee") * scale  # (BLOCK_Q, BLOCK_D)
+            column = tl.arange(0, BLOCK_D)
+            tl.atomic_add(GRAD_Q + ((b * Tq + query[:, None]) * Hkv * G + h) * D + column[None, :], share,
+                          mask=(query < Tq)[:, None] & (column < D)[None, :], sem="relaxed")
+    _store_tile(GRAD_K + (b * Tk * Hkv + h_kv) * D, grad_k * scale, start_k, Tk, Hkv * D, BLOCK_K, D, BLOCK_D)
+    _store_tile(GRAD_V + (b * Tk * Hkv + h_kv) * D, grad_v, start_k, Tk, Hkv * D, BLOCK_K, D, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["Tq"])
+def _delta_kernel(OUT, GRAD, DELTA, H, Tq, grad_b, grad_t, grad_h,
+                  D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr):
+    """DELTA (B, H, Tq): the sum of out * grad over D."""
+    tiles = tl.cdiv(Tq, BLOCK_Q)
+    start_q = tl.program_id(0) % tiles * BLOCK_Q
+    head = (tl.program_id(0) // tiles).to(tl.int64)
+    b, h = head // H, head % H
+    grad = _load_tile(GRAD + b * grad_b + h * grad_h, start_q, Tq, grad_t, BLOCK_Q, D, BLOCK_D)
+    delta = _delta(OUT + (b * Tq * H + h) * D, grad, start_q, Tq, H * D, BLOCK_Q, D, BLOCK_D)
+    query = start_q + tl.arange(0, BLOCK_Q)
+    tl.store(DELTA + head * Tq + query, delta, mask=query < Tq)
+
+
+@triton.jit(do_not_specialize=["Tq", "Tk"])
+def _last_query_kernel(FIRST, LAST, Tq, Tk, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr):
+    """Program i of a row of FIRST (Tq,): LAST[i] = 1 + the last query that sees a key before (i + 1) * BLOCK_K."""
+    tiles = tl.cdiv(Tk, BLOCK_K)
+    row, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
+    last = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, Tq, BLOCK):
+        query = start + tl.arange(0, BLOCK)
+        first = tl.load(FIRST + row * Tq + query, mask=query < Tq, other=Tk)
+        sees = (tl.minimum(first, query + (Tk - Tq)) < (tile + 1) * BLOCK_K) & (query < Tq)
+        last = tl.where(sees, query + 1, last)
+    tl.store(LAST + row * tiles + tile, tl.max(last, axis=0))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Parts of kernels
+
+@triton.jit
+def _load_tile(BASE, start, T, stride, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows start ... of BASE (T, D): (ROWS, BLOCK_D), zeros past either end."""
+    row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK_D)[None, :]
+    mask = start + row < T
+    if D < BLOCK_D:
+        mask = mask & (column < D)
+    return tl.load(BASE + (tl.cast(start, tl.int64) + row) * stride + column, mask=mask, other=0.0)
+
+
+@triton.jit
+def _store_tile(BASE, tile, start, T, stride, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK_D)[None, :]
+    tl.store(BASE + (tl.cast(start, tl.int64) + row) * stride + column, tile.to(BASE.dtype.element_ty),
+             mask=(start + row < T) & (column < D))
+
+
+@triton.jit
+def _visible_range(FIRST, start_q, Tq, Tk, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, HAS_FIRST: tl.constexpr):
+    """Of each query the key at which it stands and the first that it sees; where the tile's keys start and end."""
+    query = start_q + tl.arange(0, BLOCK_Q)
+    own = query + (Tk - Tq)
+    first = tl.zeros((BLOCK_Q,), tl.int32)
+    start_k = 0
+    if HAS_FIRST:
+        first = tl.minimum(tl.load(FIRST + query, mask=query < Tq, other=Tk), own)
+        start_k = tl.maximum(tl.min(first, axis=0), 0) // BLOCK_K * BLOCK_K
+    return own, first, start_k, tl.minimum(Tk - Tq + start_q + BLOCK_Q, Tk)
+
+
+@triton.jit
+def _delta(OUT, grad, start_q, Tq, stride, BLOCK_Q: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """What the softmax takes off the gradient of each score of a query: the sum of out * grad, (BLOCK_Q,)."""
+    out = _load_tile(OUT, start_q, Tq, stride, BLOCK_Q, D, BLOCK_D)
+    return tl.sum(out.to(tl.float32) * grad.to(tl.float32), axis=1)
