@@ -88,7 +88,7 @@ def _write_all(file: io.RawIOBase, data: bytes | np.ndarray) -> None:
         rest = rest[file.write(rest):]
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """fsync a file, or a folder: the names in it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -155,12 +155,12 @@ def save_base(run_dir: Path, tensors: dict[str, Tensor]) -> str:
     try:
         if not folder.is_dir():
             _make_folder(folder)
-            _sync(folder.parent)
+            sync(folder.parent)
         _check_space(folder, needed)
         _write_tensors(temporary, tensors)
-        _sync(temporary)
+        sync(temporary)
         _rename(temporary, folder / MODEL)
-        _sync(folder)
+        sync(folder)
         return _hash(folder / MODEL)
     except OSError as error:
         temporary.unlink(missing_ok=True)
@@ -170,7 +170,7 @@ def write_tensor_file(path: Path, tensors: dict[str, Tensor]) -> None:
     """A safetensors file outside any checkpoint, as Hugging Face's programs read it, synced. Tensors may be views: each
     is made contiguous when its turn comes. Raises OSError."""
     _write_tensors(path, tensors, {"format": "pt"})
-    _sync(path)
+    sync(path)
 
 
 def _make_checkpoints_folder(folder: Path) -> None:
@@ -178,8 +178,8 @@ def _make_checkpoints_folder(folder: Path) -> None:
         if not folder.parent.is_dir():
             _make_folder(folder.parent)
         _make_folder(folder)
-        _sync(folder.parent)
-        _sync(folder.parent.parent)
+        sync(folder.parent)
+        sync(folder.parent.parent)
 
 
 def _check_space(folder: Path, needed: int) -> None:
@@ -215,12 +215,12 @@ def _write_checkpoint(folder: Path, tensors: dict[str, dict[str, Tensor]], texts
             _write_bytes(folder / name, _to_json(_null_for_nan(text)))
             hashes[name] = pool.submit(_hash, folder / name)
         for name in hashes:
-            _sync(folder / name)
+            sync(folder / name)
     files = {name: {"size": (folder / name).stat().st_size, "sha256": future.result()}
              for name, future in hashes.items()}
     _write_bytes(folder / MANIFEST, _to_json({"format": FORMAT, "files": files}))
-    _sync(folder / MANIFEST)
-    _sync(folder)
+    sync(folder / MANIFEST)
+    sync(folder)
 
 
 def _to_json(value: dict) -> bytes:
@@ -243,7 +243,7 @@ def _publish(temporary: Path, final: Path) -> None:
         _discard(replaced)
         _rename(final, replaced)
     _rename(temporary, final)
-    _sync(final.parent)
+    sync(final.parent)
     with suppress(OSError):  # the new one is in place and safe; newest() deletes what is left
         _discard(replaced)
 
@@ -340,7 +340,7 @@ def _settle_replaced(folder: Path, chosen: Path) -> Path:
             _discard(path)
     if chosen.suffix == ".replaced":
         _rename(chosen, chosen.with_suffix(""))
-        _sync(folder)
+        sync(folder)
     return chosen.with_suffix("")
 
 

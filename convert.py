@@ -673,25 +673,14 @@ def _new_folder(path: Path) -> Iterator[Path]:
         temporary.mkdir()
         yield temporary
         for file in (*(p for p in temporary.iterdir() if p.is_file()), temporary):
-            _sync(file)
+            checkpoint.sync(file)
         os.rename(temporary, path)  # an empty folder may stand there
-        _sync(path.parent)
+        checkpoint.sync(path.parent)
     except OSError as error:
         kind = MachineError if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO) else ConvertError
         raise kind(f"folder {str(path)!r} cannot be written: {error.strerror}; nothing was left behind") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if not (path.is_dir() and error.errno == errno.EINVAL):  # some network file systems cannot sync a folder
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def _write_json(path: Path, table: dict) -> None:

@@ -11,7 +11,6 @@ import importlib.util
 import json
 import lzma
 import math
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -32,6 +31,7 @@ from data.shards import open_dataset, open_split
 from data.tokenizer import Tokenizer, load_tokenizer
 from distributed import World, sum_over_ranks
 from kernels import self_check
+from metrics import write_whole
 from model import GPT
 
 
@@ -166,16 +166,9 @@ def _score_task(args: argparse.Namespace, run_dir: Path, task: tasks.Task, model
 
 
 def _write_whole(option: str, path: Path, content: bytes) -> None:
-    """Write a file whole or not at all. Raises MachineError."""
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        write_whole(path, content)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise MachineError(f"{option} {str(path)!r} cannot be written: {error.strerror}") from None
 
 

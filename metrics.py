@@ -351,12 +351,12 @@ def _drop_rows_after(path: Path, resume_step: int) -> dict[str, int]:
             kept.append(line + b"\n")
             last_step[row["kind"]] = row["step"]
     if b"".join(kept) != before:
-        _write_whole(path, b"".join(kept))
+        write_whole(path, b"".join(kept))
     return last_step
 
 
-def _write_whole(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: a temporary file, fsync, os.replace."""
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all: a temporary file, fsync, os.replace. Raises OSError."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -418,7 +418,7 @@ class _Wandb:
         import wandb
         id_file = run_dir / "wandb_id"
         if not id_file.exists():
-            _write_whole(id_file, secrets.token_hex(6).encode())
+            write_whole(id_file, secrets.token_hex(6).encode())
         self._run = wandb.init(project=os.environ.get("WANDB_PROJECT", "flatgpt"), name=run_dir.resolve().name,
                                id=id_file.read_text().strip(), resume="allow", dir=str(run_dir), config=config)
 
@@ -594,7 +594,7 @@ def plot(runs: list[Run], path: Path) -> None:
     figure.legend(*train_axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     image = io.BytesIO()
     figure.savefig(image, format="png")
-    _write_whole(path, image.getvalue())
+    write_whole(path, image.getvalue())
 
 
 def _tick(tokens: float, _position: int) -> str:

@@ -196,7 +196,7 @@ class CrashingDisk:
     def install(self) -> None:
         self.real = {name: getattr(checkpoint, name) for name in (
             "_make_folder", "_write_bytes", "_write_tensors", "_rename", "_delete_folder")}
-        for name in (*self.real, "_sync"):
+        for name in (*self.real, "sync"):
             setattr(checkpoint, name, getattr(self, name.removeprefix("_")))
 
     def changed(self) -> None:
@@ -282,7 +282,7 @@ def run_saves(run: Path, crash_at: int, loss: str, *, forgets: str | None = None
         disk = CrashingDisk(crash_at, loss)
         disk.install()
         if forgets is not None:
-            checkpoint._sync = lambda path: None if forgotten(path) else disk.sync(path)
+            checkpoint.sync = lambda path: None if forgotten(path) else disk.sync(path)
         for finished, (step, value) in enumerate(SAVES):
             progress.write_text(str(finished))
             save_step(run, step, value, keep=1, val_loss=float(step))
@@ -417,7 +417,7 @@ def test_a_sync_that_fails_fails_the_save(tmp_path, monkeypatch):
         raise OSError(5, "Input/output error")
 
     save_step(tmp_path, 1)
-    monkeypatch.setattr(checkpoint, "_sync", broken)
+    monkeypatch.setattr(checkpoint, "sync", broken)
     with pytest.raises(SaveError, match="Input/output error"):
         save_step(tmp_path, 2, keep=1)
     assert_only_step_1(tmp_path)

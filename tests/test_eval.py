@@ -224,7 +224,7 @@ def test_predictions_that_cannot_be_written_leave_the_old_file_as_it_was(setting
     Path("made.jsonl").write_text("old")
     def full(*paths: object) -> None:
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr(evaluation.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(MachineError, match="--predictions 'made.jsonl' cannot be written: No space left on device"):
         evaluation.main(["scored", "--task", "task.jsonl", "--predictions", "made.jsonl"])
     assert Path("made.jsonl").read_text() == "old" and list(Path().glob(".made*")) == []

@@ -24,7 +24,7 @@ ARROWS = {
     "sample": {"checkpoint", "model", "data"},
     "scores": set(),
     "tasks": {"scores", "sample", "kernels", "model", "data"},
-    "eval": {"tasks", "scores", "kernels", "sample", "checkpoint", "model", "data", "distributed"},
+    "eval": {"tasks", "scores", "metrics", "kernels", "sample", "checkpoint", "model", "data", "distributed"},
     "convert": {"checkpoint", "model", "data"},
     "batching": {"sample", "model", "data"},
     "openai_api": {"batching", "sample", "data"},
