@@ -983,9 +983,6 @@ def _dd_writer(path: Path, size: int) -> Contender:
 # ----------------------------------------------------------------------------------------------------------------------
 # kernels: see bench_kernels.py
 
-BENCH_OPS = ("layer_norm", "rms_norm", "linear_cross_entropy")
-
-
 def bench_ops(args: argparse.Namespace, figures: Figures) -> dict:
     """Each operation beside PyTorch's, and what the machine could reach at best, in turns."""
     device = sample.choose_device(args.device)
@@ -1083,7 +1080,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         subparser.add_argument("--peer", metavar="PATH", help="a checkout of nanoGPT")
 
     operations = command("kernels", bench_ops, "Each operation of kernels/ beside PyTorch's.", repeats=5, config=None)
-    operations.add_argument("--ops", nargs="+", choices=BENCH_OPS, default=list(BENCH_OPS), help="default: all")
+    operations.add_argument("--ops", nargs="+", choices=kernels.OPS, default=list(kernels.OPS), help="default: all")
     operations.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
     operations.add_argument("--dtype", choices=sample.DTYPES, help="default bfloat16 on CUDA, float32 on the CPU")
     operations.add_argument("--rows", type=_count, metavar="N", help="default 65,536 on CUDA, 1,024 on the CPU")

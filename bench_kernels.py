@@ -4,13 +4,15 @@ On CUDA at the shapes of GPT-2 in training, in bfloat16 with float32 weights; on
 plain PyTorch versions are measured. Contenders are functions of the same arguments; a figure is one contender's median
 of many calls (CUDA) or one call (CPU) in a repeat.
 
-Dims: N rows, C width, V vocabulary.
+Dims: N rows, C width, V vocabulary; B batch, T sequence, H heads, D head dim.
 """
 
 import ctypes
 import functools
 import importlib.util
+import itertools
 import platform
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,6 +27,8 @@ import metrics
 from kernels import reference
 
 GPT2_WIDTHS = {"124M": 768, "350M": 1024, "1.5B": 1600}
+CONTEXTS = (512, 1024, 2048, 4096, 8192)
+DOCUMENT_TOKENS = 512  # on average
 VOCAB_SIZE, TABLE_ROWS = 50_257, 50_304
 
 
@@ -49,6 +53,13 @@ def comparisons(ops: list[str], device: torch.device, dtype: torch.dtype, *, row
                              C=C, residual=residual)
         if "linear_cross_entropy" in ops:
             yield _cross_entropy(f"linear_cross_entropy {rows} x {C} x {TABLE_ROWS}", device, dtype, rows=rows, C=C)
+    if "attention" in ops:
+        contexts = [T for T in CONTEXTS if T <= rows] if device.type == "cuda" else [min(rows, 1024)]
+        for D, T in itertools.product((64, 128), contexts):
+            yield _attention(device, dtype, tokens=rows, T=T, H=768 // D, D=D)
+        for T in contexts[-2:]:
+            yield _attention(device, dtype, tokens=rows, T=T, H=12, D=64, documents=True)
+        yield _attention(device, dtype, tokens=rows, T=contexts[-1], H=12, D=64, window=contexts[-1] // 8)
 
 
 def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], float]]:
@@ -85,20 +96,20 @@ def _norms(op: str, label: str, device: torch.device, dtype: torch.dtype, *, row
         y = F.layer_norm(added, (C,), w, bias.to(dtype), 1e-5) if is_layer else F.rms_norm(added, (C,), w, 1e-5)
         return (y, added) if residual else (y,)
 
-    element = x.element_size()
-    moved = {"forward": (4 if residual else 2) * rows * C * element,
-             "backward": (4 if residual else 3) * rows * C * element}
+    moved = {"forward": (4 if residual else 2) * rows * C * x.element_size() / 1e9,
+             "backward": (4 if residual else 3) * rows * C * x.element_size() / 1e9}
     runs = _ours(op, by) | {"PyTorch": plain} | _compiled(plain, device)
     if is_layer and not residual and _has_liger(device):
         from liger_kernel.ops.layer_norm import LigerLayerNormFunction
         runs["Liger"] = lambda: (LigerLayerNormFunction.apply(x, weight, bias, 1e-5),)
-    return Comparison(label, {f"{name}: {label}": _forward_backward(run, inputs, moved, device)
+    return Comparison(label, {f"{name}: {label}": _forward_backward(run, inputs, moved, "GB/s", device)
                               for name, run in runs.items()},
                       ratios=("forward ms", "backward ms"), ceiling="copy", bounded=("forward GB/s", "backward GB/s"))
 
 
-def _forward_backward(run: Callable[[], tuple[Tensor, ...]], inputs: list[Tensor], moved: dict[str, int],
-                      device: torch.device) -> Callable[[int], dict[str, float]]:
+def _forward_backward(run: Callable[[], tuple[Tensor, ...]], inputs: list[Tensor], amounts: dict[str, float],
+                      unit: str, device: torch.device) -> Callable[[int], dict[str, float]]:
+    """amounts: what forward and backward each move or compute, in the unit times seconds."""
     def measure(repeat: int) -> dict[str, float]:
         outputs = run()
         gradients = [torch.randn_like(out) for out in outputs]
@@ -106,9 +117,86 @@ def _forward_backward(run: Callable[[], tuple[Tensor, ...]], inputs: list[Tensor
         backward_s = seconds_per_call(
             lambda: torch.autograd.grad(outputs, inputs, gradients, retain_graph=True), device)
         return {"forward ms": 1e3 * forward_s, "backward ms": 1e3 * backward_s,
-                "forward GB/s": moved["forward"] / 1e9 / forward_s,
-                "backward GB/s": moved["backward"] / 1e9 / backward_s}
+                f"forward {unit}": amounts["forward"] / forward_s,
+                f"backward {unit}": amounts["backward"] / backward_s}
     return measure
+
+
+def _attention(device: torch.device, dtype: torch.dtype, *, tokens: int, T: int, H: int, D: int,
+               documents: bool = False, window: int | None = None) -> Comparison:
+    """FLOPs: two matmuls of the visible pairs forward, five backward; what is computed and masked does not count."""
+    B = tokens // T
+    kind = "documents" if documents else "causal" if window is None else f"window {window}"
+    label = f"attention {kind} {B} x {T} x {H} x {D}"
+    q, k, v = (torch.randn(B, T, H, D, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
+    ids = None
+    if documents:  # lengths uniform from 1 up, of that mean
+        starts = torch.rand(B, T, generator=torch.Generator().manual_seed(0)) < 1 / DOCUMENT_TOKENS
+        ids = starts.cumsum(1).to(device)
+    first_key = kernels.first_visible_key(ids, window, T=T, device=device)
+    own = torch.arange(T, device=device)
+    pairs = (own + 1).sum().item() * B if first_key is None else \
+        (own - first_key.clamp(min=0) + 1).expand(B, T).sum().item()
+    flops = 2 * D * H * pairs  # of one matmul
+    amounts = {"forward": 2 * flops / 1e12, "backward": 5 * flops / 1e12}
+
+    def by(module) -> Callable[[], tuple[Tensor, ...]]:
+        return lambda: (module.attention(q, k, v, first_key=first_key),)
+
+    runs = _ours("attention", by)
+    for name, peer in _attention_peers(q, k, v, ids, window).items():
+        if _works(peer, name):
+            runs[name] = peer
+    return Comparison(label, {f"{name}: {label}": _forward_backward(run, [q, k, v], amounts, "TFLOP/s", device)
+                              for name, run in runs.items()},
+                      ratios=("forward ms", "backward ms"), ceiling="matmul",
+                      bounded=("forward TFLOP/s", "backward TFLOP/s"))
+
+
+def _attention_peers(q: Tensor, k: Tensor, v: Tensor, ids: Tensor | None,
+                     window: int | None) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
+    """SDPA by backend (causal: it cannot skip documents without a mask that costs it flash), FlexAttention for windows
+    and documents, flash-attn."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    B, T = q.shape[:2]
+
+    def sdpa(*backends: SDPBackend) -> tuple[Tensor, ...]:
+        with sdpa_kernel(list(backends), set_priority=True):
+            return (F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True),)
+
+    if q.device.type != "cuda":
+        return {"PyTorch": lambda: (F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)),
+                                                                   is_causal=True),)}
+    peers = {"SDPA flash, causal": lambda: sdpa(SDPBackend.FLASH_ATTENTION),
+             "SDPA cuDNN, causal": lambda: sdpa(SDPBackend.CUDNN_ATTENTION)}
+    if ids is not None or window is not None:
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        def visible(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            seen = key <= query
+            if ids is not None:
+                seen = seen & (ids[b, query] == ids[b, key])
+            return seen if window is None else seen & (key > query - window)
+
+        mask = create_block_mask(visible, B, None, T, T, device=q.device)
+        torch._dynamo.reset()
+        flex = torch.compile(flex_attention, dynamic=False)
+        peers["FlexAttention"] = lambda: (flex(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=mask),)
+    if importlib.util.find_spec("flash_attn") is not None:
+        from flash_attn import flash_attn_func
+        size = (-1 if window is None else window - 1, 0)
+        peers["flash-attn" + (", causal" if ids is not None else "")] = lambda: (
+            flash_attn_func(q, k, v, causal=True, window_size=size),)
+    return peers
+
+
+def _works(peer: Callable[[], object], name: str) -> bool:
+    try:
+        peer()
+    except RuntimeError as error:  # a backend that this build or this shape lacks
+        print(f"{name} left out: {str(error).splitlines()[0][:160]}", file=sys.stderr)
+        return False
+    return True
 
 
 def _cross_entropy(label: str, device: torch.device, dtype: torch.dtype, *, rows: int, C: int) -> Comparison:
@@ -156,7 +244,10 @@ def _ours(op: str, by: Callable) -> dict[str, Callable]:
 
 
 def _compiled(plain: Callable, device: torch.device) -> dict[str, Callable]:
-    return {"torch.compile": torch.compile(plain)} if device.type == "cuda" else {}
+    if device.type != "cuda":
+        return {}
+    torch._dynamo.reset()  # one code object serves all shapes: past 8 of them Dynamo would go on in eager
+    return {"torch.compile": torch.compile(plain, dynamic=False)}
 
 
 @functools.cache

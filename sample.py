@@ -215,8 +215,8 @@ def _sort_falling(logits: Tensor) -> Tensor:
 def draw(logits: Tensor, uniform: Tensor) -> Tensor:
     """The id (B,) at which the cumulated probability of a row of logits (B, V) passes uniform (B,) in [0, 1)."""
     probabilities = logits.softmax(dim=-1)
-    if probabilities.device.type == "mps":
-        probabilities = probabilities.cpu()  # no float64 there
+    if probabilities.device.type == "mps" or torch.are_deterministic_algorithms_enabled():
+        probabilities = probabilities.cpu()  # no float64 on MPS; CUDA's cumsum may refuse to be deterministic
     # float64: sums rounded to float32 could step at a token of probability 0, or end below uniform
     cumulated = probabilities.cumsum(dim=-1, dtype=torch.float64)
     target = uniform.to(cumulated.device)[:, None] * cumulated[:, -1:]

@@ -73,6 +73,7 @@ def _(hidden, weight, targets, vocab_size, ignore_index, softcap, z_loss, rows, 
 def _save_for_backward(ctx, inputs, output) -> None:
     ctx.weight_dtype, ctx.weight_learns = inputs[1].dtype, inputs[-1]
     ctx.save_for_backward(*output[1:])
+    ctx.set_materialize_grads(False)  # nobody differentiates the gradients: no zeros for them
 
 
 def _gradients(ctx, grad_total, _grad_hidden, _grad_weight):
@@ -116,9 +117,10 @@ def _loss_and_gradient(logits: Tensor, targets: Tensor, losses: Tensor, vocab_si
     """Write the loss of each row of logits (rows, V) into losses, and its gradient over the logits."""
     rows, V = logits.shape
     tile = configs.cross_entropy(V)
-    _loss_kernel[(rows,)](logits, targets, losses, ignore_index, softcap, z_loss, V=V, VOCAB_SIZE=vocab_size,
-                          BLOCK_V=tile.columns, HAS_SOFTCAP=softcap != 0.0, WANTS_GRAD=wants_grad,
-                          num_warps=tile.warps())
+    with torch.cuda.device_of(logits):  # Triton launches on the current one
+        _loss_kernel[(rows,)](logits, targets, losses, ignore_index, softcap, z_loss, V=V, VOCAB_SIZE=vocab_size,
+                              BLOCK_V=tile.columns, HAS_SOFTCAP=softcap != 0.0, WANTS_GRAD=wants_grad,
+                              num_warps=tile.warps())
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -58,10 +58,12 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, first_key: Tensor | None,
     out, lse = _outputs(q)
     first, first_b = _first_keys(first_key, q)
     tile = configs.attention(D, q.dtype, _arch(q.device)).forward
-    _forward_kernel[(triton.cdiv(Tq, tile.queries) * B * H,)](
-        q, k, v, first, out, lse, scale, H, Tq, k.shape[1], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], first_b,
-        G=H // k.shape[2], D=D, BLOCK_D=configs.head_block(D), BLOCK_Q=tile.queries, BLOCK_K=tile.keys,
-        HAS_FIRST=first_key is not None, num_warps=tile.warps, num_stages=tile.stages)
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
+    with torch.cuda.device_of(q):  # Triton launches on the current one; for backward, autograd's thread sets it
+        _forward_kernel[(triton.cdiv(Tq, tile.queries) * B * H,)](
+            q, k, v, first, out, lse, scale, H, Tq, k.shape[1], *strides, first_b,
+            G=H // k.shape[2], D=D, BLOCK_D=configs.head_block(D), BLOCK_Q=tile.queries, BLOCK_K=tile.keys,
+            HAS_FIRST=first_key is not None, num_warps=tile.warps, num_stages=tile.stages)
     return out, lse
 
 

@@ -55,11 +55,12 @@ def norm_forward(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tenso
     mean, rstd = _statistics(x, rms)
     residual_rows = rows if residual is None else _rows(residual)
     tile = configs.norm_forward(C)
-    _forward_kernel[(triton.cdiv(N, tile.rows),)](
-        rows, residual_rows, weight, weight if bias is None else bias, y, added, mean, rstd,
-        N, rows.stride(0), residual_rows.stride(0), eps,
-        C=C, BLOCK_C=tile.columns, BLOCK_N=tile.rows, IS_RMS=rms, HAS_BIAS=bias is not None,
-        HAS_RESIDUAL=residual is not None, num_warps=tile.warps())
+    with torch.cuda.device_of(x):  # Triton launches on the current one; for backward, autograd's thread sets it
+        _forward_kernel[(triton.cdiv(N, tile.rows),)](
+            rows, residual_rows, weight, weight if bias is None else bias, y, added, mean, rstd,
+            N, rows.stride(0), residual_rows.stride(0), eps,
+            C=C, BLOCK_C=tile.columns, BLOCK_N=tile.rows, IS_RMS=rms, HAS_BIAS=bias is not None,
+            HAS_RESIDUAL=residual is not None, num_warps=tile.warps())
     return y.view(x.shape), added if residual is None else added.view(x.shape), mean, rstd
 
 

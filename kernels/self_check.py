@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from config import ModelConfig
+from config import MachineError, ModelConfig
 from kernels import reference
 
 # What may be added to twice the reference's own error: both are relative to float64, in the Frobenius norm. A wrong
@@ -47,6 +47,9 @@ def _problem(op: str, model: ModelConfig, table_rows: int, dtype: torch.dtype, d
                     return f"relative error {error:.2g} of {name}, allowed {allowed:.2g}"
     except Exception as error:  # of the compiler, the launch or the driver, each with types of its own
         text = str(error).strip().splitlines() or [""]
+        if "illegal memory access" in str(error):  # CUDA answers nothing after that, the reference's calls neither
+            raise MachineError(f"the Triton kernel of {op} broke this process's CUDA context ({text[0][:200]}); start "
+                               "again with train.kernels=torch") from error
         return f"{type(error).__name__}: {text[0][:200]}"
     return None
 

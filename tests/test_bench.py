@@ -337,7 +337,7 @@ def test_sampling_is_compared_with_peers_and_with_the_bound_of_memory(config_fil
     assert not (peer / "__pycache__").exists()
 
 
-@pytest.mark.parametrize("op", bench.BENCH_OPS)
+@pytest.mark.parametrize("op", bench.kernels.OPS)
 def test_an_operation_is_compared_with_pytorch_and_the_roofline(op, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(bench.bench_kernels, "seconds_per_call", lambda work, device: (work(), 0.5)[1])
     monkeypatch.setattr(bench.bench_kernels, "TABLE_ROWS", 384)
@@ -350,6 +350,12 @@ def test_an_operation_is_compared_with_pytorch_and_the_roofline(op, monkeypatch,
         label = "linear_cross_entropy 9 x 768 x 384"
         assert rows[f"reference: {label}", "TFLOP/s"] == 6 * 9 * 768 * 384 / 1e12 / 0.5  # three matmuls in 0.5 s
         assert rows[f"reference: {label} / PyTorch", "ratio of forward + backward ms"] == 1.0
+    elif op == "attention":
+        forward = rows["reference: attention causal 1 x 9 x 12 x 64", "forward TFLOP/s"]
+        assert forward == 2 * 2 * 64 * 12 * (9 * 10 / 2) / 1e12 / 0.5  # two matmuls of the 45 pairs under the diagonal
+        assert rows["reference: attention causal 1 x 9 x 12 x 64", "backward TFLOP/s"] == pytest.approx(2.5 * forward)
+        alone = rows["reference: attention window 1 1 x 9 x 12 x 64", "forward TFLOP/s"]
+        assert alone == pytest.approx(forward * 9 / 45)  # each query sees itself alone
     else:
         for label, tensors in ((f"{op} 9 x 768", 2), (f"{op} + residual 9 x 768", 4)):  # read or written forward
             assert rows[f"PyTorch: {label}", "forward GB/s"] == tensors * 9 * 768 * 4 / 1e9 / 0.5

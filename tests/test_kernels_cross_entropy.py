@@ -232,4 +232,6 @@ def test_logits_beyond_31_bits(gpu):
     with torch.no_grad():
         one = cross_entropy.linear_cross_entropy(hidden, weight, targets, chunk_rows=65_536, **options)
         many = cross_entropy.linear_cross_entropy(hidden, weight, targets, chunk_rows=8192, **options)
-    torch.testing.assert_close(one, many, rtol=1e-5, atol=1e-5)
+    # cuBLAS may sum in another order and round a logit the other way, 2^-8 of 8; a wrapped offset is off by 1 nearly
+    # everywhere
+    torch.testing.assert_close(one, many, rtol=0, atol=0.05)

@@ -21,6 +21,15 @@ GRAD_CAP = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}
 GPU_CAP = 1e-5
 
 
+@pytest.fixture(autouse=True)
+def reference_computes_in_its_dtype():
+    """On CUDA PyTorch's plain attention would compute 16-bit inputs in float32: no yardstick for what rounding does."""
+    allowed = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    yield
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(allowed)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The oracle
 
