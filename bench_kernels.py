@@ -165,8 +165,9 @@ def _attention_peers(q: Tensor, k: Tensor, v: Tensor, ids: Tensor | None,
             return (F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True),)
 
     if q.device.type != "cuda":
-        return {"PyTorch": lambda: (F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)),
-                                                                   is_causal=True),)}
+        name = "PyTorch" if ids is None and window is None else "PyTorch, causal"
+        return {name: lambda: (F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)),
+                                                              is_causal=True),)}
     peers = {"SDPA flash, causal": lambda: sdpa(SDPBackend.FLASH_ATTENTION),
              "SDPA cuDNN, causal": lambda: sdpa(SDPBackend.CUDNN_ATTENTION)}
     if ids is not None or window is not None:
