@@ -249,13 +249,23 @@ def _publish(temporary: Path, final: Path) -> None:
 
 
 def _delete_old(folder: Path, keep: int, just_saved: Path) -> None:
-    checkpoints = [path for path in _candidates(folder) if not path.name.endswith(".replaced")]
-    losses = {path: loss for path in checkpoints if (loss := _val_loss(path)) is not None}
-    best = min(losses, key=losses.get, default=None)  # of equals the newest, which comes first
-    for path in checkpoints[keep:]:
+    best = best_of(folder.parent)
+    for path in _unreplaced(folder)[keep:]:
         if path not in (best, just_saved):
             with suppress(OSError):  # one that cannot be deleted costs space, not safety; the next save tries again
                 _discard(path)
+
+
+def best_of(run_dir: Path) -> Path | None:
+    """The checkpoint with the lowest validation loss among those saved at an evaluated step; of equals the newest."""
+    checkpoints = _unreplaced(Path(run_dir) / "checkpoints")
+    losses = {path: loss for path in checkpoints if (loss := _val_loss(path)) is not None}
+    return min(losses, key=losses.get, default=None)
+
+
+def _unreplaced(folder: Path) -> list[Path]:
+    """The complete checkpoints, newest first."""
+    return [path for path in _candidates(folder) if not path.name.endswith(".replaced")]
 
 
 def _val_loss(checkpoint: Path) -> float | None:
@@ -380,6 +390,10 @@ def resolve(run: str | Path, note: Callable[[str], None]) -> Path:
     if (path / "config.json").exists():
         raise CheckpointError(f"{str(run)!r} is a Hugging Face folder, not a run; convert it first: python convert.py "
                               f"from-hf {run} RUN")
+    if not (path / "config.toml").exists():
+        inside = sorted(folder.parent.name for folder in path.glob("*/config.toml"))[:3]
+        raise CheckpointError(f"{str(run)!r} is not a run folder (it has no config.toml); name one"
+                              + (f", such as {', '.join(str(path / name) for name in inside)}" if inside else ""))
     raise CheckpointError(f"run {str(run)!r} has no checkpoint; train it until its first save "
                           f"(python train.py train.out_dir={run})")
 

@@ -176,7 +176,7 @@ def _read_config(folder: Path) -> tuple[str, dict]:
                            "docs/CONVERT.md shows how to turn it into safetensors where it was made")
     if not folder.is_dir():
         raise ConvertError(f"model folder {str(folder)!r} does not exist; name a folder with config.json and "
-                           f"{WEIGHTS_FILE}")
+                           f"{WEIGHTS_FILE} (hf download NAME --local-dir DIR fetches one)")
     if not path.exists():
         if (folder / "config.toml").exists():
             raise ConvertError(f"{str(folder)!r} is a run already (it has a config.toml); use it as it is")

@@ -257,6 +257,9 @@ def _shard_batches(data: Path, model: GPT, tokenizer: Tokenizer, batch_size: int
 
 def _file_batches(path: Path, model: GPT, tokenizer: Tokenizer, batch_size: int,
                   device: torch.device) -> Iterator[MicroBatch]:
+    if path.suffix in (".jsonl", ".gz", ".zst", ".parquet"):
+        raise UserError(f"--data {str(path)!r} is not plain text; prepare it first (python -m data.prepare {path} "
+                        "--out DIR --tokenizer RUN, then --data DIR), or use --task for examples with right answers")
     ids = tokenizer.encode(path.read_bytes().decode("utf-8", errors="replace"))
     if len(ids) == 0:
         raise UserError(f"text {str(path)!r} is empty; name a file with text in it")

@@ -484,7 +484,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     prompts.add_argument("--prompt", metavar="TEXT")
     prompts.add_argument("--prompt-file", metavar="FILE", help="the whole file is one prompt")
     parser.add_argument("--chat", action="store_true",
-                        help="the prompt is what a user says, in the chat template that the run was trained with")
+                        help="the prompt is what a user says, in the run's chat template")
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="default 256")
     parser.add_argument("--temperature", type=float, default=1.0, metavar="X",
                         help="0 = always the likeliest token; default 1")
@@ -504,6 +504,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     for name in ("max_new_tokens", "num_samples"):
         if getattr(args, name) < 1:
             raise SampleError(f"--{name.replace('_', '-')} {getattr(args, name)} should be at least 1")
+    if args.chat and args.prompt is None and args.prompt_file is None and not args.stdin:
+        raise SampleError("--chat needs what the user says: --prompt TEXT, --prompt-file FILE or -")
     return args
 
 
@@ -515,7 +517,7 @@ def main(argv: list[str]) -> None:
     template = _chat_template(args.run) if args.chat else None
     _note(pack_for_decoding(model))
     context = encode_prompt(tokenizer, prompt, model.config.vocab_size, template)
-    _note_long_prompt(len(context), model.config.max_seq_len)
+    _check_length(len(context), model.config.max_seq_len, is_chat=args.chat)
     pieces = generate_text(model, tokenizer, [prompt] * args.num_samples, max_new_tokens=args.max_new_tokens,
                            sampling=sampling, stop=tuple(args.stop), chat_template=template)
     sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows ? instead
@@ -572,7 +574,11 @@ def _read_prompt(args: argparse.Namespace) -> str:
         raise SampleError(f"{name} is not valid UTF-8 at byte {error.start}; convert it first") from None
 
 
-def _note_long_prompt(tokens: int, max_seq_len: int) -> None:
+def _check_length(tokens: int, max_seq_len: int, *, is_chat: bool) -> None:
+    """Note that a text is cut on the left; raise SampleError for a chat, which would lose its template's beginning."""
+    if tokens > max_seq_len and is_chat:
+        raise SampleError(f"the conversation has {tokens:,} tokens, more than the context of {max_seq_len:,}; shorten "
+                          "the prompt")
     if tokens > max_seq_len:
         _note(f"the prompt has {tokens:,} tokens, more than the context of {max_seq_len:,}: its last "
               f"{max(1, max_seq_len // 2):,} are used")

@@ -138,8 +138,11 @@ def parent_of(config: Config) -> Parent | None:
         return Parent(path, found.model, LoraConfig(), found.tokenizer, found.chat_template)
     run_dir = checkpoint.run_dir_of(path) if path.name.startswith("step_") else path
     if not (run_dir / "config.toml").exists():
-        raise ConfigError(f"{named!r} is neither a run folder (it has no config.toml) nor a Hugging Face folder (no "
-                          "config.json); name one that train.py made")
+        what = "is neither a run folder (it has no config.toml) nor a Hugging Face folder (no config.json)" \
+            if path.exists() else "does not exist"
+        raise ConfigError(f"train.{'init_from' if config.train.init_from else 'fork_from'} = {named!r} {what}; name a "
+                          "run that train.py made" + (", or a downloaded Hugging Face folder"
+                                                      if config.train.init_from else ""))
     saved = configuration.load_config(run_dir / "config.toml")
     return Parent(run_dir, saved.model, saved.lora, load_tokenizer(str(run_dir / TOKENIZER_FILE)),
                   load_template(run_dir))

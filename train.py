@@ -33,7 +33,7 @@ import lora
 import metrics
 import sample
 from config import Config, ConfigError, MachineError, UserError
-from data.chat import load_template, save_template
+from data.chat import TEMPLATE_FILE, load_template, save_template
 from data.loader import MicroBatch, TrainLoader, ValLoader
 from data.prepare import PreparationStopped, ensure_prepared
 from data.shards import BackgroundVerifier, Dataset, open_dataset, open_split
@@ -260,7 +260,8 @@ class Run:
                 self._save()
 
     def _sample(self) -> None:
-        if not self.world.is_main:
+        """A text from nothing; none after examples, which are about answers."""
+        if not self.world.is_main or self.val_loader.stream.row_tokens is not None:
             return
         try:
             text = sample.sample_text(self.model, self.tokenizer, "", max_new_tokens=SAMPLE_TOKENS, temperature=0.8,
@@ -327,8 +328,13 @@ class Run:
                           + ", ".join(f"{name} {bits:.4f} bits/byte" for name, bits in sizes.items()))
         peak = metrics.peak_memory_bytes(self.device)
         memory = "" if peak is None else f"peak memory {peak / 2 ** 20:.0f} MiB; "
+        out_dir = Path(self.config.train.out_dir)
+        best = checkpoint.best_of(out_dir)
+        if best is not None and checkpoint.load_state(best)["step"] != self.progress.step:
+            self.log.note(f"best validation loss: {checkpoint.load_state(best)['val_loss']:.4f}, kept as {best}")
+        words = ' --chat --prompt "Hello"' if (out_dir / TEMPLATE_FILE).exists() else ""
         self.log.note(f"finished {self.progress.step} steps; {memory}run folder {self.config.train.out_dir}: "
-                      f"python sample.py {self.config.train.out_dir}")
+                      f"python sample.py {self.config.train.out_dir}{words}")
 
 
 def _val_tokens(loader: ValLoader, limit: int) -> np.ndarray:

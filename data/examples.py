@@ -148,7 +148,9 @@ def _check_messages(messages: object) -> None:
             raise ExampleError(f"message {number}, the assistant's, is empty: there is nothing to learn from it; fill "
                                "it in or remove the row")
     if not any(message["role"] == "assistant" for message in messages):
-        raise ExampleError("has no message of the assistant: there is nothing to learn from it; remove the row")
+        roles = ", ".join(sorted({str(message.get("role")) for message in messages}))
+        raise ExampleError(f"has no message of the role assistant, only of {roles}: there is nothing to learn from it; "
+                           "remove the row or mend its roles")
 
 
 def _example(row: dict, packing: Packing, tokenizer: Tokenizer) -> Example:
@@ -170,7 +172,7 @@ def _example(row: dict, packing: Packing, tokenizer: Tokenizer) -> Example:
         before = int(scored.argmax()) if scored.any() else len(ids)
         raise ExampleError(f"has {before} tokens before its response, which leaves none of it in a context of "
                            f"{packing.max_seq_len}; shorten the prompt or raise the context (model.max_seq_len, "
-                           "--max-seq-len)")
+                           "--max-seq-len; with train.init_from at most the parent's)")
     return Example(ids[:kept], scored[:kept], _text_of_row(row, packing.kind), max(0, len(ids) - kept))
 
 

@@ -422,7 +422,7 @@ class OutputFolder:
         elif names:
             raise UserError(f"output folder {str(self.path)!r} is not empty, it holds "
                             f"{', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''}; name an empty or new "
-                            "one (--out, data.dir)")
+                            "one (--out, data.dir); to train on these shards as they are: data.source=[]")
         return None
 
     def _read_progress(self) -> dict:
@@ -478,7 +478,8 @@ def refuse_differences(folder: Path, theirs: dict, ours: dict, ignore: Sequence[
              if key not in ignore and theirs.get(key) != ours[key]]
     if lines:
         raise ConfigError(f"data folder {str(folder)!r} was made with other settings ({'; '.join(lines)}); name "
-                          "another folder (--out, data.dir) or remove this one")
+                          "another folder (--out, data.dir) or remove this one; to train on it as it is: "
+                          "data.source=[]")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -682,9 +683,9 @@ def _check_tokens(index: dict, minimum: int) -> None:
     for split in ("train", "val"):
         tokens = _tokens_in(index, split)
         if tokens < minimum and not (split == "val" and index["val_split"] == "none"):
-            change = "more text" if split == "train" else "more validation text, a larger --val-fraction " \
-                "(data.val_fraction; 0 = no validation)"
-            raise ConfigError(f"the {split} split holds {tokens:,} tokens but needs {minimum:,}; give {change}"
+            change = {"train": "more text, or a smaller --val-fraction (data.val_fraction; 0 = no validation)",
+                      "val": "more validation text, a larger --val-fraction (data.val_fraction; 0 = no validation)"}
+            raise ConfigError(f"the {split} split holds {tokens:,} tokens but needs {minimum:,}; give {change[split]}"
                               + (", or lower model.max_seq_len" if minimum > 1 else ""))
 
 

@@ -423,7 +423,8 @@ def _jsonl_documents(unit: Unit, text_field: str) -> Iterator[tuple[str, int]]:
         if not isinstance(text, str):
             found = f"fields {', '.join(value)}" if isinstance(value, dict) else json.dumps(value)[:40]
             raise SourceError(f"source {row_name(unit, number)} has no text in a field {text_field!r}, only {found}; "
-                              "name the field (--text-field, data.text_field)")
+                              "name the field (--text-field, data.text_field), or call the fields of examples prompt "
+                              "and response, text and label, or messages")
         clean = replace_surrogates(text)  # JSON may spell them as \ud800
         yield clean, invalid + clean.count("\ufffd") - text.count("\ufffd")
 

@@ -491,6 +491,12 @@ def test_resolve_passes_over_a_damaged_newest_and_changes_nothing(tmp_path):
     assert len(notes) == 1 and "step_00000002" in notes[0] and "model.safetensors" in notes[0]
 
 
+def test_the_best_checkpoint_is_the_one_with_the_lowest_validation_loss(tmp_path):
+    assert checkpoint.best_of(tmp_path) is None
+    paths = [save_step(tmp_path, step, keep=9, val_loss=loss) for step, loss in enumerate((3.0, 1.5, None, 2.0), 1)]
+    assert checkpoint.best_of(tmp_path) == paths[1]
+
+
 def test_resolve_takes_a_run_or_one_checkpoint(tmp_path):
     first, second = save_step(tmp_path, 1), save_step(tmp_path, 2)
     assert resolve(str(tmp_path), pytest.fail) == second
@@ -499,10 +505,12 @@ def test_resolve_takes_a_run_or_one_checkpoint(tmp_path):
 
 def test_resolve_says_what_is_wrong_and_the_way_out(tmp_path):
     (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "config.toml").touch()
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "config.json").write_text("{}")
     flip(save_step(tmp_path / "bad", 1) / "state.json", 9)
-    for run, message in (("gone", "does not exist"), ("empty", "no checkpoint; train"), ("hf", "convert.py from-hf"),
+    for run, message in (("gone", "does not exist"), ("empty", "no checkpoint; train"),
+                         (".", "not a run folder .*; name one, such as .*/empty"), ("hf", "convert.py from-hf"),
                          ("bad", "no valid checkpoint: 1 damaged"),
                          ("bad/checkpoints/step_00000001", "damaged: state.json does not have the sha256")):
         with pytest.raises(CheckpointError, match=message) as caught:

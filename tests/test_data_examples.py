@@ -339,7 +339,7 @@ def test_a_row_that_is_no_example_is_named_by_file_and_line(row, words, tmp_path
 @pytest.mark.parametrize(("messages", "words"), [
     ([], "has no messages"),
     ("hello", "has no messages"),
-    ([{"role": "user", "content": "a"}], "has no message of the assistant"),
+    ([{"role": "user", "content": "a"}], "has no message of the role assistant, only of user"),
     ([{"role": "user", "content": "a"}, {"role": "assistant", "content": " "}], "message 2, the assistant's, is empty"),
     ([{"role": "user"}], "message 1 is not"),
     ([{"role": "user", "content": "a"}, {"role": "robot", "content": "b"}, {"role": "assistant", "content": "b"}],

@@ -115,6 +115,7 @@ def test_the_command_line_keeps_documents_apart_as_training_did(settings, capsys
     (["nowhere"], "nowhere"),
     (["scored", "--data", "missing.txt"], "missing.txt"),
     (["scored", "--data", "empty.txt"], "empty"),
+    (["scored", "--data", "rows.jsonl"], "'rows.jsonl' is not plain text; prepare it first"),
     (["scored", "--batch-size", "0"], "--batch-size 0"),
     (["scored", "--device", "tpu"], "tpu"),
     (["scored", "--data", "other"], "tokenizer"),
@@ -122,6 +123,7 @@ def test_the_command_line_keeps_documents_apart_as_training_did(settings, capsys
 def test_mistakes_are_one_line(settings, words, message):  # noqa: F811
     run(settings, "scored", "train.max_steps=1")
     Path("empty.txt").write_text("")
+    Path("rows.jsonl").write_text('{"text": "a"}\n')
     if "other" in words:
         run(settings, "unused", "train.max_steps=1", "data.tokenizer=bpe:257", "data.dir=other")
     with pytest.raises(UserError, match=message):

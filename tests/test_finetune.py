@@ -212,6 +212,8 @@ def test_a_run_on_chat_holds_its_template_and_hands_it_on(tune):
     assert load_template(first) == Path("mine.jinja").read_text()
     second = run(chat, "second", "train.init_from=first")
     assert load_template(second) == load_template(first)
+    log = (second / "log.txt").read_text()  # a text from nothing says nothing of answers
+    assert "--- sample" not in log and "python sample.py second --chat --prompt" in log
     plain = run(chat, "plain")  # prepared anew, in a folder of its own
     assert load_template(plain) == DEFAULT_TEMPLATE
     assert load_template(Path("parent")) is None
@@ -319,7 +321,7 @@ def test_a_start_killed_before_the_first_checkpoint_can_be_repeated(tune, monkey
     (["lora.rank=2", "lora.targets=[]"], "lora.targets is empty"),
     (["lora.rank=-1"], "lora.rank = -1 should be at least 0"),
     (["lora.rank=2", "lora.alpha=0"], "lora.alpha = 0.0 should be above 0"),
-    (["train.init_from=nowhere"], "'nowhere' is neither a run folder"),
+    (["train.init_from=nowhere"], "train.init_from = 'nowhere' does not exist"),
     (["data.tokenizer=bpe:260"], "differs from that of 'parent'"),
     (["data.val_fraction=0"], "leaves nothing to validate on"),
 ])

@@ -532,6 +532,7 @@ def test_bfloat16_is_a_choice(run_dir, capsys):
     (["RUN", "--stop", ""], "a stop text is empty"),
     (["RUN", "--dtype", "int8"], "invalid choice: 'int8'"),
     (["RUN", "--promt", "a"], "unrecognized arguments: --promt"),
+    (["RUN", "--chat"], "--chat needs what the user says: --prompt TEXT, --prompt-file FILE or -"),
     (["RUN", "--prompt-file", "missing.txt"], "prompt file 'missing.txt' cannot be read: No such file or directory"),
     (["RUN", "--prompt-file", "latin1.txt"], "prompt file 'latin1.txt' is not valid UTF-8 at byte 1"),
     (["nowhere"], "run 'nowhere' does not exist"), ([], "required: RUN")], ids=lambda v: " ".join(v) or "nothing")
