@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import checkpoint
 import config as configuration
+import convert
 import sample
 import train
 from checkpoint import CheckpointError
@@ -256,6 +257,9 @@ def test_readers_see_base_and_adapters_merged(tune):
     assert product.abs().max() > 1e-3
     assert (model.blocks[1].attn.qkv.weight - expected).abs().max() < 1e-6
     assert tokenizer.encodes_like(load_tokenizer("parent"))
+    convert.to_hf(run_dir, Path("hf"))
+    exported = load_file("hf/model.safetensors")["transformer.h.1.attn.c_attn.weight"]  # GPT-2's are (in, out)
+    assert (exported.T - expected).abs().max() < 1e-6
     command = [sys.executable, str(ROOT / "eval.py"), "tuned", "--device", "cpu"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
@@ -365,8 +369,6 @@ model.save_pretrained(sys.argv[1])
 
 
 def test_a_hugging_face_folder_supplies_model_tokenizer_and_template(tune, tmp_path_factory):
-    if not (ROOT / "convert.py").exists():
-        pytest.skip("convert.py is missing: starting from a Hugging Face folder is unchecked")
     pytest.importorskip("transformers", reason="transformers is missing: starting from its folders is unchecked")
     done = subprocess.run([sys.executable, "-c", HUGGING_FACE, str(Path("hf").absolute())], capture_output=True,
                           text=True, cwd=tmp_path_factory.mktemp("elsewhere"))
