@@ -13,7 +13,7 @@ import functools
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, library
 
 from kernels import configs
 
@@ -39,7 +39,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, voc
 # ----------------------------------------------------------------------------------------------------------------------
 # Operators
 
-@torch.library.custom_op("flatgpt::token_losses", mutates_args=())
+@library.custom_op("flatgpt::token_losses", mutates_args=())
 def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, ignore_index: int, softcap: float,
                  z_loss: float, rows: int) -> Tensor:
     """Loss of each row, float32 (N,), without gradient."""
@@ -53,7 +53,7 @@ def _(hidden, weight, targets, vocab_size, ignore_index, softcap, z_loss, rows):
     return hidden.new_empty(hidden.shape[0], dtype=torch.float32)
 
 
-@torch.library.custom_op("flatgpt::summed_loss", mutates_args=())
+@library.custom_op("flatgpt::summed_loss", mutates_args=())
 def summed_loss(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, ignore_index: int, softcap: float,
                 z_loss: float, rows: int, weight_learns: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Sum of the losses, float32 (), and its gradients: (N, C) in hidden's dtype and (V, C) in float32, empty for a

@@ -18,7 +18,7 @@ import math
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, library
 
 from kernels import configs
 
@@ -48,7 +48,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, fi
 # ----------------------------------------------------------------------------------------------------------------------
 # Operators
 
-@torch.library.custom_op("flatgpt::attention_forward", mutates_args=())
+@library.custom_op("flatgpt::attention_forward", mutates_args=())
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, first_key: Tensor | None, scale: float,
                       deterministic: bool) -> tuple[Tensor, Tensor]:
     """Attention (B, Tq, H, D), contiguous, and the log of the sum of exp(scores), float32 (B, H, Tq).
@@ -78,7 +78,7 @@ def _(q, k, v, first_key, scale, deterministic):
     return _outputs(q)
 
 
-@torch.library.custom_op("flatgpt::attention_backward", mutates_args=())
+@library.custom_op("flatgpt::attention_backward", mutates_args=())
 def attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
                        first_key: Tensor | None, scale: float, deterministic: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, contiguous, in their dtypes; grad (B, Tq, H, D) is that of out."""

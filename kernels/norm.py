@@ -10,7 +10,7 @@ Dims: N rows, C width.
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, library
 
 from kernels import configs
 
@@ -43,7 +43,7 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-@torch.library.custom_op("flatgpt::norm_forward", mutates_args=())
+@library.custom_op("flatgpt::norm_forward", mutates_args=())
 def norm_forward(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float,
                  rms: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y (..., C), x + residual (..., C), mean (N,), 1 / standard deviation (N,). Empty: the sum without a residual, the
@@ -75,7 +75,7 @@ def _(x, weight, bias, residual, eps, rms):
     return y, x.new_empty(0) if residual is None else torch.empty_like(y), *_statistics(x, rms)
 
 
-@torch.library.custom_op("flatgpt::norm_backward", mutates_args=())
+@library.custom_op("flatgpt::norm_backward", mutates_args=())
 def norm_backward(grad: Tensor, grad_added: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor,
                   has_bias: bool, rms: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x (..., C), the weight (C,) and the bias (C,), empty without one. x is what was normalised;

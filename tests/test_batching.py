@@ -12,26 +12,15 @@ import torch
 
 import sample
 from batching import Batch, Batcher, Closed, Part, QueueFull, Row, Scored
-from config import ModelConfig
 from data.tokenizer import load_tokenizer
 from model import GPT
 from sample import Sampling
+from tests.test_sample import make_model
 
 BYTES = load_tokenizer("bytes")
 EOT = BYTES.eot
 GREEDY = Sampling(temperature=0.0)
 END = frozenset({EOT})
-
-
-def make_model(seed: int = 0, **settings) -> GPT:
-    """A small model in eval mode whose weights are large enough for every token of the context to matter."""
-    torch.manual_seed(seed)
-    defaults = {"n_layer": 2, "n_head": 4, "n_embd": 24, "head_dim": 6, "vocab_size": 257, "max_seq_len": 32}
-    model = GPT(ModelConfig(**defaults | settings)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.3)
-    return model
 
 
 def row(prompt: list[int], max_new_tokens: int, **settings) -> Row:

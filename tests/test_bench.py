@@ -362,7 +362,7 @@ def test_an_operation_is_compared_with_pytorch_and_the_roofline(op, monkeypatch,
         assert rows[f"reference: {op} 9 x 768 / copy", "ratio of forward GB/s"] < 1
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the peak of resident memory is read from /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc: the measure of peak memory is unchecked here")
 def test_the_growth_of_memory_is_that_of_the_work_alone():
     held = torch.ones(2 ** 24)  # 64 MiB, before
     growth = bench.bench_kernels.peak_growth_bytes(lambda: torch.ones(2 ** 23).sum(), torch.device("cpu"))

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from kernels import reference
 
@@ -332,10 +332,10 @@ def test_a_tile_of_keys_knows_the_last_query_that_sees_it(Tq, only_itself, kerne
 def test_the_operators_keep_pytorch_s_rules(first_key, kernel_device):
     q, k, v, grad = make_qkv(2, 20, 20, 2, 1, 16, device=kernel_device)
     first_key = None if first_key is None else first_key.to(kernel_device)
-    torch.library.opcheck(flash_attention.attention_forward, (q, k, v, first_key, 0.25, False))
+    library.opcheck(flash_attention.attention_forward, (q, k, v, first_key, 0.25, False))
     q, k, v = q.detach(), k.detach(), v.detach()
     out, lse = flash_attention.attention_forward(q, k, v, first_key, 0.25, False)
-    torch.library.opcheck(flash_attention.attention_backward, (grad, q, k, v, out, lse, first_key, 0.25, True))
+    library.opcheck(flash_attention.attention_backward, (grad, q, k, v, out, lse, first_key, 0.25, True))
 
 
 def test_a_compiled_model_has_the_same_gradients(kernel_device):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 import kernels
 from kernels import reference
@@ -149,10 +149,10 @@ def test_what_the_kernels_do_not_take_goes_to_pytorch():
 def test_norms_pass_opcheck(rms, residual, kernel_device):
     inputs = make_inputs((3, 5, 60), torch.float32, kernel_device, rms=rms, residual=residual)
     args = inputs["x"], inputs["weight"], inputs.get("bias"), inputs.get("residual"), 1e-5, rms
-    torch.library.opcheck(norm.norm_forward, args)
+    library.opcheck(norm.norm_forward, args)
     _, added, mean, rstd = norm.norm_forward(*args)
     grad, grad_added = torch.randn(2, 3, 5, 60, device=kernel_device)
-    torch.library.opcheck(norm.norm_backward, (
+    library.opcheck(norm.norm_backward, (
         grad, grad_added if residual else None, added.detach() if residual else inputs["x"].detach(),
         inputs["weight"].detach(), mean.detach(), rstd.detach(), not rms, rms))
 
