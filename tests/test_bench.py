@@ -367,6 +367,8 @@ def test_the_growth_of_memory_is_that_of_the_work_alone():
     held = torch.ones(2 ** 24)  # 64 MiB, before
     growth = bench.bench_kernels.peak_growth_bytes(lambda: torch.ones(2 ** 23).sum(), torch.device("cpu"))
     assert held.sum() == 2 ** 24 and 30 <= growth / 2 ** 20 < 48  # 32, give or take what the process frees meanwhile
+
+
 @pytest.mark.skipif(not all(map(bench.importlib.util.find_spec, ("fastapi", "uvicorn"))),
                     reason="fastapi or uvicorn is not installed: the benchmark of the server stays unchecked")
 def test_many_clients_are_compared_with_one(config_file, tmp_path):
