@@ -330,8 +330,9 @@ class Run:
         memory = "" if peak is None else f"peak memory {peak / 2 ** 20:.0f} MiB; "
         out_dir = Path(self.config.train.out_dir)
         best = checkpoint.best_of(out_dir)
-        if best is not None and checkpoint.load_state(best)["step"] != self.progress.step:
-            self.log.note(f"best validation loss: {checkpoint.load_state(best)['val_loss']:.4f}, kept as {best}")
+        state = None if best is None else checkpoint.load_state(best)
+        if state is not None and state["step"] != self.progress.step:
+            self.log.note(f"best validation loss: {state['val_loss']:.4f}, kept as {best}")
         words = ' --chat --prompt "Hello"' if (out_dir / TEMPLATE_FILE).exists() else ""
         self.log.note(f"finished {self.progress.step} steps; {memory}run folder {self.config.train.out_dir}: "
                       f"python sample.py {self.config.train.out_dir}{words}")
