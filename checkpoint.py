@@ -35,8 +35,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-import lora
 from config import MachineError, UserError
+from finetune import lora
 
 FORMAT = 1
 STATE, MANIFEST, OPTIMIZER = "state.json", "manifest.json", "optimizer.safetensors"

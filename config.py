@@ -122,7 +122,7 @@ class ModelConfig:
         return self.n_embd // self.n_head if self.head_dim is None else self.head_dim
 
     @property
-    def hidden(self) -> int:
+    def mlp_width(self) -> int:
         if self.mlp_hidden is not None:
             return self.mlp_hidden
         return 64 * math.ceil(8 * self.n_embd / 3 / 64) if self.mlp == "swiglu" else 4 * self.n_embd
@@ -150,6 +150,9 @@ class DataConfig:
     text_field: str = knob("text", "the field of a .jsonl row or parquet column that holds the text")
     chat_template: str | None = knob(None, "Jinja file that renders rows of messages; left out = that of init_from, "
                                            "else a plain one")
+    too_long: str = knob("cut", "rows of examples longer than the context. cut: of a chat whole oldest turns go, then "
+                                "the front of the prompt or text, then the end of the response; drop: leave the row "
+                                "out; error: refuse", choices=("cut", "drop", "error"))
     document_mask: bool = knob(False, "tokens see their own document only, and positions restart with it")
 
 

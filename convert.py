@@ -112,7 +112,7 @@ def rules(config: ModelConfig, family: str) -> list[Rule]:
 
 
 def _gpt2_block(config: ModelConfig, layer: int) -> list[Rule]:
-    C, hidden, ours, theirs = config.n_embd, config.hidden, f"blocks.{layer}", f"transformer.h.{layer}"
+    C, hidden, ours, theirs = config.n_embd, config.mlp_width, f"blocks.{layer}", f"transformer.h.{layer}"
     found = [*_norm(config, f"{ours}.attn_norm", f"{theirs}.ln_1"),
              *_norm(config, f"{ours}.mlp_norm", f"{theirs}.ln_2")]
     for our, their, rows, columns in (("attn.qkv", "attn.c_attn", 3 * C, C), ("attn.proj", "attn.c_proj", C, C),
@@ -124,7 +124,7 @@ def _gpt2_block(config: ModelConfig, layer: int) -> list[Rule]:
 
 def _llama_block(config: ModelConfig, layer: int) -> list[Rule]:
     """Llama's names, which Qwen2 and Qwen3 share."""
-    C, hidden, D = config.n_embd, config.hidden, config.dim_per_head
+    C, hidden, D = config.n_embd, config.mlp_width, config.dim_per_head
     queries, keys, ours, theirs = config.n_head * D, config.kv_heads * D, f"blocks.{layer}", f"model.layers.{layer}"
     found = [*_norm(config, f"{ours}.attn_norm", f"{theirs}.input_layernorm"),
              *_norm(config, f"{ours}.mlp_norm", f"{theirs}.post_attention_layernorm")]
@@ -546,13 +546,13 @@ def hf_config(config: ModelConfig, family: str, *, bos: int, eos: int, dtype: st
     if family == "gpt2":
         activation = next(theirs for theirs, ours in GELUS.items() if ours == config.mlp)
         return common | {
-            "n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd, "n_inner": config.hidden,
+            "n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd, "n_inner": config.mlp_width,
             "n_positions": config.max_seq_len, "n_ctx": config.max_seq_len, "activation_function": activation,
             "layer_norm_epsilon": config.norm_eps, "scale_attn_weights": True, "attn_pdrop": 0.0, "embd_pdrop": 0.0,
             "resid_pdrop": 0.0}
     table = common | {
         "num_hidden_layers": config.n_layer, "num_attention_heads": config.n_head, "hidden_size": config.n_embd,
-        "num_key_value_heads": config.kv_heads, "head_dim": config.dim_per_head, "intermediate_size": config.hidden,
+        "num_key_value_heads": config.kv_heads, "head_dim": config.dim_per_head, "intermediate_size": config.mlp_width,
         "max_position_embeddings": config.max_seq_len, "hidden_act": "silu", "rms_norm_eps": config.norm_eps,
         "attention_dropout": 0.0} | _rope_table(config)
     if family in ("llama", "qwen3"):

@@ -58,24 +58,26 @@ def read_world() -> World:
 # ----------------------------------------------------------------------------------------------------------------------
 # Device, dtype, compile: what was chosen and why
 
-def choose_device(wanted: str, world: World) -> tuple[torch.device, str]:
-    """The device of this rank and the reason for it. Raises ConfigError if the wanted one is not there."""
+def choose_device(wanted: str, world: World = World(), *, option: str = "train.device=") \
+        -> tuple[torch.device, str]:  # noqa: B008
+    """The device of this rank and the reason for it. Raises ConfigError, in the words of the option, if the wanted one
+    is not there."""
     has_mps = torch.backends.mps.is_available() and world.size == 1  # no process group speaks MPS
     found = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
     kind = found if wanted == "auto" else wanted
     if kind == "cuda":
         count = torch.cuda.device_count()
         if count == 0:
-            raise ConfigError("train.device = 'cuda' but this PyTorch sees no CUDA device; use device=auto or cpu")
+            raise ConfigError(f"{option}cuda, but this PyTorch sees no CUDA device; use {option}auto or cpu")
         if world.local_size > count:
             raise ConfigError(f"{world.local_size} processes on this node but {count} GPUs; lower --nproc_per_node or "
-                              "use train.device=cpu")
+                              f"use {option}cpu")
         device = torch.device("cuda", world.local_rank)
         torch.cuda.set_device(device)
         return device, f"{torch.cuda.get_device_name(device)} ({'found' if wanted == 'auto' else 'asked for'})"
     if kind == "mps" and not has_mps:
-        raise ConfigError("train.device = 'mps' but there is no MPS device, or several ranks, which it cannot connect; "
-                          "use device=auto or cpu")
+        raise ConfigError(f"{option}mps, but there is no MPS device, or several ranks, which it cannot connect; use "
+                          f"{option}auto or cpu")
     reason = "asked for" if wanted != "auto" else "found" if kind == "mps" else "no CUDA device"
     return torch.device(kind), reason
 
@@ -199,7 +201,7 @@ def gather(value: object, world: World) -> list:
 
 
 @contextlib.contextmanager
-def together(world: World) -> Iterator[None]:
+def raise_on_all_ranks(world: World) -> Iterator[None]:
     """A UserError or MachineError inside the block on any rank is raised, with its text, on all."""
     error = None
     try:

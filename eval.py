@@ -22,8 +22,6 @@ import torch
 import checkpoint
 import kernels
 import sample
-import scores
-import tasks
 from config import MachineError, UserError, exit_cleanly, load_config
 from data.chat import load_template
 from data.loader import IGNORED, MicroBatch, ValLoader
@@ -33,6 +31,7 @@ from distributed import World, sum_over_ranks
 from kernels import self_check
 from metrics import write_whole
 from model import GPT
+from tasks import scores, tasks
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ def evaluate(model: GPT, batches: Iterable[MicroBatch], *, token_bytes: np.ndarr
         if should_stop():
             stopped = 1.0
             break
-        losses = model(batch.tokens, batch.targets, documents=batch.documents, reduction="none").cpu().double()
+        losses = model(batch.tokens, batch.targets, document_ids=batch.document_ids, reduction="none").cpu().double()
         targets = batch.targets.flatten().cpu()
         lengths = bytes_of_id[targets.clamp(min=0)] * (targets != IGNORED)
         nats += losses.sum().item()

@@ -109,9 +109,9 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.kind = config.mlp
-        width = 2 * config.hidden if self.kind == "swiglu" else config.hidden
+        width = 2 * config.mlp_width if self.kind == "swiglu" else config.mlp_width
         self.fc = Linear(config.n_embd, width, bias=config.has_mlp_bias)
-        self.proj = Linear(config.hidden, config.n_embd, bias=config.has_mlp_bias)
+        self.proj = Linear(config.mlp_width, config.n_embd, bias=config.has_mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc(x)  # (B, T, hidden), twice that for swiglu
@@ -189,29 +189,29 @@ class GPT(nn.Module):
     def head_weight(self) -> Tensor:
         return self.wte.weight if self.lm_head is None else self.lm_head.weight
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None, *, documents: Tensor | None = None,
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, *, document_ids: Tensor | None = None,
                 reduction: str = "mean") -> Tensor:
         """Logits (B, T, vocab_size) float32; with targets (B, T) the loss in nats over those that are not -100.
 
-        documents (B, T) numbers the document of each token, if documents are to be kept apart; reduction as in
+        document_ids (B, T) numbers the document of each token, if documents are to be kept apart; reduction as in
         kernels.linear_cross_entropy.
         """
-        x = self.hidden(tokens, documents=documents)
+        x = self.hidden(tokens, document_ids=document_ids)
         if targets is None:
             return self.logits(x)
         return kernels.linear_cross_entropy(
             x.flatten(0, 1), self.head_weight, targets.flatten(), vocab_size=self.config.vocab_size,
             reduction=reduction, softcap=self.config.logit_softcap)
 
-    def hidden(self, tokens: Tensor, *, documents: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def hidden(self, tokens: Tensor, *, document_ids: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """The residual stream after the last norm, (B, T, C) in compute_dtype. With a cache, tokens follow those in it
         and are added to it."""
         B, T = tokens.shape
         if (0 if cache is None else cache.length) + T > self.config.max_seq_len:
             raise ValueError(f"{T} more tokens do not fit into max_seq_len = {self.config.max_seq_len}")
-        if documents is not None and cache is not None:
-            raise ValueError("documents and cache exclude each other: a cache holds one document per row")
-        positions, first_key = self._positions_and_first_keys(B, T, documents, cache, tokens.device)
+        if document_ids is not None and cache is not None:
+            raise ValueError("document_ids and cache exclude each other: a cache holds one document per row")
+        positions, first_key = self._positions_and_first_keys(B, T, document_ids, cache, tokens.device)
         x = F.embedding(tokens, self.wte.weight).to(self.compute_dtype)
         rotation = None
         if self.wpe is not None:
@@ -237,14 +237,14 @@ class GPT(nn.Module):
         cap = self.config.logit_softcap
         return logits if cap == 0.0 else cap * torch.tanh(logits / cap)
 
-    def _positions_and_first_keys(self, B: int, T: int, documents: Tensor | None, cache: KVCache | None,
+    def _positions_and_first_keys(self, B: int, T: int, document_ids: Tensor | None, cache: KVCache | None,
                                   device: torch.device) -> tuple[Tensor, Tensor | None]:
         """Positions (B or 1, T) and attention's first_key (B or 1, T) or None."""
         window = self.config.window
         slot = torch.arange(T, device=device)[None]
         if cache is None:
-            first_key = kernels.first_visible_key(documents, window, T=T, device=device)
-            return slot if documents is None else slot - kernels.document_starts(documents), first_key
+            first_key = kernels.first_visible_key(document_ids, window, T=T, device=device)
+            return slot if document_ids is None else slot - kernels.document_starts(document_ids), first_key
         slot = slot + cache.length
         if cache.padding is None and window is None:
             return slot, None
@@ -313,8 +313,8 @@ def flops_per_token(config: ModelConfig, *, seq_len: int | None = None) -> int:
     """
     T = config.max_seq_len if seq_len is None else seq_len
     C, H, Hkv, D = config.n_embd, config.n_head, config.kv_heads, config.dim_per_head
-    fc = 2 * config.hidden if config.mlp == "swiglu" else config.hidden
-    matrices_per_block = C * (H + 2 * Hkv) * D + H * D * C + C * fc + config.hidden * C
+    fc = 2 * config.mlp_width if config.mlp == "swiglu" else config.mlp_width
+    matrices_per_block = C * (H + 2 * Hkv) * D + H * D * C + C * fc + config.mlp_width * C
     window = T if config.window is None else min(T, config.window)
     # keys seen, summed over T queries: 1 + 2 + ... + window, then window each
     keys_per_query = (window * (window + 1) / 2 + (T - window) * window) / T

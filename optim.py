@@ -115,7 +115,7 @@ def _rows_of_parts(name: str, weight: Tensor, model: GPT) -> list[int]:
     if name.endswith("attn.qkv.weight"):
         return [config.n_head * config.dim_per_head] + 2 * [config.kv_heads * config.dim_per_head]
     if name.endswith("mlp.fc.weight") and config.mlp == "swiglu":
-        return 2 * [config.hidden]
+        return 2 * [config.mlp_width]
     return [weight.shape[0]]
 
 

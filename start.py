@@ -15,13 +15,13 @@ import checkpoint
 import config as configuration
 import distributed
 import kernels
-import lora
 from checkpoint import CheckpointError
 from config import Config, ConfigError, LoraConfig, ModelConfig
 from data.chat import DEFAULT_TEMPLATE, load_template, read_template
 from data.shards import Dataset
 from data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from distributed import World
+from finetune import lora
 from kernels import self_check
 from model import GPT, padded_vocab_size
 from optim import LossScale, Optimizer
@@ -98,7 +98,7 @@ def _check_holds_optimizer(path: Path, knob: str, run: str) -> None:
 def agree_on_start(config: Config, dataset: Dataset, world: World, note: Callable[[str], None]) -> Start:
     """Rank 0 chooses and checks what the run starts from; every rank gets the same answer. Raises CheckpointError."""
     start = Start()
-    with distributed.together(world):
+    with distributed.raise_on_all_ranks(world):
         if world.is_main:
             start = find_start(config, note)
             if start.is_resume:
@@ -323,7 +323,7 @@ def choose_kernels(config: Config, *, dtype: torch.dtype, device: torch.device, 
             if problem is not None and op not in problems:
                 problems[op] = problem if world.size == 1 else f"rank {rank}: {problem}"
     if config.train.kernels == "triton" and problems:
-        with distributed.together(world):
+        with distributed.raise_on_all_ranks(world):
             raise ConfigError("train.kernels = 'triton' but " + "; ".join(f"{op}: {p}" for op, p in problems.items())
                               + "; kernels=auto takes PyTorch for these")
     kernels.choose_backends(op for op in mine if op not in problems)

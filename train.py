@@ -29,7 +29,6 @@ import checkpoint
 import config as configuration
 import distributed
 import eval as evaluation
-import lora
 import metrics
 import sample
 from config import Config, ConfigError, MachineError, UserError
@@ -39,6 +38,7 @@ from data.prepare import PreparationStopped, ensure_prepared
 from data.shards import BackgroundVerifier, Dataset, open_dataset, open_split
 from data.tokenizer import Tokenizer, load_tokenizer
 from distributed import World
+from finetune import lora
 from model import GPT, flops_per_token
 from optim import LossScale, Optimizer, clip_gradients, learning_rate
 from start import (
@@ -93,7 +93,7 @@ def train_step(model: nn.Module, optimizer: Optimizer, micro_batches: list[Micro
             torch.manual_seed(dropout_seed(seed, step, batch.first_window))
         # Gradients meet the other ranks' only in the last backward; no_sync must cover the forward too.
         with distributed.gradient_sync(model, sync=i == len(micro_batches) - 1):
-            batch_nats = model(batch.tokens, batch.targets, documents=batch.documents, reduction="sum")
+            batch_nats = model(batch.tokens, batch.targets, document_ids=batch.document_ids, reduction="sum")
             # Ranks' gradients are averaged: times world.size they are summed, over the scored targets that is the mean.
             (batch_nats * (scale.scale * world.size / scored)).backward()
         nats += batch_nats.detach()
@@ -224,7 +224,7 @@ class Run:
         self.progress.skips_in_a_row = self.progress.skips_in_a_row + 1 if result.skipped else 0
         if self.progress.skips_in_a_row < MAX_SKIPS_IN_A_ROW:
             return
-        with distributed.together(self.world):
+        with distributed.raise_on_all_ranks(self.world):
             raise MachineError(
                 f"loss or gradient was not finite for {MAX_SKIPS_IN_A_ROW} steps in a row, up to step "
                 f"{self.progress.step}; none of them changed the weights, the newest checkpoint in "
@@ -238,7 +238,7 @@ class Run:
         flags = torch.tensor([float(self.stop()), float(damaged)], device=self.device if self.world.size > 1 else "cpu")
         stopping, any_damaged = distributed.sum_over_ranks(flags, self.world).tolist()
         if any_damaged:
-            with distributed.together(self.world):
+            with distributed.raise_on_all_ranks(self.world):
                 if damaged:
                     raise self.verifier.error
         return stopping > 0
@@ -427,7 +427,7 @@ def train(config: Config, given: set[str], *, world: World, stop: StopRequest) -
     with contextlib.ExitStack() as stack:
         # 2. Ranks meet and agree on config, data and the checkpoint to start from; rank 0 locks the run folder.
         stack.enter_context(distributed.process_group(world, device, config.train.timeout_s))
-        with distributed.together(world):
+        with distributed.raise_on_all_ranks(world):
             dataset = open_dataset(data_dir)
             tokenizer = find_tokenizer(config, data_dir)
             if parent is not None:
@@ -435,7 +435,7 @@ def train(config: Config, given: set[str], *, world: World, stop: StopRequest) -
             config = resolve_config(config, tokenizer=tokenizer, dtype=dtype, data_dir=data_dir)
             loaders = make_loaders(config, dataset, tokenizer, device, world)
         chosen["kernels"] = choose_kernels(config, dtype=dtype, device=device, world=world)
-        with distributed.together(world):
+        with distributed.raise_on_all_ranks(world):
             check_same_on_all_ranks(config, dataset, world)
             if world.is_main:
                 stack.enter_context(checkpoint.RunLock(Path(config.train.out_dir)))
@@ -450,7 +450,7 @@ def train(config: Config, given: set[str], *, world: World, stop: StopRequest) -
         # 3. Model and optimizer, the log, the loop, the last words.
         with _advice(config, world):
             model, wrapped, optimizer, progress = build(start, config, dtype, device, compiles=compiles, world=world)
-            with distributed.together(world):
+            with distributed.raise_on_all_ranks(world):
                 if world.is_main:
                     write_run_files(config, tokenizer, load_template(data_dir))
                     if config.lora.rank and not start.is_resume:
@@ -478,7 +478,7 @@ def build(start: Start, config: Config, dtype: torch.dtype, device: torch.device
     torch.manual_seed(config.train.seed)
     model = GPT(config.model, compute_dtype=dtype, activation_checkpointing=config.train.activation_checkpointing)
     if config.lora.rank:
-        with distributed.together(world):
+        with distributed.raise_on_all_ranks(world):
             checkpoint.load_into(model, base_tensors(start, config.model.max_seq_len), str(start.path))
         lora.add_adapters(model, config.lora)
     model = model.to(device)
@@ -486,7 +486,7 @@ def build(start: Start, config: Config, dtype: torch.dtype, device: torch.device
     rough = distributed.computes_bfloat16(device) and dtype != torch.float32
     optimizer = Optimizer(model, config.optim, newton_schulz_dtype=torch.bfloat16 if rough else torch.float32)
     progress = Progress(scale=LossScale.for_dtype(dtype))
-    with distributed.together(world):
+    with distributed.raise_on_all_ranks(world):
         load_start(start, model, optimizer, progress, config)
     return model, distributed.wrap(torch.compile(model) if compiles else model, device, world), optimizer, progress
 

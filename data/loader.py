@@ -76,11 +76,11 @@ def epoch_key(seed: int, epoch: int) -> int:
 
 @dataclass
 class MicroBatch:
-    """One forward and backward pass. targets are the tokens one further on; documents count from 0 in each window."""
+    """One forward and backward pass. targets: the tokens one further on; document_ids count from 0 in each window."""
 
     tokens: Tensor  # (B, T) int64
     targets: Tensor  # (B, T) int64; IGNORED where the data's loss mask is 0
-    documents: Tensor | None  # (B, T) int32, given when document masks are wanted or examples were packed
+    document_ids: Tensor | None  # (B, T) int32, given when document masks are wanted or examples were packed
     first_window: int  # train: place of its first window in the order of the whole run; val: that window's number
     scored: int | None = None  # targets that are not IGNORED; None = the data has no loss mask: all of them
 
@@ -88,7 +88,7 @@ class MicroBatch:
 def batch_to(batch: MicroBatch, device: torch.device) -> MicroBatch:
     """The micro-batch on a device."""
     return replace(batch, tokens=batch.tokens.to(device), targets=batch.targets.to(device),
-                   documents=None if batch.documents is None else batch.documents.to(device))
+                   document_ids=None if batch.document_ids is None else batch.document_ids.to(device))
 
 
 def document_numbers(tokens: np.ndarray, eot: int) -> np.ndarray:
@@ -218,7 +218,7 @@ class TrainLoader:
             return [batch_to(micro_batch, self.device) for micro_batch in batch]
         current = torch.cuda.current_stream(self.device)
         current.wait_event(arrived)
-        for tensor in (batch[0].tokens, batch[0].targets, batch[0].documents):
+        for tensor in (batch[0].tokens, batch[0].targets, batch[0].document_ids):
             if tensor is not None:  # all micro-batches are views of one allocation: marking one marks it whole
                 tensor.record_stream(current)  # its memory is not reused before the current stream is done with it
         return batch

@@ -68,7 +68,7 @@ def _of(op: str, x: Tensor) -> ModuleType:
     """The module that computes op for x: a kernel takes the dtypes and sizes that it was made for, on the GPU if there
     is one (else it is interpreted)."""
     module = _triton.get(op)
-    return module if module is not None and module.takes(x) and x.is_cuda == torch.cuda.is_available() else reference
+    return module if module is not None and module.supports(x) and x.is_cuda == torch.cuda.is_available() else reference
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from torch import Tensor, library
 from kernels import configs
 
 
-def takes(hidden: Tensor) -> bool:
+def supports(hidden: Tensor) -> bool:
     """Whether this file computes with hidden's dtype."""
     return hidden.dtype in configs.DTYPES
 

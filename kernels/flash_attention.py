@@ -23,7 +23,7 @@ from torch import Tensor, library
 from kernels import configs
 
 
-def takes(q: Tensor) -> bool:
+def supports(q: Tensor) -> bool:
     """Whether these kernels compute for q (B, Tq, H, D). A single query is left to PyTorch: its kernel splits the keys
     over programs, where here one program would walk all of them."""
     return q.dtype in configs.DTYPES and q.shape[-1] <= configs.MAX_HEAD_DIM and q.shape[1] > 1 and q.numel() > 0

@@ -15,7 +15,7 @@ from torch import Tensor, library
 from kernels import configs
 
 
-def takes(x: Tensor) -> bool:
+def supports(x: Tensor) -> bool:
     """Whether these kernels compute rows of this width and dtype."""
     return x.dtype in configs.DTYPES and x.shape[-1] <= configs.MAX_NORM_WIDTH and x.numel() > 0
 

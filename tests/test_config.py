@@ -246,11 +246,11 @@ def test_a_table_may_be_given_in_part_and_keeps_the_other_defaults(tmp_path):
 
 def test_sizes_left_out_follow_from_the_others():
     model = ModelConfig(n_embd=96, n_head=6)
-    assert (model.kv_heads, model.dim_per_head, model.hidden, model.has_qkv_bias) == (6, 16, 384, True)
+    assert (model.kv_heads, model.dim_per_head, model.mlp_width, model.has_qkv_bias) == (6, 16, 384, True)
     model = ModelConfig(n_embd=96, n_head=6, n_kv_head=2, head_dim=20, mlp="swiglu", bias=False, qkv_bias=True)
     assert (model.kv_heads, model.dim_per_head, model.has_qkv_bias) == (2, 20, True)
-    assert model.hidden == 256  # 8/3 x 96 = 256, a multiple of 64 already
-    assert ModelConfig(n_embd=97, mlp="swiglu").hidden == 320  # 258.67 rounded up
+    assert model.mlp_width == 256  # 8/3 x 96 = 256, a multiple of 64 already
+    assert ModelConfig(n_embd=97, mlp="swiglu").mlp_width == 320  # 258.67 rounded up
 
 
 def test_configs_are_frozen():
@@ -273,7 +273,7 @@ EVERY_KNOB_CHANGED = Config(
         logit_softcap=30.0, window=17, init="zero_residual"),
     data=DataConfig(
         source=("a b.txt", NASTY), val_source=("val.jsonl",), dir="shards/ü", tokenizer="bpe:4096", val_fraction=0.1,
-        text_field=NASTY, chat_template="chat.jinja", document_mask=True),
+        text_field=NASTY, chat_template="chat.jinja", too_long="drop", document_mask=True),
     optim=OptimConfig(
         name="muon", lr=1e-22, min_lr=1e-23, schedule="wsd", warmup_steps=3, decay_steps=1234, decay_fraction=0.3,
         betas=(0.0, 0.999), eps=1e-16, weight_decay=0.0, grad_clip=math.inf, muon_lr=1 / 3, muon_momentum=0.9),

@@ -47,8 +47,9 @@ def same(left, right) -> bool:
     """Whether two lists of micro-batches are equal in every field."""
     return len(left) == len(right) and all(
         torch.equal(a.tokens, b.tokens) and torch.equal(a.targets, b.targets) and a.first_window == b.first_window
-        and (a.documents is None) == (b.documents is None)
-        and (a.documents is None or torch.equal(a.documents, b.documents)) for a, b in zip(left, right, strict=True))
+        and (a.document_ids is None) == (b.document_ids is None)
+        and (a.document_ids is None or torch.equal(a.document_ids, b.document_ids))
+        for a, b in zip(left, right, strict=True))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -173,7 +174,7 @@ def test_batches_land_on_the_device_that_was_asked_for(stream):
     train = TrainLoader(stream, seq_len=16, tokens_per_step=64, micro_batch=2, seed=0, device="meta", eot=0)
     val = ValLoader(stream, seq_len=16, eval_tokens=64, micro_batch=2, device="meta", eot=0)
     for batch in (train.batch(0)[0], next(train.batches(0, 1))[0], next(val.micro_batches())):
-        assert {t.device.type for t in (batch.tokens, batch.targets, batch.documents)} == {"meta"}
+        assert {t.device.type for t in (batch.tokens, batch.targets, batch.document_ids)} == {"meta"}
 
 
 def test_an_id_outside_the_vocabulary_is_named_before_the_model_sees_it(stream):
@@ -193,9 +194,9 @@ def test_an_id_outside_the_vocabulary_is_named_before_the_model_sees_it(stream):
 
 def test_tensors_are_contiguous_and_int64(stream):
     batch = make_loader(stream, eot=3).batch(0)[0]
-    assert batch.tokens.dtype == batch.targets.dtype == torch.int64 and batch.documents.dtype == torch.int32
-    assert batch.tokens.is_contiguous() and batch.targets.is_contiguous() and batch.documents.is_contiguous()
-    assert batch.tokens.shape == batch.targets.shape == batch.documents.shape == (3, T)
+    assert batch.tokens.dtype == batch.targets.dtype == torch.int64 and batch.document_ids.dtype == torch.int32
+    assert batch.tokens.is_contiguous() and batch.targets.is_contiguous() and batch.document_ids.is_contiguous()
+    assert batch.tokens.shape == batch.targets.shape == batch.document_ids.shape == (3, T)
 
 
 def test_documents_count_the_end_of_text_tokens_before_each_position(tmp_path):
@@ -203,12 +204,12 @@ def test_documents_count_the_end_of_text_tokens_before_each_position(tmp_path):
     tokens = np.random.default_rng(5).choice([1, 2, 9], 40 * T + 1)
     loader = make_loader(make_stream(tmp_path, tokens), eot=eot)
     for micro_batch in loader.batch(2):
-        for row, documents in zip(micro_batch.tokens.tolist(), micro_batch.documents.tolist(), strict=True):
+        for row, documents in zip(micro_batch.tokens.tolist(), micro_batch.document_ids.tolist(), strict=True):
             assert documents == [row[:position].count(eot) for position in range(T)]
 
 
 def test_no_document_numbers_are_made_unless_wanted(stream):
-    assert make_loader(stream).batch(0)[0].documents is None
+    assert make_loader(stream).batch(0)[0].document_ids is None
 
 
 def test_a_far_step_is_as_quick_as_the_first(stream):
@@ -326,9 +327,9 @@ def test_on_cuda_batches_arrive_whole_and_are_not_overwritten_while_in_use(strea
     sums = []
     for batch in loader.batches(0, 200):
         torch.cuda._sleep(1_000_000)  # the current stream lags behind the copies
-        sums.append(sum(m.tokens.sum() * 7 + m.targets.sum() + m.documents.sum() for m in batch))
+        sums.append(sum(m.tokens.sum() * 7 + m.targets.sum() + m.document_ids.sum() for m in batch))
         assert batch[0].tokens.device == device
-    assert [int(s) for s in sums] == [int(sum(m.tokens.sum() * 7 + m.targets.sum() + m.documents.sum()
+    assert [int(s) for s in sums] == [int(sum(m.tokens.sum() * 7 + m.targets.sum() + m.document_ids.sum()
                                               for m in expected.batch(step))) for step in range(200)]
 
 
@@ -360,4 +361,4 @@ def test_validation_numbers_documents_when_wanted(stream):
     eot = 3
     [micro_batch] = ValLoader(stream, seq_len=T, eval_tokens=4 * T, micro_batch=8, eot=eot).micro_batches(0, 1)
     ends = micro_batch.tokens == eot
-    assert torch.equal(micro_batch.documents, (ends.cumsum(1) - ends.long()).int())
+    assert torch.equal(micro_batch.document_ids, (ends.cumsum(1) - ends.long()).int())

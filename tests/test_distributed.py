@@ -84,5 +84,5 @@ def test_auto_compiles_only_on_cuda_with_triton_and_a_compiler(monkeypatch):
 
 def test_one_rank_agrees_with_itself():
     assert distributed.gather({"a": [1, None]}, World()) == [{"a": [1, None]}]
-    with pytest.raises(ConfigError, match="mine"), distributed.together(World()):
+    with pytest.raises(ConfigError, match="mine"), distributed.raise_on_all_ranks(World()):
         raise ConfigError("mine")

@@ -160,7 +160,8 @@ def test_a_step_without_any_response_token_changes_nothing_but_decay_and_divides
 UNEQUAL_RANKS = """
 import sys, torch
 sys.path.insert(0, {checkout!r})
-import distributed, lora, train
+import distributed, train
+from finetune import lora
 from config import LoraConfig, ModelConfig, OptimConfig
 from data.loader import MicroBatch
 from model import GPT

@@ -212,8 +212,8 @@ def test_what_changes_in_one_document_changes_no_bit_of_another(model, backend, 
     for text in (tokens, changed):
         embedded = []
         handle = gpt.dropout.register_forward_hook(lambda module, args, output: embedded.append(output))  # noqa: B023
-        logits = gpt(text, documents=documents)
-        gradient, = torch.autograd.grad(gpt(text, text, documents=documents, reduction="sum"), embedded[1])
+        logits = gpt(text, document_ids=documents)
+        gradient, = torch.autograd.grad(gpt(text, text, document_ids=documents, reduction="sum"), embedded[1])
         handle.remove()
         results.append((logits, gradient))
     for before, after in zip(*results, strict=True):

@@ -372,7 +372,7 @@ def test_autocast_computes_in_its_dtype(kernel_device):
     (torch.empty(1, 2, 1, 257), False), (torch.empty(1, 2, 1, 64, dtype=torch.float64), False),
     (torch.empty(3, 1, 2, 64), False), (torch.empty(0, 2, 1, 64), False)], ids=lambda x: str(getattr(x, "shape", x)))
 def test_the_kernels_take_what_they_were_made_for(q, taken):
-    assert flash_attention.takes(q) is taken
+    assert flash_attention.supports(q) is taken
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -135,10 +135,10 @@ def test_memory_beside_the_rows_is_not_read(kernel_device):
 
 
 def test_what_the_kernels_do_not_take_goes_to_pytorch():
-    assert not norm.takes(torch.zeros(3, configs.MAX_NORM_WIDTH + 1))
-    assert not norm.takes(torch.zeros(3, 8, dtype=torch.float64))
-    assert not norm.takes(torch.zeros(0, 8))
-    assert norm.takes(torch.zeros(3, configs.MAX_NORM_WIDTH))
+    assert not norm.supports(torch.zeros(3, configs.MAX_NORM_WIDTH + 1))
+    assert not norm.supports(torch.zeros(3, 8, dtype=torch.float64))
+    assert not norm.supports(torch.zeros(0, 8))
+    assert norm.supports(torch.zeros(3, configs.MAX_NORM_WIDTH))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

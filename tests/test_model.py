@@ -222,12 +222,12 @@ def hf_config(config: ModelConfig, extra: dict) -> dict:
               "eos_token_id": 0}
     if config.position == "learned":
         return common | extra | {
-            "n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd, "n_inner": config.hidden,
+            "n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd, "n_inner": config.mlp_width,
             "n_positions": config.max_seq_len, "layer_norm_epsilon": config.norm_eps, "resid_pdrop": 0.0,
             "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     return common | {
         "num_hidden_layers": config.n_layer, "num_attention_heads": config.n_head, "hidden_size": config.n_embd,
-        "num_key_value_heads": config.kv_heads, "head_dim": config.dim_per_head, "intermediate_size": config.hidden,
+        "num_key_value_heads": config.kv_heads, "head_dim": config.dim_per_head, "intermediate_size": config.mlp_width,
         "max_position_embeddings": config.max_seq_len, "rms_norm_eps": config.norm_eps,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta} | extra}
 
@@ -364,7 +364,7 @@ def test_activation_checkpointing_changes_no_bit_of_loss_or_gradients(config, dr
         count = [0]
         model.blocks[1].attn.register_forward_hook(lambda *_, count=count: count.__setitem__(0, count[0] + 1))
         torch.manual_seed(3)
-        loss = model(tokens, tokens, documents=documents)
+        loss = model(tokens, tokens, document_ids=documents)
         loss.backward()
         results.append({"loss": loss.detach()} | gradients(model))
         calls.append(count[0])
@@ -410,10 +410,10 @@ def test_documents_do_not_see_each_other_and_equal_documents_run_alone(config, T
     model, tokens = make_model(config), make_tokens(config, 2, T)
     ends = [[9, 14, T], [1, 20, T]]  # of each row's documents
     documents = torch.tensor([[sum(t >= end for end in row) for t in range(T)] for row in ends])
-    logits = model(tokens, documents=documents)
+    logits = model(tokens, document_ids=documents)
     changed = tokens.clone()
     changed[0, :9] = (changed[0, :9] + 1) % config.vocab_size
-    after = model(changed, documents=documents)
+    after = model(changed, document_ids=documents)
     assert torch.equal(after[0, 9:], logits[0, 9:]) and torch.equal(after[1], logits[1])
     assert not torch.equal(after[0, :9], logits[0, :9])
     for b in range(2):
@@ -429,7 +429,7 @@ def test_a_window_equals_a_dense_mask(config, T, window, monkeypatch):
     t = torch.arange(T)
     mask = (t[None, :] <= t[:, None]) & (t[None, :] > t[:, None] - window)  # (query, key)
     mask = mask & (documents[:, :, None] == documents[:, None, :])
-    windowed = make_model(replace(config, window=window))(tokens, documents=documents)
+    windowed = make_model(replace(config, window=window))(tokens, document_ids=documents)
 
     def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, first_key: Tensor | None) -> Tensor:
         k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
@@ -438,7 +438,7 @@ def test_a_window_equals_a_dense_mask(config, T, window, monkeypatch):
         return torch.einsum("bhqk,bkhd->bqhd", weights, v)
 
     monkeypatch.setattr(kernels, "attention", dense_attention)
-    torch.testing.assert_close(windowed, make_model(config)(tokens, documents=documents), **F32)
+    torch.testing.assert_close(windowed, make_model(config)(tokens, document_ids=documents), **F32)
 
 
 def test_a_window_of_one_layer_sees_exactly_that_many_tokens():

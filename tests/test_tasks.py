@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-import tasks
 from config import ModelConfig
 from data.chat import DEFAULT_TEMPLATE
 from data.tokenizer import load_tokenizer, train_bpe
 from model import GPT
-from tasks import Answer, Chat, Choice, Labelled, Task, TaskError, read_task
+from tasks import tasks
+from tasks.tasks import Answer, Chat, Choice, Labelled, Task, TaskError, read_task
 
 BYTES = load_tokenizer("bytes")
 EOT = BYTES.eot

@@ -83,7 +83,7 @@ def peft_tensors(model: GPT) -> dict[str, Tensor]:
     """The adapters' tensors by peft's names."""
     config, family = model.config, family_of(model.config)
     D = config.dim_per_head
-    rows = {"attn.qkv": [config.n_head * D, config.kv_heads * D, config.kv_heads * D], "mlp.fc": 2 * [config.hidden]}
+    rows = {"attn.qkv": [config.n_head * D, config.kv_heads * D, config.kv_heads * D], "mlp.fc": 2 * [config.mlp_width]}
     prefix, modules = FAMILIES[family]
     tensors = {}
     for name, layer in adapters(model).items():

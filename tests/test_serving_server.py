@@ -23,12 +23,12 @@ import torch
 
 import checkpoint
 import sample
-import serve
 from config import Config, ModelConfig, TrainConfig, UserError, to_toml
 from data import chat
 from data.tokenizer import load_tokenizer
 from model import GPT
 from sample import Sampling
+from serving import server as serve
 
 for package in ("fastapi", "uvicorn", "httpx"):
     pytest.importorskip(package, reason=f"{package} is not installed: the HTTP server stays unchecked")

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import sample
-from batching import Batch, Batcher, Closed, Part, QueueFull, Row, Scored
 from data.tokenizer import load_tokenizer
 from model import GPT
 from sample import Sampling
+from serving.batching import Batch, Batcher, Closed, Part, QueueFull, Row, Scored
 from tests.test_sample import make_model
 
 BYTES = load_tokenizer("bytes")
@@ -111,7 +111,7 @@ def test_a_long_prompt_is_scored_piece_by_piece(monkeypatch):
     model = make_model()
     one = row(list(range(30)), 0, scores_prompt=True, top_logprobs=1)
     whole = run(Batch(model, BYTES, max_rows=1), [one])[one][0].prompt
-    monkeypatch.setattr("batching.SCORED_LOGITS", 7 * 257)
+    monkeypatch.setattr("serving.batching.SCORED_LOGITS", 7 * 257)
     pieces = run(Batch(model, BYTES, max_rows=1), [one])[one][0].prompt
     assert [s.token for s in pieces] == [s.token for s in whole] and len(whole) == 30
     assert [s.logprob for s in pieces[1:]] == pytest.approx([s.logprob for s in whole[1:]], abs=1e-5)

@@ -16,11 +16,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 
-from batching import Part, Row, Scored
 from config import ModelConfig
 from data import chat
 from data.tokenizer import Tokenizer, replace_surrogates
 from sample import Detokenizer, SampleError, Sampling
+from serving.batching import Part, Row, Scored
 
 MAX_STOPS, MAX_STOP_CHARS = 4, 1000
 MAX_N = 128  # as OpenAI's

@@ -29,11 +29,11 @@ from torch import Tensor
 
 import kernels
 import sample
-import scores
 from config import UserError
 from data.chat import ChatError, encode_chat
 from data.tokenizer import Tokenizer, replace_surrogates
 from model import GPT, KVCache
+from tasks import scores
 
 IGNORED = -100  # a target that is not scored
 GREEDY = sample.Sampling(temperature=0.0)

@@ -7,11 +7,11 @@ from functools import partial
 
 import pytest
 
-from batching import Part, Scored
 from config import ModelConfig
 from data import chat
 from data.tokenizer import load_tokenizer
-from openai_api import (
+from serving.batching import Part, Scored
+from serving.openai_api import (
     ApiError,
     Asked,
     Served,

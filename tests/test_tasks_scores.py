@@ -7,8 +7,8 @@ import random
 import numpy as np
 import pytest
 
-import scores
 from config import UserError
+from tasks import scores
 
 
 def test_the_standard_error_of_hits_is_the_harness_formula():

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-import lora
 import train
 from config import LORA_TARGETS, LoraConfig, ModelConfig, OptimConfig
 from data.loader import MicroBatch
+from finetune import lora
 from model import GPT
 from optim import LossScale, Optimizer
 

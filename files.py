@@ -1,0 +1,92 @@
+"""Files written whole or not at all, and for good: after a crash, a power cut or on a full disk what is under a final
+name is the old content or the new, never half of one.
+
+Every change to the disk goes through make_folder, write, sync, rename and delete_folder: tests crash at each of them.
+All raise OSError.
+"""
+
+import errno
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from config import MachineError
+
+HASH_CHUNK_BYTES = 4 << 20
+
+
+def make_folder(path: Path) -> None:
+    path.mkdir(parents=True)
+
+
+def write(path: Path, parts: Iterable) -> None:
+    """Write bytes, or whatever shows its memory as such (numpy arrays), one after the other; no copy is made."""
+    with open(path, "wb", buffering=0) as file:
+        for part in parts:
+            rest = memoryview(part).cast("B")
+            while rest:  # one write() takes 2 GB at most, and a nearly full disk less
+                rest = rest[file.write(rest):]
+
+
+def sync(path: Path) -> None:
+    """fsync a file, or a folder: the names in it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if not (path.is_dir() and error.errno == errno.EINVAL):  # some network file systems cannot sync a folder
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def rename(path: Path, new_path: Path) -> None:
+    os.replace(path, new_path)
+
+
+def delete_folder(path: Path, ignore_errors: bool = False) -> None:
+    shutil.rmtree(path, ignore_errors=ignore_errors)
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Give a file that is complete its final name, durably."""
+    sync(temporary)
+    rename(temporary, path)
+    sync(path.parent)
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file whole or not at all, durably. Text is written as UTF-8."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        write(temporary, [content.encode() if isinstance(content, str) else content])
+        publish(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def sha256(path: Path, pause: Callable[[float], None] | None = None) -> str:
+    """sha256 of a file as hex; pause(seconds the last chunk took) is called after each chunk."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        started = time.perf_counter()
+        while chunk := file.read(HASH_CHUNK_BYTES):
+            digest.update(chunk)
+            if pause is not None:
+                pause(time.perf_counter() - started)
+                started = time.perf_counter()
+    return digest.hexdigest()
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Around writing: what the disk refuses becomes one line, MachineError."""
+    try:
+        yield
+    except OSError as error:
+        raise MachineError(f"writing {str(path)!r} failed: {error.strerror or error}") from error
