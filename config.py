@@ -268,6 +268,15 @@ def load_config(path: Path) -> Config:
     return config
 
 
+def load_run_config(run_dir: Path) -> Config:
+    """RUN/config.toml. Raises ConfigError if it is not there or not whole: an empty file would read as all defaults."""
+    path = Path(run_dir) / "config.toml"
+    missing = [f"[{name}]" for name in ("model", "data", "optim", "train") if name not in _file_table(str(path))]
+    if missing:
+        raise ConfigError(f"config file {str(path)!r} is damaged: it lacks {', '.join(missing)}; put a copy of it back")
+    return load_config(path)
+
+
 def _file_table(word: str) -> dict:
     path = Path(word)
     if not word.endswith(".toml"):
@@ -412,7 +421,7 @@ def _check_range(name: str, value: object, limits: typing.Mapping) -> None:
 def check(config: Config) -> None:
     """Raise ConfigError if values do not fit together."""
     _check_model(config.model)
-    _check_optim(config.optim, config.train)
+    _check_optim(config.optim)
     _check_train(config)
     _check_lora(config)
 
@@ -435,31 +444,28 @@ def _check_model(model: ModelConfig) -> None:
                           f"low_freq_factor = {scaling.low_freq_factor}")
 
 
-def _check_optim(optim: OptimConfig, train: TrainConfig) -> None:
+def _check_optim(optim: OptimConfig) -> None:
     if optim.min_lr > optim.lr:
         raise ConfigError(f"optim.min_lr = {optim.min_lr} is above optim.lr = {optim.lr}")
     for beta in optim.betas:
         if not 0.0 <= beta < 1.0:
             raise ConfigError(f"optim.betas = {list(optim.betas)} should lie in [0, 1)")
-    decay_steps = optim.decay_steps or train.max_steps
-    if optim.schedule != "constant" and optim.warmup_steps >= decay_steps:
+    if optim.decay_steps is None or optim.schedule == "constant":  # start.inherit resolves it, and checks again
+        return
+    if optim.warmup_steps >= optim.decay_steps:
         raise ConfigError(f"optim.warmup_steps = {optim.warmup_steps} leaves no step before decay ends at "
-                          f"{decay_steps}; lower it or raise train.max_steps (optim.decay_steps if set)")
-    decay_start = round(decay_steps * (1 - optim.decay_fraction), 6)  # 0.93 is no exact binary fraction
+                          f"{optim.decay_steps}; lower it or raise train.max_steps (optim.decay_steps if set)")
+    decay_start = round(optim.decay_steps * (1 - optim.decay_fraction), 6)  # 0.93 is no exact binary fraction
     if optim.schedule == "wsd" and optim.warmup_steps > decay_start:
         raise ConfigError(f"optim.warmup_steps = {optim.warmup_steps} reaches into the decay, which starts at step "
                           f"{decay_start:.0f}; lower it or optim.decay_fraction")
 
 
 def _check_train(config: Config) -> None:
-    train, model = config.train, config.model
+    train = config.train
     if train.init_from is not None and train.fork_from is not None:
         raise ConfigError("train.init_from and train.fork_from are both set; init_from takes weights only, fork_from "
                           "also moments and step: keep one")
-    inherits = train.init_from is not None or train.fork_from is not None  # max_seq_len too: start.inherit checks it
-    if not inherits and train.tokens_per_step % model.max_seq_len:
-        raise ConfigError(f"train.tokens_per_step = {train.tokens_per_step} does not divide by model.max_seq_len = "
-                          f"{model.max_seq_len}; near it: {near_multiples(train.tokens_per_step, model.max_seq_len)}")
     if config.data.source and not config.data.val_source and config.data.val_fraction == 0.0:
         raise ConfigError("data.val_fraction = 0.0 leaves nothing to validate on; raise it or name data.val_source")
     for step in train.profile_steps:

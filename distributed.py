@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from config import ConfigError, MachineError, UserError
+from config import ConfigError, MachineError, TrainConfig, UserError
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,39 @@ def read_world() -> World:
 # ----------------------------------------------------------------------------------------------------------------------
 # Device, dtype, compile: what was chosen and why
 
+@dataclass(frozen=True)
+class Machine:
+    """What a rank computes on and how, with the lines that say so and why."""
+
+    device: torch.device
+    dtype: torch.dtype  # of the matmuls
+    compiles: bool
+    lines: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """Of the device, as its maker calls it."""
+        is_cuda = self.device.type == "cuda"
+        return torch.cuda.get_device_name(self.device) if is_cuda else platform.processor() or self.device.type
+
+
+def choose_machine(train: TrainConfig, world: World) -> Machine:
+    """The device of this rank, ready for a run. Comes before the first CUDA call. Raises ConfigError."""
+    if train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first CUDA call
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # we read no memory that nobody wrote
+    device, device_reason = choose_device(train.device, world)
+    dtype, dtype_reason = choose_dtype(train.dtype, device)
+    compiles, compile_reason = choose_compile(train.compile, device)
+    if device.type == "cpu":
+        prepare_cpu(world)
+    return Machine(device, dtype, compiles, (
+        f"device: {device} ({device_reason}), ranks {world.size}, threads {torch.get_num_threads()}",
+        f"dtype: {str(dtype).removeprefix('torch.')} ({dtype_reason}) | compile: {'on' if compiles else 'off'} "
+        f"({compile_reason})"))
+
+
 def choose_device(wanted: str, world: World = World(), *, option: str = "train.device=") \
         -> tuple[torch.device, str]:  # noqa: B008
     """The device of this rank and the reason for it. Raises ConfigError, in the words of the option, if the wanted one
@@ -78,8 +111,7 @@ def choose_device(wanted: str, world: World = World(), *, option: str = "train.d
     if kind == "mps" and not has_mps:
         raise ConfigError(f"{option}mps, but there is no MPS device, or several ranks, which it cannot connect; use "
                           f"{option}auto or cpu")
-    reason = "asked for" if wanted != "auto" else "found" if kind == "mps" else "no CUDA device"
-    return torch.device(kind), reason
+    return torch.device(kind), "asked for" if wanted != "auto" else "found" if kind == "mps" else "no CUDA device"
 
 
 def choose_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
@@ -119,20 +151,12 @@ def choose_compile(wanted: str, device: torch.device) -> tuple[bool, str]:
     return True, "CUDA with triton and a C compiler"
 
 
-def set_deterministic(on: bool) -> None:
-    """Bitwise repeatable operations on CUDA too. Comes before the first CUDA call, which reads the variable."""
-    if on:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # we read no memory that nobody wrote
-
-
-def prepare_cpu(device: torch.device, world: World) -> None:
+def prepare_cpu(world: World) -> None:
     """Threads and allocator of a CPU run: cores shared among this node's ranks; large blocks kept in the heap."""
-    if world.size > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1" and device.type == "cpu":
+    if world.size > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // world.local_size))  # torchrun sets 1 whatever the machine has
-    if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
+    if platform.libc_ver()[0] == "glibc":
         # A step frees and takes again the same megabytes. Left alone, glibc maps and unmaps them each time and the
         # kernel zeroes every page.
         libc = ctypes.CDLL(None)
@@ -173,6 +197,14 @@ def wrap(model: nn.Module, device: torch.device, world: World) -> nn.Module:
 def gradient_sync(model: nn.Module, sync: bool):
     """Context of one forward and backward: gradients are averaged over ranks in it only if sync."""
     return contextlib.nullcontext() if sync or not hasattr(model, "no_sync") else model.no_sync()
+
+
+def copy_from_rank_0(model: nn.Module, world: World) -> None:
+    """Parameters and buffers of every rank become those of rank 0, which alone read them."""
+    if world.size > 1:
+        with naming_lost_rank(), torch.no_grad():
+            for tensor in model.state_dict().values():
+                dist.broadcast(tensor, src=0)
 
 
 def sum_over_ranks(tensor: Tensor, world: World) -> Tensor:

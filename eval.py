@@ -29,7 +29,7 @@ from data.shards import open_dataset, open_split
 from data.tokenizer import Tokenizer, load_tokenizer
 from distributed import World, sum_over_ranks
 from kernels import self_check
-from metrics import write_whole
+from files import write_whole
 from model import GPT
 from tasks import scores, tasks
 
@@ -112,7 +112,7 @@ def main(argv: list[str]) -> None:
         _check_output_files(args, task)
     metrics = scores.choose_metrics(args.metrics, _note) if task is not None and task.is_generation else ()
     labels = tasks.choose_labels(task, args.labels) if task is not None and task.kind == "classification" else []
-    device = sample.choose_device(args.device)
+    device = choose_device(args.device, option="--device ")[0]
     model, tokenizer = sample.load_model(args.run, device=device, dtype=args.dtype, note=_note)
     verdicts = self_check.verdicts("auto", model.config, table_rows=model.wte.num_embeddings,
                                    dtype=model.compute_dtype, device=device)

@@ -1,36 +1,27 @@
-"""What a run reports about itself: tokens/s, MFU, memory; its log lines and metrics.jsonl; trackers; loss curves.
+"""What a run reports about itself: tokens/s, MFU, memory; its log lines and metrics.jsonl; trackers.
 
 train.py measures and hands over one row per log step; RunLog prints it as a line on stdout, appends that line to
-RUN/log.txt and the row to RUN/metrics.jsonl, and passes it on to tensorboard or wandb if asked. Rows keep DESIGN.md
-section 6: an unknown figure is null, and no (kind, step) stands there twice, also after a crash. Logging never ends a
-run: a full disk or a failing tracker gives one warning. `python metrics.py RUN ...` compares runs as a table and a
-plot, without importing torch. It does not count FLOPs (model.flops_per_token does) and does not evaluate (eval.py).
+RUN/log.txt and the row to RUN/metrics.jsonl, and passes it on to tensorboard or wandb if asked. An unknown figure is
+null, and no (kind, step) stands there twice, also after a crash. Logging never ends a run: a full disk or a failing
+tracker gives one warning. `python metrics.py RUN ...` is curves.py: runs read back and compared.
 """
 
-import argparse
-import importlib.util
-import io
 import json
 import math
 import os
 import re
 import secrets
-import statistics
 import sys
 import time
-from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 
-from config import MachineError, UserError, exit_cleanly
-
-ROW_FIELDS = {
-    "train": ("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "seconds", "skipped"),
-    "val": ("step", "loss", "bits_per_byte"),
-}
+import curves
+import files
+from cli import note, require
+from config import MachineError, exit_cleanly
+from curves import ROW_FIELDS, human_count, parse_row
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Speed and memory
@@ -62,19 +53,15 @@ PEAK_TFLOPS: dict[str, tuple[float | None, float | None, float | None]] = {
     r"GeForce RTX 4090":                                 (165.2, 165.2, 82.6),
     r"GeForce RTX 5080":                                 (112.6, 112.6, 56.3),
     r"GeForce RTX 5090":                                 (209.5, 209.5, 104.8),
-    r"H100 80GB HBM3":                                   (989.4, 989.4, 66.9),  # SXM5
+    r"H100 80GB HBM3|H200|GH200 (480GB|144G HBM3e)":     (989.4, 989.4, 66.9),  # H100 SXM5
     r"H100 PCIe":                                        (756.0, 756.0, 51.2),
-    r"H100 NVL":                                         (835.5, 835.5, 60.0),
-    r"GH200 (480GB|144G HBM3e)":                         (989.4, 989.4, 66.9),
+    r"H[12]00 NVL":                                      (835.5, 835.5, 60.0),
     r"H20":                                              (148.0, 148.0, 44.0),
-    r"H200":                                             (989.4, 989.4, 66.9),
-    r"H200 NVL":                                         (835.5, 835.5, 60.0),
     r"B200":                                             (2250.0, 2250.0, None),
     r"GB200":                                            (2500.0, 2500.0, None),
     r"AMD Instinct MI210":                               (181.0, 181.0, 45.3),
     r"AMD Instinct MI250X":                              (191.5, 191.5, 47.9),  # a device is half a card
-    r"AMD Instinct MI300X( OAM)?":                       (1307.4, 1307.4, 163.4),
-    r"AMD Instinct MI325X( OAM)?":                       (1307.4, 1307.4, 163.4),
+    r"AMD Instinct MI3(00|25)X( OAM)?":                (1307.4, 1307.4, 163.4),
     r"AMD Instinct MI355X( OAM)?":                       (2516.6, 2516.6, 157.3),
 }
 DTYPE_COLUMNS = ("bfloat16", "float16", "float32")
@@ -136,23 +123,22 @@ class StepClock:
         return seconds
 
 
+@contextmanager
+def profiled(run_dir: Path, step: int, log: "RunLog") -> Iterator[None]:
+    """Trace a step into RUN/profile/step_N.json, which chrome://tracing and perfetto.dev show."""
+    import torch
+    path = run_dir / "profile" / f"step_{step:08d}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with torch.profiler.profile(record_shapes=True) as profiler:
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    profiler.export_chrome_trace(str(path))
+    log.note(f"profiled step {step}: {path}")
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Figures as text
-
-def _known(figure: float | None) -> bool:
-    return figure is not None and math.isfinite(figure)
-
-
-def human_count(count: float) -> str:
-    """Three significant digits with k, M, B or T: 812k, 1.23M, 10.0B; whole numbers below 1000 as they are."""
-    unit, suffix = 1.0, ""
-    for larger, name in ((1e3, "k"), (1e6, "M"), (1e9, "B"), (1e12, "T")):
-        if count / unit >= 999.5:  # would round up to a fourth digit
-            unit, suffix = larger, name
-    scaled = count / unit
-    digits = 0 if scaled >= 99.95 or scaled == count == int(count) else 1 if scaled >= 9.995 else 2
-    return f"{scaled:.{digits}f}{suffix}"
-
 
 def human_seconds(seconds: float) -> str:
     """The two largest units: 42s, 5m 07s, 2h 05m, 3d 04h."""
@@ -170,31 +156,23 @@ def format_train_line(row: dict, max_steps: int, seconds_left: float | None) -> 
     """One log line, figures that are not known left out:
     'step 1200/19073 | loss 3.4121 | lr 6.0e-04 | grad 0.41 | 812k tok/s | mfu 46.2% | 2h 05m left'.
     """
-    parts = [f"step {row['step']}/{max_steps}"]
-    if row.get("skipped"):
-        parts.append("skipped: loss or gradient not finite")
-    elif _known(row.get("loss")):
-        parts.append(f"loss {row['loss']:.4f}")
-    if _known(row.get("lr")):
-        parts.append(f"lr {row['lr']:.1e}")
-    if _known(row.get("grad_norm")):
-        parts.append(f"grad {row['grad_norm']:.2f}")
-    if _known(row.get("tokens_per_second")):
-        parts.append(f"{human_count(row['tokens_per_second'])} tok/s")
-    if _known(row.get("mfu")):
-        parts.append(f"mfu {row['mfu']:.1%}")
-    if _known(seconds_left):
-        parts.append(f"{human_seconds(seconds_left)} left")
-    return " | ".join(parts)
+    return _line(row, max_steps, ["skipped: loss or gradient not finite"] if row.get("skipped") else [], (
+        ("loss", "loss {:.4f}".format), ("lr", "lr {:.1e}".format), ("grad_norm", "grad {:.2f}".format),
+        ("tokens_per_second", lambda rate: f"{human_count(rate)} tok/s"), ("mfu", "mfu {:.1%}".format),
+        ("seconds_left", lambda seconds: f"{human_seconds(seconds)} left")), seconds_left=seconds_left)
 
 
 def format_val_line(row: dict, max_steps: int) -> str:
     """'step 250/1000 | val loss 2.1034 | 1.2345 bits/byte', figures that are not known left out."""
-    parts = [f"step {row['step']}/{max_steps}"]
-    parts.append(f"val loss {row['loss']:.4f}" if _known(row.get("loss")) else "val loss not finite")
-    if _known(row.get("bits_per_byte")):
-        parts.append(f"{row['bits_per_byte']:.4f} bits/byte")
-    return " | ".join(parts)
+    is_known = row.get("loss") is not None and math.isfinite(row["loss"])
+    return _line(row, max_steps, [] if is_known else ["val loss not finite"], (
+        ("loss", "val loss {:.4f}".format), ("bits_per_byte", "{:.4f} bits/byte".format)))
+
+
+def _line(row: dict, max_steps: int, words: list[str], styles: Iterable[tuple[str, Callable]], **more: object) -> str:
+    figures = ((style, (row | more).get(name)) for name, style in styles)
+    known = [style(figure) for style, figure in figures if figure is not None and math.isfinite(figure)]
+    return " | ".join([f"step {row['step']}/{max_steps}", *words, *known])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -222,7 +200,7 @@ class RunLog:
         except OSError as error:
             raise MachineError(f"run folder '{run_dir}' cannot be written: {error.strerror}") from None
         self._tracker_name = tracker
-        self._tracker: _TensorBoard | _Wandb | None = None
+        self._tracker: tuple[Callable, Callable] | None = None  # log and close
         with self._tracker_may_fail():
             self._tracker = _open_tracker(tracker, run_dir, resume_step, config)
 
@@ -232,10 +210,11 @@ class RunLog:
             _print(text)
             self._text_file.write(text)
 
-    def train(self, row: dict, max_steps: int, seconds_left: float | None) -> None:
-        """Log a train row (ROW_FIELDS; missing ones become null) and its line."""
+    def train(self, row: dict, max_steps: int, *, mean_loss: float | None, seconds_left: float | None) -> None:
+        """Log a train row (ROW_FIELDS; missing ones become null) and its line, which shows the mean loss of the steps
+        since the last line: one batch's is noise."""
         if self._enabled:
-            self.note(format_train_line(row, max_steps, seconds_left))
+            self.note(format_train_line(row | {"loss": mean_loss}, max_steps, seconds_left))
             self._write_row("train", row)
 
     def val(self, row: dict, max_steps: int) -> None:
@@ -250,7 +229,7 @@ class RunLog:
             return
         with self._tracker_may_fail():
             if self._tracker is not None:
-                self._tracker.close()
+                self._tracker[1]()
         self._rows_file.close()
         self._text_file.close()
         self._enabled = False
@@ -269,7 +248,7 @@ class RunLog:
             figures = {f"{kind}/{field}": figure for field, figure in row.items()
                        if isinstance(figure, int | float) and field != "step"}
             with self._tracker_may_fail():
-                self._tracker.log(figures, step=row["step"])
+                self._tracker[0](figures, step=row["step"])
 
     @contextmanager
     def _tracker_may_fail(self) -> Iterator[None]:
@@ -328,9 +307,8 @@ def _print(text: str) -> None:
 
 
 def _warn(text: str) -> None:
-    """Print a line on stderr at once, or nowhere: stderr is often a file on the disk whose fullness it reports."""
-    with suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
+    with suppress(OSError):  # stderr is often a file on the disk whose fullness it reports
+        note(text)
 
 
 def _drop_rows_after(path: Path, resume_step: int) -> dict[str, int]:
@@ -344,29 +322,15 @@ def _drop_rows_after(path: Path, resume_step: int) -> dict[str, int]:
     kept, last_step = [], {}
     for line in before.split(b"\n"):
         try:
-            row = _parse_row(line)
+            row = parse_row(line)
         except ValueError:  # the line a crash or a full disk tore, or the empty end of the file
             continue
         if 0 < resume_step >= row["step"] > last_step.get(row["kind"], -1):
             kept.append(line + b"\n")
             last_step[row["kind"]] = row["step"]
     if b"".join(kept) != before:
-        write_whole(path, b"".join(kept))
+        files.write_whole(path, b"".join(kept))
     return last_step
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: a temporary file, fsync, os.replace. Raises OSError."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -375,279 +339,31 @@ def write_whole(path: Path, content: bytes) -> None:
 def check_tracker(name: str) -> None:
     """Raise UserError if the tracker's package is not installed; cheap, so every rank can ask before any work."""
     if name != "none":
-        _require(name, f"train.tracker = '{name}'")
+        require(f"train.tracker = '{name}'", name)
 
 
-def _require(package: str, what_for: str) -> None:
-    spec = importlib.util.find_spec(package)
-    if spec is None or spec.origin is None:  # no origin: a folder of that name, such as ./wandb, passing for a package
-        raise UserError(f"{what_for} needs the package {package}, which is not installed; pip install {package}")
-
-
-def _open_tracker(name: str, run_dir: Path, resume_step: int, config: dict | None) -> "_TensorBoard | _Wandb | None":
+def _open_tracker(name: str, run_dir: Path, resume_step: int, config: dict | None) -> tuple[Callable, Callable] | None:
+    """The tracker's log(figures, step=) and close(); None for "none"."""
     if name == "tensorboard":
-        return _TensorBoard(run_dir, resume_step)
-    if name == "wandb":
-        return _Wandb(run_dir, config)
-    return None
-
-
-class _TensorBoard:
-    """Event files in RUN/tensorboard."""
-
-    def __init__(self, run_dir: Path, resume_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
         # purge_step hides the events that a crashed run wrote after the checkpoint; tensorboard drops those >= it.
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1 if resume_step else 0)
+        writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1 if resume_step else 0)
 
-    def log(self, figures: dict[str, float], step: int) -> None:
-        for name, figure in figures.items():
-            self._writer.add_scalar(name, figure, step)
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-class _Wandb:
-    """One Weights & Biases run, its id kept in RUN/wandb_id so that a resumed run continues it, offline as well.
-
-    wandb ignores rows at steps that it already has, so the steps between checkpoint and crash keep their first values.
-    """
-
-    def __init__(self, run_dir: Path, config: dict | None) -> None:
+        def log(figures: dict[str, float], step: int) -> None:
+            for name, figure in figures.items():
+                writer.add_scalar(name, figure, step)
+        return log, writer.close
+    if name == "wandb":  # its id is kept in RUN/wandb_id, so that a resumed run continues it, offline as well
         import wandb
         id_file = run_dir / "wandb_id"
         if not id_file.exists():
-            write_whole(id_file, secrets.token_hex(6).encode())
-        self._run = wandb.init(project=os.environ.get("WANDB_PROJECT", "flatgpt"), name=run_dir.resolve().name,
-                               id=id_file.read_text().strip(), resume="allow", dir=str(run_dir), config=config)
-
-    def log(self, figures: dict[str, float], step: int) -> None:
-        self._run.log(figures, step=step)
-
-    def close(self) -> None:
-        self._run.finish()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Reading runs and comparing them
-
-@dataclass(frozen=True)
-class Run:
-    """The rows of one metrics.jsonl, in the order of steps."""
-
-    name: str
-    train: list[dict]
-    val: list[dict]
-
-    def figures(self, kind: str, field: str) -> list[float]:
-        """The known values of a field, in the order of steps."""
-        return [row[field] for row in getattr(self, kind) if row.get(field) is not None]
-
-
-def read_run(name: str) -> Run:
-    """The rows of a run folder (or of the run a checkpoint belongs to). Raises UserError naming what is wrong."""
-    folder = Path(name)
-    if folder.parent.name == "checkpoints":
-        folder = folder.parent.parent
-    path = folder / "metrics.jsonl"
-    if not folder.is_dir():
-        raise UserError(f"run '{name}' is not a folder; give a run's train.out_dir")
-    if not path.is_file():
-        raise UserError(f"folder '{name}' has no metrics.jsonl, so it is not a run or has not logged a step yet")
-    *lines, unfinished = path.read_bytes().split(b"\n")  # the line a running train.py is writing has no newline yet
-    run = Run(name, train=[], val=[])
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = _parse_row(line)
-        except ValueError as error:
-            raise UserError(f"'{path}' line {number} is not a metrics row: {error}; mend or delete the line") from None
-        getattr(run, row["kind"]).append(row)
-    return run
-
-
-def _parse_row(line: bytes) -> dict:
-    """One line of metrics.jsonl. Raises ValueError saying what is wrong with it."""
-    try:
-        row = json.loads(line, parse_constant=_refuse_constant)
-    except ValueError:
-        raise ValueError("it is not valid JSON") from None
-    if not isinstance(row, dict) or row.get("kind") not in ROW_FIELDS:
-        raise ValueError("its kind is neither 'train' nor 'val'")
-    for field in ROW_FIELDS[row["kind"]]:
-        if not isinstance(row.get(field), int | float | None):
-            raise ValueError(f"{field} is not a number")
-    if not isinstance(row.get("step"), int):
-        raise ValueError("step is not a whole number")
-    return row
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name}, which Python's json would read")
-
-
-SUMMARY_HEADER = ("run", "step", "tokens", "train loss", "best val", "last val", "bits/byte", "tok/s", "mfu", "seconds")
-TAIL_ROWS = 10  # train rows averaged into "train loss": one batch's loss is noisy
-
-
-def summary(run: Run) -> tuple[str, ...]:
-    """A run as one row under SUMMARY_HEADER; '-' where nothing is known."""
-    steps = run.figures("train", "step") + run.figures("val", "step")
-    losses, val_losses = run.figures("train", "loss")[-TAIL_ROWS:], run.figures("val", "loss")
-    return (
-        run.name,
-        _text(max(steps, default=None), "d"),
-        _text(max(run.figures("train", "tokens"), default=None), human_count),
-        _text(statistics.fmean(losses) if losses else None, ".4f"),
-        _text(min(val_losses, default=None), ".4f"),
-        _text(val_losses[-1] if val_losses else None, ".4f"),
-        _text(min(run.figures("val", "bits_per_byte"), default=None), ".4f"),
-        _text(_median(run.figures("train", "tokens_per_second")), human_count),
-        _text(_median(run.figures("train", "mfu")), ".1%"),
-        _text(sum(run.figures("train", "seconds")), ".0f"),
-    )
-
-
-def _median(figures: list[float]) -> float | None:
-    return statistics.median(figures) if figures else None
-
-
-def _text(figure: float | None, style) -> str:
-    """A figure by a format spec or a function of it; '-' for None."""
-    if figure is None:
-        return "-"
-    return format(figure, style) if isinstance(style, str) else style(figure)
-
-
-def val_losses_by_step(runs: list[Run]) -> list[tuple[str, ...]]:
-    """A row (step, loss of each run) for every step at which a run was evaluated, '-' where one was not."""
-    columns = [{row["step"]: row["loss"] for row in run.val} for run in runs]
-    steps = sorted(set().union(*columns))
-    return [(str(step), *(_text(column.get(step), ".4f") for column in columns)) for step in steps]
-
-
-def format_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """Columns two spaces apart; the first is flush left, the others flush right."""
-    widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
-    lines = []
-    for cells in (header, *rows):
-        padded = [cells[0].ljust(widths[0])]
-        padded += [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
-        lines.append("  ".join(padded).rstrip())
-    return "\n".join(lines)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Plot
-
-def smooth(values: list[float], window: int) -> list[float]:
-    """Mean over the window values around each one, fewer at both ends; centred, so that curves do not lag."""
-    sums = [0.0, *accumulate(values)]
-    smoothed = []
-    for i in range(len(values)):
-        first, end = max(0, i - window // 2), min(len(values), i + window // 2 + 1)
-        smoothed.append((sums[end] - sums[first]) / (end - first))
-    return smoothed
-
-
-def train_curve(run: Run) -> tuple[list[int], list[float]]:
-    """Tokens and losses of the train rows that have both."""
-    rows = [row for row in run.train if row.get("tokens") is not None and row.get("loss") is not None]
-    return [row["tokens"] for row in rows], [row["loss"] for row in rows]
-
-
-def val_curve(run: Run) -> tuple[list[float], list[float]]:
-    """Tokens and losses of the val rows; their tokens follow from the train row at, or else next to, their step."""
-    rows = [row for row in run.train if row.get("tokens") is not None and row["step"] > 0]
-    steps = [row["step"] for row in rows]
-    tokens, losses = [], []
-    for row in run.val:
-        if rows and row["loss"] is not None:
-            near = rows[min(bisect_left(steps, row["step"]), len(rows) - 1)]
-            tokens.append(near["tokens"] * row["step"] / near["step"])
-            losses.append(row["loss"])
-    return tokens, losses
-
-
-def plot(runs: list[Run], path: Path) -> None:
-    """Train and val loss of the runs over tokens, side by side, as a PNG."""
-    from matplotlib.figure import Figure  # not pyplot: no display, no global state
-    from matplotlib.ticker import FuncFormatter
-
-    figure = Figure(figsize=(12, 5), dpi=150, layout="constrained")
-    train_axes, val_axes = figure.subplots(1, 2)
-    for number, run in enumerate(runs):
-        color = f"C{number % 10}"
-        tokens, losses = train_curve(run)
-        train_axes.plot(tokens, losses, color=color, alpha=0.25, linewidth=0.8)
-        train_axes.plot(tokens, smooth(losses, window=len(losses) // 25), color=color, linewidth=1.8, label=run.name)
-        val_axes.plot(*val_curve(run), color=color, linewidth=1.8, marker="o", markersize=3, label=run.name)
-    for axes, title, curves in ((train_axes, "Training loss", map(train_curve, runs)),
-                                (val_axes, "Validation loss", map(val_curve, runs))):
-        axes.set(title=title, xlabel="tokens", ylabel="loss (nats per token)", xlim=(0, None))
-        limits = loss_limits([losses for _, losses in curves if losses])
-        if limits is not None:
-            axes.set_ylim(*limits)
-        axes.xaxis.set_major_formatter(FuncFormatter(_tick))
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(*train_axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-    image = io.BytesIO()
-    figure.savefig(image, format="png")
-    write_whole(path, image.getvalue())
-
-
-def _tick(tokens: float, _position: int) -> str:
-    return re.sub(r"\.00?(?=\D)|(?<=\.\d)0(?=\D)", "", human_count(tokens))  # 2.00B -> 2B, 2.50B -> 2.5B
-
-
-def loss_limits(curves: list[list[float]]) -> tuple[float, float] | None:
-    """Axis limits that show the curves from a tenth of the way on; the first fall would flatten all that follows."""
-    if not curves:
-        return None
-    top = max(max(losses[len(losses) // 10:]) for losses in curves)
-    bottom = min(min(losses) for losses in curves)
-    margin = 0.05 * (top - bottom) or 0.1
-    return bottom - margin, top + margin
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Command line
-
-USAGE = "python metrics.py RUN ... [--plot FILE.png]"
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise UserError(f"{message}; usage: {USAGE}")
-
-
-def main(argv: list[str]) -> None:
-    parser = _Parser(usage=USAGE, description="Compare runs: a table, and loss curves as PNG.")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="write train and val loss curves over tokens")
-    arguments = parser.parse_args(argv)
-    if arguments.plot is not None:
-        _check_plot_file(arguments.plot)
-    runs = [read_run(name) for name in arguments.runs]
-    print(format_table(SUMMARY_HEADER, [summary(run) for run in runs]))
-    by_step = val_losses_by_step(runs)
-    if by_step:
-        print("\nval loss by step\n" + format_table(("step", *(run.name for run in runs)), by_step))
-    if arguments.plot is not None:
-        try:
-            plot(runs, arguments.plot)
-        except OSError as error:
-            raise MachineError(f"--plot '{arguments.plot}' cannot be written: {error.strerror}") from None
-
-
-def _check_plot_file(path: Path) -> None:
-    if path.suffix != ".png":
-        raise UserError(f"--plot '{path}' should end in .png")
-    if not path.parent.is_dir():
-        raise UserError(f"--plot '{path}' lies in a folder that does not exist; make '{path.parent}' first")
-    _require("matplotlib", "--plot")
+            files.write_whole(id_file, secrets.token_hex(6))
+        # wandb ignores rows at steps that it has: the steps between checkpoint and crash keep their first values
+        run = wandb.init(project=os.environ.get("WANDB_PROJECT", "flatgpt"), name=run_dir.resolve().name,
+                         id=id_file.read_text().strip(), resume="allow", dir=str(run_dir), config=config)
+        return run.log, run.finish
+    return None
 
 
 if __name__ == "__main__":
-    exit_cleanly(main)
+    exit_cleanly(curves.main)

@@ -2,29 +2,36 @@
 nothing.
 
 Rank 0 chooses and every rank follows. What was left out of the config and only shows once data and parent are known is
-resolved here; what must not change when a run goes on is checked here. Files are checkpoint.py's.
+resolved here; what must not change when a run goes on is checked here. Files are checkpoint.py's, finetune/runs.py's.
 """
 
+import dataclasses
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import checkpoint
 import config as configuration
 import distributed
 import kernels
 from checkpoint import CheckpointError
-from config import Config, ConfigError, LoraConfig, ModelConfig
-from data.chat import DEFAULT_TEMPLATE, load_template, read_template
+from config import Config, ConfigError, MachineError, ModelConfig
+from convert import HuggingFaceModel, read_hf
+from data.chat import DEFAULT_TEMPLATE, read_template
 from data.shards import Dataset
-from data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
-from distributed import World
+from data.tokenizer import TOKENIZER_FILE, Tokenizer
+from distributed import Machine, World
 from finetune import lora
+from finetune.runs import SavedRun, load_base, read_folder, save_base, weights_of
 from kernels import self_check
 from model import GPT, padded_vocab_size
 from optim import LossScale, Optimizer
+
+Parent = SavedRun | HuggingFaceModel  # what supplies [model], the tokenizer and the chat template
 
 
 @dataclass
@@ -41,157 +48,166 @@ class Progress:
     def as_state(self, *, updates: int, data_hash: str, world: World) -> dict:
         return {"step": self.step, "updates": updates, "skips_in_a_row": self.skips_in_a_row,
                 "loss_scale": [self.scale.scale, self.scale.good_steps], "val_loss": self.val_loss,
-                "val_due": self.val_due,
-                "data_hash": data_hash, "world_size": world.size, "threads": torch.get_num_threads(),
-                "torch": torch.__version__} | ({"base_sha256": self.base_sha256} if self.base_sha256 else {})
+                "val_due": self.val_due, "data_hash": data_hash, "world_size": world.size,
+                "threads": torch.get_num_threads(), "torch": torch.__version__} | (
+                    {"base_sha256": self.base_sha256} if self.base_sha256 else {})
 
 
-@dataclass(frozen=True)
-class Parent:
-    """What supplies [model], the tokenizer and the chat template."""
-
-    path: Path
-    model: ModelConfig
-    lora: LoraConfig
-    tokenizer: Tokenizer
-    chat_template: str | None
-
+# ----------------------------------------------------------------------------------------------------------------------
+# The four ways to start
 
 @dataclass(frozen=True)
-class Start:
-    """The checkpoint a run starts from and how much of it is taken."""
+class Fresh:
+    """New weights from train.seed."""
 
-    path: Path | None = None
-    takes: str = "nothing"  # nothing | weights (init_from) | everything (fork_from, or the run's own: resume)
-    is_resume: bool = False
     step: int = 0
-    is_finished: bool = False
+    path = None
 
 
-def find_start(config: Config, note: Callable[[str], None]) -> Start:
-    """Rank 0's choice: the run's own newest checkpoint beats fork_from and init_from. Raises CheckpointError."""
-    folder = Path(config.train.out_dir) / "checkpoints"
-    own = checkpoint.newest(Path(config.train.out_dir), note)
-    if own is not None:
-        _check_holds_optimizer(own, "train.out_dir", config.train.out_dir)
-        return Start(own, "everything", is_resume=True)
-    if any(folder.glob("step_*.damaged")):
-        raise CheckpointError(f"every checkpoint in {str(folder)!r} is damaged and none is left to go on from; remove "
-                              "them to start from step 0, or choose another train.out_dir")
-    if config.train.fork_from is not None:
-        parent = checkpoint.resolve(config.train.fork_from, note)
-        _check_holds_optimizer(parent, "train.fork_from", config.train.fork_from)
-        return Start(parent, "everything")
-    if config.train.init_from is not None:
-        parent = config.train.init_from
-        return Start(Path(parent) if is_hugging_face(parent) else checkpoint.resolve(parent, note), "weights")
-    return Start()
+@dataclass(frozen=True)
+class Init:
+    """The weights of a checkpoint or a Hugging Face folder (train.init_from)."""
+
+    path: str
+    step: int = 0
 
 
-def _check_holds_optimizer(path: Path, knob: str, run: str) -> None:
-    """Raise CheckpointError for weights that convert.py wrote: no training can go on from them, only start."""
-    if not checkpoint.holds_optimizer(path):
-        raise CheckpointError(f"{knob} = {run!r} holds converted weights without optimizer state; start a run of its "
-                              f"own from them: train.init_from={run} and another train.out_dir")
+@dataclass(frozen=True)
+class Fork:
+    """Weights, moments and step of another run's checkpoint (train.fork_from)."""
+
+    path: str
+    step: int
+
+
+@dataclass(frozen=True)
+class Resume:
+    """The run's own newest checkpoint."""
+
+    path: str
+    step: int
+    val_due: bool  # a stop signal cut its evaluation short
+
+
+Start = Fresh | Init | Fork | Resume
 
 
 def agree_on_start(config: Config, dataset: Dataset, world: World, note: Callable[[str], None]) -> Start:
-    """Rank 0 chooses and checks what the run starts from; every rank gets the same answer. Raises CheckpointError."""
-    start = Start()
+    """Rank 0 chooses and checks what the run starts from; every rank gets the same answer. Raises CheckpointError,
+    ConfigError."""
+    start = Fresh()
     with distributed.raise_on_all_ranks(world):
         if world.is_main:
-            start = find_start(config, note)
-            if start.is_resume:
-                state = checkpoint.load_state(start.path)
-                check_resumable(config, state, dataset.hash)
-                finished = state["step"] >= config.train.max_steps and not state["val_due"]
-                start = replace(start, step=state["step"], is_finished=finished)
-    path, *others = distributed.gather(
-        [start.path and str(start.path), start.takes, start.is_resume, start.step, start.is_finished], world)[0]
-    return Start(path and Path(path), *others)
+            start = _choose_start(config, dataset, note)
+    kind, values = distributed.gather([type(start).__name__, dataclasses.asdict(start)], world)[0]
+    return {"Fresh": Fresh, "Init": Init, "Fork": Fork, "Resume": Resume}[kind](**values)
 
 
-def check_same_tokenizer(parent: Parent, tokenizer: Tokenizer) -> None:
-    """Raise ConfigError if the data was encoded by another tokenizer than the weights were trained on."""
-    if not parent.tokenizer.encodes_like(tokenizer):
-        raise ConfigError(f"data.tokenizer = {tokenizer.name!r} differs from that of {str(parent.path)!r}, whose "
-                          "weights this run takes; leave data.tokenizer out")
+def _choose_start(config: Config, dataset: Dataset, note: Callable[[str], None]) -> Start:
+    """The run's own newest checkpoint beats fork_from and init_from."""
+    train, out_dir = config.train, Path(config.train.out_dir)
+    if (own := checkpoint.newest(out_dir, note)) is not None:
+        state = _state_to_go_on_from(own, "train.out_dir", train.out_dir)
+        _check_resumable(config, state, dataset.hash)
+        return Resume(str(own), state["step"], state["val_due"])
+    if any(out_dir.glob("checkpoints/step_*.damaged")):
+        raise CheckpointError(f"every checkpoint in {str(out_dir / 'checkpoints')!r} is damaged and none is left to go "
+                              "on from; remove them to start from step 0, or choose another train.out_dir")
+    if train.fork_from is not None:
+        path = checkpoint.resolve(train.fork_from, note)
+        step = _state_to_go_on_from(path, "train.fork_from", train.fork_from)["step"]
+        if step >= train.max_steps:
+            raise ConfigError(f"train.fork_from starts at step {step} but train.max_steps = {train.max_steps}; raise "
+                              "it, max_steps counts from step 0")
+        return Fork(str(path), step)
+    if train.init_from is not None:
+        return Init(str(train.init_from if is_hugging_face(train.init_from) else
+                        checkpoint.resolve(train.init_from, note, weights_only=True)))
+    return Fresh()
 
+
+def _state_to_go_on_from(path: Path, knob: str, run: str) -> dict:
+    """state.json of a checkpoint. Raises CheckpointError for weights that convert.py wrote: no training can go on from
+    them, only start."""
+    if not checkpoint.holds(path, "optimizer"):
+        raise CheckpointError(f"{knob} = {run!r} holds converted weights without optimizer state; start a run of its "
+                              f"own from them: train.init_from={run} and another train.out_dir")
+    return checkpoint.load_state(path)
+
+
+def _check_resumable(config: Config, state: dict, data_hash: str) -> None:
+    """Raise CheckpointError with the list of what must not change in a resumed run and did."""
+    old = configuration.load_run_config(Path(config.train.out_dir))
+    changes = [line for section in ("model", "optim", "lora") for line in
+               configuration.differences(getattr(config, section), getattr(old, section), section)]
+    changes += [f"train.{name}: {getattr(old.train, name)} -> {getattr(config.train, name)}"
+                for name in ("seed", "tokens_per_step", "dtype")
+                if getattr(config.train, name) != getattr(old.train, name)]
+    if state["data_hash"] != data_hash:
+        changes.append(f"data: hash {state['data_hash'][:16]} -> {data_hash[:16]} ({config.data.dir})")
+    if changes:
+        raise CheckpointError(f"run {config.train.out_dir!r} cannot go on with other settings ({'; '.join(changes)}); "
+                              "undo them, or choose another train.out_dir (train.fork_from continues as a new run)")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What was left out of the config
 
 def is_hugging_face(folder: str | Path) -> bool:
     return (Path(folder) / "config.json").exists() and not (Path(folder) / "config.toml").exists()
-
-
-def parent_of(config: Config) -> Parent | None:
-    """What init_from or fork_from names, or once this run has a checkpoint, the run itself (the parent may be gone by
-    then). Raises ConfigError."""
-    named = config.train.init_from or config.train.fork_from
-    if named is None:
-        return None
-    path = Path(config.train.out_dir) if has_checkpoint(config) else Path(named)
-    if is_hugging_face(path):
-        if config.train.fork_from is not None:
-            raise ConfigError(f"train.fork_from = {named!r} is a Hugging Face folder, which has no moments to go on "
-                              "with; use train.init_from")
-        from convert import load_hf
-        found = load_hf(path)
-        return Parent(path, found.model, LoraConfig(), found.tokenizer, found.chat_template)
-    run_dir = checkpoint.run_dir_of(path) if path.name.startswith("step_") else path
-    if not (run_dir / "config.toml").exists():
-        what = "is neither a run folder (it has no config.toml) nor a Hugging Face folder (no config.json)" \
-            if path.exists() else "does not exist"
-        raise ConfigError(f"train.{'init_from' if config.train.init_from else 'fork_from'} = {named!r} {what}; name a "
-                          "run that train.py made" + (", or a downloaded Hugging Face folder"
-                                                      if config.train.init_from else ""))
-    saved = configuration.load_config(run_dir / "config.toml")
-    return Parent(run_dir, saved.model, saved.lora, load_tokenizer(str(run_dir / TOKENIZER_FILE)),
-                  load_template(run_dir))
-
-
-def chat_template_for(config: Config, parent: Parent | None) -> str:
-    """The template that renders messages: the one named, the parent's, or the plain one."""
-    if config.data.chat_template is not None:
-        return read_template(Path(config.data.chat_template))
-    return parent.chat_template if parent is not None and parent.chat_template is not None else DEFAULT_TEMPLATE
 
 
 def has_checkpoint(config: Config) -> bool:
     return any((Path(config.train.out_dir) / "checkpoints").glob("step_*"))
 
 
+def read_parent(config: Config) -> Parent | None:
+    """What init_from or fork_from names, or once this run has a checkpoint, the run itself (the parent may be gone by
+    then). No weights are read. Raises ConfigError."""
+    knob = "init_from" if config.train.init_from is not None else "fork_from"
+    named = getattr(config.train, knob)
+    if named is None:
+        return None
+    path = Path(config.train.out_dir) if has_checkpoint(config) else Path(named)
+    if is_hugging_face(path):
+        if knob == "fork_from":
+            raise ConfigError(f"train.fork_from = {named!r} is a Hugging Face folder, which has no moments to go on "
+                              "with; use train.init_from")
+        return read_hf(path)
+    run_dir = checkpoint.run_dir_of(path) if path.name.startswith("step_") else path
+    if not (run_dir / "config.toml").exists():
+        what = "is neither a run folder (it has no config.toml) nor a Hugging Face folder (no config.json)" \
+            if path.exists() else "does not exist"
+        raise ConfigError(f"train.{knob} = {named!r} {what}; name a run that train.py made"
+                          + (", or a downloaded Hugging Face folder" if knob == "init_from" else ""))
+    return read_folder(run_dir)
+
+
 def inherit(config: Config, given: set[str], parent: Parent | None, world: World) -> Config:
-    """config with [model] and the tokenizer of the parent, a fork also with its [lora]; then the batch must divide.
-    Raises ConfigError."""
+    """config with the parent's [model] and tokenizer, a fork also with its [lora], and with decay_steps, which is
+    written at the first start so that raising max_steps later changes no step's learning rate. Raises ConfigError."""
     if parent is not None:
         data = config.data
-        if data.tokenizer is None and (parent.path / TOKENIZER_FILE).exists():
-            data = replace(data, tokenizer=str(parent.path / TOKENIZER_FILE))  # the file: a run may be called gpt2
+        if data.tokenizer is None and (parent.dir / TOKENIZER_FILE).exists():
+            data = replace(data, tokenizer=str(parent.dir / TOKENIZER_FILE))  # the file: a run may be called gpt2
         config = replace(config, model=_inherited_model(config, given, parent.model), data=data)
-        if config.train.fork_from is not None:
-            config = replace(config, lora=_inherited_lora(config, given, parent.lora))
-    tokens, share = config.train.tokens_per_step, config.model.max_seq_len * world.size
+        if config.train.fork_from is not None:  # whose moments are those of its adapters
+            changes = [line for line in configuration.differences(config.lora, parent.config.lora, "lora")
+                       if line.partition(":")[0] in given]
+            if changes:
+                raise ConfigError(f"train.fork_from takes the moments of {config.train.fork_from!r} and with them its "
+                                  f"adapters: [lora] cannot change ({'; '.join(changes)}); leave it out, or use "
+                                  "train.init_from")
+            config = replace(config, lora=parent.config.lora)
+    optim, tokens, share = config.optim, config.train.tokens_per_step, config.model.max_seq_len * world.size
+    if optim.decay_steps is None:
+        saved = configuration.load_run_config(Path(config.train.out_dir)).optim if has_checkpoint(config) else optim
+        config = replace(config, optim=replace(optim, decay_steps=saved.decay_steps or config.train.max_steps))
+    configuration.check(config)
     if tokens % share:
         raise ConfigError(f"train.tokens_per_step = {tokens} does not divide by model.max_seq_len x ranks = "
                           f"{config.model.max_seq_len} x {world.size}; near it: "
                           f"{configuration.near_multiples(tokens, share)}")
-    return config
-
-
-def resolve_config(config: Config, *, tokenizer: Tokenizer, dtype: torch.dtype, data_dir: Path) -> Config:
-    """config with what was left to be found out: vocab_size, decay_steps, dtype, the folder of the data."""
-    model, optim = config.model, config.optim
-    if model.vocab_size is None:
-        model = replace(model, vocab_size=tokenizer.vocab_size)
-    if model.vocab_size < tokenizer.vocab_size:
-        raise ConfigError(f"model.vocab_size = {model.vocab_size} is below the tokenizer's {tokenizer.vocab_size}; "
-                          "leave it out")
-    if optim.decay_steps is None:  # written at the first start, so that raising max_steps later changes no step's lr
-        saved = Path(config.train.out_dir) / "config.toml"
-        first = configuration.load_config(saved).optim.decay_steps if has_checkpoint(config) else None
-        optim = replace(optim, decay_steps=first or config.train.max_steps)
-    train = replace(config.train, dtype=str(dtype).removeprefix("torch."))
-    config = replace(config, model=model, data=replace(config.data, dir=str(data_dir)), optim=optim, train=train)
-    configuration.check(config)
     return config
 
 
@@ -208,96 +224,119 @@ def _inherited_model(config: Config, given: set[str], parent: ModelConfig) -> Mo
     return model
 
 
-def _inherited_lora(config: Config, given: set[str], parent: LoraConfig) -> LoraConfig:
-    """A fork's moments are those of its parent's adapters."""
-    changes = configuration.differences(config.lora, parent, "lora")
-    changes = [line for line in changes if line.partition(":")[0] in given]
-    if changes:
-        raise ConfigError(f"train.fork_from takes the moments of {config.train.fork_from!r} and with them its "
-                          f"adapters: [lora] cannot change ({'; '.join(changes)}); leave it out, or use "
-                          "train.init_from")
-    return parent
+def chat_template_for(config: Config, parent: Parent | None) -> str:
+    """The template that renders messages: the one named, the parent's, or the plain one."""
+    if config.data.chat_template is not None:
+        return read_template(Path(config.data.chat_template))
+    return parent.chat_template if parent is not None and parent.chat_template is not None else DEFAULT_TEMPLATE
 
 
-def check_resumable(config: Config, state: dict, data_hash: str) -> None:
-    """Raise CheckpointError with the list of what must not change in a resumed run and did."""
-    out_dir = Path(config.train.out_dir)
-    old = configuration.load_config(out_dir / "config.toml")
-    changes = configuration.differences(config.model, old.model, "model")
-    changes += configuration.differences(config.optim, old.optim, "optim")
-    changes += configuration.differences(config.lora, old.lora, "lora")
-    for name in ("seed", "tokens_per_step", "dtype"):
-        if getattr(config.train, name) != getattr(old.train, name):
-            changes.append(f"train.{name}: {getattr(old.train, name)} -> {getattr(config.train, name)}")
-    if state["data_hash"] != data_hash:
-        changes.append(f"data: hash {state['data_hash'][:16]} -> {data_hash[:16]} ({config.data.dir})")
-    if changes:
-        raise CheckpointError(f"run {str(out_dir)!r} cannot go on with other settings ({'; '.join(changes)}); undo "
-                              "them, or choose another train.out_dir (train.fork_from continues as a new run)")
+def resolve(config: Config, *, tokenizer: Tokenizer, parent: Parent | None, machine: Machine, data_dir: Path) -> Config:
+    """config with vocab_size, dtype and the folder of the data. Raises ConfigError if tokenizer, model and parent do
+    not belong together."""
+    if parent is not None and not parent.tokenizer.encodes_like(tokenizer):
+        raise ConfigError(f"data.tokenizer = {tokenizer.name!r} differs from that of {str(parent.dir)!r}, whose "
+                          "weights this run takes; leave data.tokenizer out")
+    vocab_size = tokenizer.vocab_size if config.model.vocab_size is None else config.model.vocab_size
+    if vocab_size < tokenizer.vocab_size:
+        raise ConfigError(f"model.vocab_size = {vocab_size} is below the tokenizer's {tokenizer.vocab_size}; leave it "
+                          "out")
+    return replace(config, model=replace(config.model, vocab_size=vocab_size),
+                   data=replace(config.data, dir=str(data_dir)),
+                   train=replace(config.train, dtype=str(machine.dtype).removeprefix("torch.")))
 
 
-def base_tensors(start: Start, max_seq_len: int) -> dict[str, torch.Tensor]:
-    """What a run's adapters are added to: the weights of init_from, or the base of the checkpoint it goes on from.
-    Raises CheckpointError."""
-    if start.takes == "weights":
-        return _weights(start.path, max_seq_len)
-    if not checkpoint.is_adapter(start.path):
-        raise CheckpointError(f"checkpoint {str(start.path)!r} holds no adapters to go on with; use train.init_from to "
-                              "start adapters on it")
-    return _cut_positions(checkpoint.load_base(start.path), max_seq_len)
+def check_same_on_all_ranks(config: Config, dataset: Dataset, world: World) -> None:
+    """Raise MachineError if ranks would train differently: another config, or an old or incomplete copy of the data."""
+    text = configuration.to_toml(replace(config, data=replace(config.data, dir=None)))  # paths may differ
+    for what, mine, way_out in (
+            ("config", hashlib.sha256(text.encode()).hexdigest(),
+             "give every node the same command, checkout and kind of device"),
+            ("data", dataset.hash, "copy the shards to every node again")):
+        hashes = distributed.gather(mine, world)
+        odd = next((rank for rank, value in enumerate(hashes) if value != hashes[0]), None)
+        if odd is not None:
+            raise MachineError(f"rank {odd} has another {what} than rank 0 (hash {hashes[odd][:16]} against "
+                               f"{hashes[0][:16]}, data {str(dataset.dir)!r}); {way_out}")
 
 
-def _weights(path: Path, max_seq_len: int) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint, adapters merged, or of a Hugging Face folder."""
-    if is_hugging_face(path):
-        from convert import load_hf
-        return _cut_positions(load_hf(path).tensors, max_seq_len)
-    return _cut_positions(checkpoint.load_tensors(path, "model"), max_seq_len)
+# ----------------------------------------------------------------------------------------------------------------------
+# Model, optimizer and progress
+
+def build(start: Start, config: Config, parent: Parent | None, machine: Machine,
+          world: World) -> tuple[GPT, Optimizer, Progress]:
+    """The model, its optimizer and its progress, from the seed or the checkpoint, the same on every rank. Raises
+    CheckpointError, ConfigError on all ranks."""
+    torch.manual_seed(config.train.seed)
+    model = GPT(config.model, compute_dtype=machine.dtype,
+                activation_checkpointing=config.train.activation_checkpointing)
+    progress = Progress(scale=LossScale.for_dtype(machine.dtype))
+    with distributed.raise_on_all_ranks(world):
+        tensors = _starting_weights(start, config, parent, world)
+        if tensors:
+            checkpoint.load_into(model, tensors, start.path)
+    model = model.to(machine.device)
+    if isinstance(start, Init):
+        distributed.copy_from_rank_0(model, world)
+    with distributed.raise_on_all_ranks(world):
+        if config.lora.rank:
+            if world.is_main and not isinstance(start, Resume):
+                progress.base_sha256 = save_base(Path(config.train.out_dir), tensors)
+            lora.add_adapters(model, config.lora)
+        # Muon's products may be rough, but in a float32 run a rounding to bfloat16 would turn last bits into steps.
+        rough = distributed.computes_bfloat16(machine.device) and machine.dtype != torch.float32
+        optimizer = Optimizer(model, config.optim, newton_schulz_dtype=torch.bfloat16 if rough else torch.float32)
+        if isinstance(start, Fork | Resume):
+            _go_on(start, config, parent, model, optimizer, progress)
+    return model, optimizer, progress
 
 
-def load_start(start: Start, model: GPT, optimizer: Optimizer, progress: Progress, config: Config) -> None:
-    """Fill model (one with adapters has its base already), optimizer and progress in place from the checkpoint. Raises
-    CheckpointError."""
-    if start.path is None:
-        return
-    max_seq_len = model.config.max_seq_len
-    if config.lora.rank == 0:
-        checkpoint.load_into(model, _weights(start.path, max_seq_len), str(start.path))
-    if start.takes == "weights":
-        return
-    if config.lora.rank > 0:
-        try:
-            lora.load_adapters(model, checkpoint.load_adapter(start.path))
-        except (ValueError, KeyError) as error:
-            raise CheckpointError(f"checkpoint {str(start.path)!r}: {error}; keep [lora] as it was") from None
-    state = checkpoint.load_state(start.path)
+def _starting_weights(start: Start, config: Config, parent: Parent | None, world: World) -> dict[str, Tensor]:
+    """The tensors that the model starts with, for adapters their base; none for fresh weights. Those of init_from are
+    read by rank 0 alone."""
+    if isinstance(start, Fresh) or (isinstance(start, Init) and not world.is_main):
+        return {}
+    if isinstance(start, Init):
+        tensors = parent.weights() if isinstance(parent, HuggingFaceModel) else weights_of(Path(start.path))
+    else:
+        tensors = (load_base if config.lora.rank else weights_of)(Path(start.path))
+    return _cut_positions(tensors, config)
+
+
+def _go_on(start: Fork | Resume, config: Config, parent: Parent | None, model: GPT, optimizer: Optimizer,
+           progress: Progress) -> None:
+    """Adapters, moments and counters of the checkpoint, in place."""
+    path, is_resume = Path(start.path), isinstance(start, Resume)
+    state = checkpoint.load_state(path)
     try:
-        moments = _cut_positions(checkpoint.load_tensors(start.path, "optimizer"), max_seq_len)
+        what = "keep [lora] as it was"
+        if config.lora.rank:
+            lora.load_adapters(model, checkpoint.load_tensors(path, "adapter_model"))
+        what = "keep optim.name as it was"
+        moments = _cut_positions(checkpoint.load_tensors(path, "optimizer"), config)
         optimizer.load_state_tensors(moments, state["updates"])
-    except ValueError as error:
-        raise CheckpointError(f"checkpoint {str(start.path)!r}: {error}; keep optim.name as it was") from None
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"checkpoint {start.path!r}: {error}; {what}") from None
     progress.step, progress.skips_in_a_row = state["step"], state["skips_in_a_row"]
-    if not start.is_resume and progress.step >= config.train.max_steps:
-        raise ConfigError(f"train.fork_from starts at step {progress.step} but train.max_steps = "
-                          f"{config.train.max_steps}; raise it, max_steps counts from step 0")
-    progress.val_due = start.is_resume and state["val_due"]
-    progress.base_sha256 = state.get("base_sha256") if start.is_resume else None
-    if progress.scale.dynamic and state["loss_scale"][0] > 1.0:  # a fork from bfloat16 keeps float16's first scale
+    if is_resume:
+        progress.val_due, progress.base_sha256 = state["val_due"], state.get("base_sha256")
+    if progress.scale.dynamic and (is_resume or parent.config.train.dtype == "float16"):
         progress.scale.scale, progress.scale.good_steps = state["loss_scale"]
 
 
-def _cut_positions(tensors: dict[str, torch.Tensor], max_seq_len: int) -> dict[str, torch.Tensor]:
+def _cut_positions(tensors: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
     """tensors with the tables of learned positions, and their moments, cut to a smaller max_seq_len."""
-    return {name: tensor[:max_seq_len] if name.endswith("wpe.weight") else tensor for name, tensor in tensors.items()}
+    T = config.model.max_seq_len
+    return {name: tensor[:T] if name.endswith("wpe.weight") else tensor for name, tensor in tensors.items()}
 
 
-def describe(start: Start, progress: Progress) -> str:
+def describe(start: Start) -> str:
     """Where the weights come from, as a line for the log."""
-    if start.path is None:
+    if isinstance(start, Fresh):
         return "start: new weights from train.seed"
-    if start.is_resume:
-        return f"start: going on from step {progress.step} ({start.path})"
-    return f"start: {start.takes} of {start.path}, at step {progress.step}"
+    if isinstance(start, Resume):
+        return f"start: going on from step {start.step} ({start.path})"
+    return f"start: {'weights' if isinstance(start, Init) else 'everything'} of {start.path}, at step {start.step}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------

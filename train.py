@@ -1,4 +1,4 @@
-"""Train a GPT: config -> data, model, optimizer -> train_step() -> log, evaluate, sample, save.
+"""Train a GPT: config -> data, model, optimizer -> the loop: batch, step, log, stop?, evaluate, sample, save.
 
 python train.py [FILE.toml ...] [section.key=value ...]                 one process; configs/demo.toml if no FILE
 torchrun --standalone --nproc_per_node=N train.py [FILE.toml ...] ...   the same run on N ranks
@@ -15,10 +15,10 @@ import json
 import math
 import platform
 import signal
+import statistics
 import subprocess
-import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,33 +29,22 @@ import checkpoint
 import config as configuration
 import distributed
 import eval as evaluation
+import files
 import metrics
 import sample
+import start as starting
+from cli import note
 from config import Config, ConfigError, MachineError, UserError
 from data.chat import TEMPLATE_FILE, load_template, save_template
 from data.loader import MicroBatch, TrainLoader, ValLoader
 from data.prepare import PreparationStopped, ensure_prepared
 from data.shards import BackgroundVerifier, Dataset, open_dataset, open_split
 from data.tokenizer import Tokenizer, load_tokenizer
-from distributed import World
-from finetune import lora
+from distributed import Machine, World
+from finetune.runs import files_to_save
 from model import GPT, flops_per_token
 from optim import LossScale, Optimizer, clip_gradients, learning_rate
-from start import (
-    Progress,
-    Start,
-    agree_on_start,
-    base_tensors,
-    chat_template_for,
-    check_kernels_can_run,
-    check_same_tokenizer,
-    choose_kernels,
-    describe,
-    inherit,
-    load_start,
-    parent_of,
-    resolve_config,
-)
+from start import Progress, Resume
 
 DEMO = Path(__file__).parent / "configs" / "demo.toml"
 MAX_SKIPS_IN_A_ROW = 10
@@ -115,10 +104,182 @@ def dropout_seed(seed: int, step: int, first_window: int) -> int:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Stopping: SIGTERM, SIGINT and SIGUSR1 end the run at the next step boundary, on all ranks together
+# The loop
+
+@dataclass
+class Training:
+    """What one rank holds while it trains; wrapped is the model as train_step takes it, compiled and in DDP."""
+
+    config: Config
+    machine: Machine
+    world: World
+    model: GPT
+    wrapped: nn.Module
+    optimizer: Optimizer
+    progress: Progress
+    tokenizer: Tokenizer
+    dataset: Dataset
+    train_data: TrainLoader
+    val_data: ValLoader
+    log: metrics.RunLog
+    stop: "StopRequest"
+
+
+def loop(run: Training) -> None:
+    """Steps until max_steps or a stop signal, each followed by what is due after it. Every rank does the same."""
+    config, train, progress, world, log = run.config, run.config.train, run.progress, run.world, run.log
+    clock, losses, steps_since_line, save_failed = metrics.StepClock(), [], 0, False
+    # Frozen weights have no gradient to compute, and tiles between documents are skipped: the count would be too high.
+    is_examples = run.val_data.stream.row_tokens is not None
+    counts_flops = not (config.lora.rank or config.data.document_mask or is_examples)
+    peak_flops = metrics.peak_flops(run.machine.name, train.dtype) if counts_flops else None
+    # Shards are hashed once per run: by the first process of each node, while the first epoch goes on.
+    first_epoch = progress.step * run.train_data.windows_per_step < run.train_data.windows_per_epoch
+    verifier = BackgroundVerifier(run.dataset) if first_epoch and world.local_rank == 0 else None
+
+    def due(every: int) -> bool:  # 0 = never, but for the last step
+        return progress.step == train.max_steps or (every > 0 and progress.step % every == 0)
+
+    def stop_asked_for() -> bool:
+        """On any rank. A damaged shard that any rank found ends the run on all."""
+        damaged = verifier is not None and verifier.error is not None
+        # One rank alone need not wait for the device: the optimizer's step is still running there.
+        device = run.machine.device if world.size > 1 else "cpu"
+        flags = torch.tensor([float(run.stop()), float(damaged)], device=device)
+        stops, damages = distributed.sum_over_ranks(flags, world).tolist()
+        if damages:
+            with distributed.raise_on_all_ranks(world):
+                if damaged:
+                    raise verifier.error
+        return stops > 0
+
+    if progress.val_due and evaluate(run):  # the evaluation that a stop signal cut short before this start
+        save_failed = not save(run)
+    with contextlib.closing(run.train_data.batches(progress.step, train.max_steps)) as batches:
+        for micro_batches in batches:
+            # 1. Batch and step.
+            lr = learning_rate(progress.step, config.optim)
+            traced = progress.step + 1 in train.profile_steps and world.is_main
+            with metrics.profiled(Path(train.out_dir), progress.step + 1, log) if traced else contextlib.nullcontext():
+                result = train_step(
+                    run.wrapped, run.optimizer, micro_batches, lr=lr, tokens_per_step=train.tokens_per_step,
+                    grad_clip=config.optim.grad_clip, scale=progress.scale, step=progress.step, seed=train.seed,
+                    dropout=max(config.model.dropout, config.lora.dropout), world=world)
+            progress.step += 1
+            progress.skips_in_a_row = progress.skips_in_a_row + 1 if result.skipped else 0
+
+            # 2. Log: a line and a row, also for the first step and for a skipped one.
+            steps_since_line += 1
+            losses += [] if result.skipped else [result.loss]
+            if due(train.log_every) or result.skipped or progress.step == 1:
+                seconds = clock.take()
+                rate = steps_since_line * train.tokens_per_step / seconds
+                row = {"step": progress.step, "tokens": progress.step * train.tokens_per_step,
+                       "loss": None if result.skipped else result.loss, "lr": lr,
+                       "grad_norm": None if result.skipped else result.grad_norm, "tokens_per_second": rate,
+                       "mfu": metrics.mfu(rate, flops_per_token(config.model), peak_flops, world.size),
+                       "seconds": seconds, "skipped": result.skipped}
+                log.train(row, train.max_steps, mean_loss=statistics.fmean(losses) if losses else None,
+                          seconds_left=(train.max_steps - progress.step) * seconds / steps_since_line)
+                losses, steps_since_line = [], 0
+            if progress.skips_in_a_row == MAX_SKIPS_IN_A_ROW:
+                with distributed.raise_on_all_ranks(world):
+                    raise MachineError(
+                        f"loss or gradient was not finite for {MAX_SKIPS_IN_A_ROW} steps in a row, up to step "
+                        f"{progress.step}; none of them changed the weights, the newest checkpoint in {train.out_dir} "
+                        f"is good. Lower optim.lr (now {config.optim.lr}), raise optim.warmup_steps, lower "
+                        "optim.grad_clip, or use train.dtype=float32")
+
+            # 3. Stop?
+            stopping = stop_asked_for()
+            with clock.paused():
+                # 4. Evaluate.
+                progress.val_loss, progress.val_due = None, due(train.eval_every)
+                if progress.val_due and not stopping:
+                    evaluate(run)
+                # 5. Sample: a text from nothing; none after examples, which are about answers.
+                if due(train.sample_every) and not stopping and world.is_main and not is_examples:
+                    try:
+                        text = sample.sample_text(run.model, run.tokenizer, "", max_new_tokens=SAMPLE_TOKENS,
+                                                  temperature=0.8, top_k=200, seed=train.seed)
+                    except sample.SampleError as error:  # logits that are not finite: the run itself may recover
+                        text = f"(none: {error})"
+                    log.note(f"--- sample at step {progress.step}\n{text}\n---")
+                # 6. Save, at once if a signal came meanwhile.
+                if due(train.eval_every) or due(train.sample_every):
+                    stopping = stopping or stop_asked_for()
+                if due(train.save_every) or stopping:
+                    save_failed = not save(run)
+            if stopping:
+                break
+    if save_failed:
+        raise MachineError("the last checkpoint could not be saved (see above); make room and start again with the "
+                           "same command")
+    if progress.step < train.max_steps:
+        log.note(f"stopped at step {progress.step} ({run.stop.signal or 'another rank'}); the same command goes on "
+                 "from here")
+        if world.is_main:
+            row = {"step": progress.step, "signal": run.stop.signal}
+            try:
+                files.write_whole(Path(train.out_dir) / "STOPPED", json.dumps(row) + "\n")
+            except OSError as error:
+                log.note(f"warning: STOPPED could not be written: {error.strerror}")
+
+
+def evaluate(run: Training) -> bool:
+    """Score the validation windows and log it; False if a stop signal cut it short."""
+    score = evaluation.evaluate(
+        run.model, run.val_data.micro_batches(run.world.rank, run.world.size),
+        token_bytes=run.tokenizer.token_bytes(), device=run.machine.device, world=run.world, should_stop=run.stop)
+    if score is None:
+        return False
+    run.progress.val_loss, run.progress.val_due = score.loss, False
+    run.log.val({"step": run.progress.step, "loss": score.loss, "bits_per_byte": score.bits_per_byte},
+                run.config.train.max_steps)
+    return True
+
+
+def save(run: Training) -> bool:
+    """Rank 0 writes a checkpoint. False on all ranks if that failed: a warning here, it is tried again at the next
+    save."""
+    saved = True
+    if run.world.is_main:
+        tensors, texts = files_to_save(run.model, run.config.lora)
+        state = run.progress.as_state(updates=run.optimizer.updates, data_hash=run.dataset.hash, world=run.world)
+        try:
+            checkpoint.save(Path(run.config.train.out_dir), run.progress.step, state=state, texts=texts,
+                            tensors={"optimizer": run.optimizer.state_tensors()} | tensors, keep=run.config.train.keep)
+        except checkpoint.SaveError as error:
+            saved = False
+            run.log.note(f"warning: {error}; training goes on and tries again at the next save")
+    return distributed.gather(saved, run.world)[0]
+
+
+def report(run: Training) -> None:
+    """Last words of a finished run: what general compressors make of the validation text, memory, what to do next."""
+    data, out_dir = run.val_data, Path(run.config.train.out_dir)
+    windows = np.arange(min(data.windows, max(1, YARDSTICK_TOKENS // data.seq_len)))  # the evaluated ones, in order
+    text = run.tokenizer.decode_bytes(data.stream.windows(windows * data.seq_len + 1, data.seq_len).reshape(-1))
+    if text and data.stream.row_tokens is None:  # of examples only the responses are scored
+        sizes = evaluation.compressed_bits_per_byte(text)
+        run.log.note(f"yardsticks on the same validation text ({len(text) / 1e6:.2f} MB): "
+                     + ", ".join(f"{name} {bits:.4f} bits/byte" for name, bits in sizes.items()))
+    best = checkpoint.best_of(out_dir)
+    state = None if best is None else checkpoint.load_state(best)
+    if state is not None and state["step"] != run.progress.step:
+        run.log.note(f"best validation loss: {state['val_loss']:.4f}, kept as {best}")
+    peak = metrics.peak_memory_bytes(run.machine.device)
+    memory = "" if peak is None else f"peak memory {peak / 2 ** 20:.0f} MiB; "
+    words = ' --chat --prompt "Hello"' if (out_dir / TEMPLATE_FILE).exists() else ""
+    run.log.note(f"finished {run.progress.step} steps; {memory}run folder {out_dir}: python sample.py {out_dir}{words}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From the command line to the loop
 
 class StopRequest:
-    """Set by a signal, polled by the loop. A second Ctrl-C does not wait."""
+    """Set by SIGTERM, SIGINT or SIGUSR1, polled by the loop: the run ends at the next step boundary, on all ranks
+    together. A second Ctrl-C does not wait."""
 
     def __init__(self):
         self.signal: str | None = None
@@ -134,371 +295,68 @@ class StopRequest:
         return self.signal is not None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The run
-
-class Run:
-    """Everything that one rank holds while it trains, and what it does between steps."""
-
-    def __init__(self, config: Config, *, model: GPT, wrapped: nn.Module, optimizer: Optimizer, progress: Progress,
-                 tokenizer: Tokenizer, dataset: Dataset, loader: TrainLoader, val_loader: ValLoader,
-                 device: torch.device, world: World, log: metrics.RunLog, stop: StopRequest):
-        self.config, self.world, self.device, self.log, self.stop = config, world, device, log, stop
-        self.model, self.wrapped, self.optimizer, self.progress = model, wrapped, optimizer, progress
-        self.tokenizer, self.dataset, self.loader, self.val_loader = tokenizer, dataset, loader, val_loader
-        self.token_bytes = tokenizer.token_bytes()
-        self.flops_per_token = flops_per_token(config.model)
-        # Frozen weights have no gradient to compute: flops_per_token would count too much for adapters.
-        self.peak_flops = None if config.lora.rank else metrics.peak_flops(_device_name(device), config.train.dtype)
-        # Shards are hashed once per run: by the first process of each node, while the first epoch goes on.
-        first_epoch = progress.step * loader.windows_per_step < loader.windows_per_epoch
-        self.verifier = BackgroundVerifier(dataset) if first_epoch and world.local_rank == 0 else None
-        self.clock = metrics.StepClock()
-        self.steps_since_row = 0
-        self.last_save_failed = False
-
-    def train(self) -> None:
-        """Steps until max_steps or a stop signal, each followed by what is due at it."""
-        train = self.config.train
-        if self.progress.val_due:
-            self._make_up_for_evaluation()
-        with contextlib.closing(self.loader.batches(self.progress.step, train.max_steps)) as batches:
-            for micro_batches in batches:
-                lr = learning_rate(self.progress.step, self.config.optim)
-                with self._profiled(self.progress.step + 1):
-                    result = train_step(
-                        self.wrapped, self.optimizer, micro_batches, lr=lr, tokens_per_step=train.tokens_per_step,
-                        grad_clip=self.config.optim.grad_clip, scale=self.progress.scale, step=self.progress.step,
-                        seed=train.seed, dropout=max(self.config.model.dropout, self.config.lora.dropout),
-                        world=self.world)
-                self.progress.step += 1
-                self._log(result, lr)
-                self._count_skips(result)
-                if self._end_of_step():
-                    break
-        if self.last_save_failed:
-            raise MachineError("the last checkpoint could not be saved (see above); make room and start again with the "
-                               "same command")
-
-    def _end_of_step(self) -> bool:
-        """Evaluate, sample and save if they are due; True if the run is to stop here."""
-        train = self.config.train
-        evaluates, samples, saves = (self._due(n) for n in (train.eval_every, train.sample_every, train.save_every))
-        stopping = self._agree_to_stop()
-        with self.clock.paused():
-            self.progress.val_loss, self.progress.val_due = None, evaluates
-            if evaluates and not stopping:
-                self._evaluate()
-            if samples and not stopping:
-                self._sample()
-            if evaluates or samples:
-                stopping = stopping or self._agree_to_stop()
-            if saves or stopping:
-                self._save()
-        if stopping and self.progress.step < train.max_steps:
-            self._stopped()
-        return stopping
-
-    def _due(self, every: int) -> bool:
-        """Whether this step is a multiple of every (0 = never), or the last."""
-        step = self.progress.step
-        return step == self.config.train.max_steps or (every > 0 and step % every == 0)
-
-    def _log(self, result: StepResult, lr: float) -> None:
-        """One line and row per log step; also for the first step and for a skipped one."""
-        train, step = self.config.train, self.progress.step
-        self.steps_since_row += 1
-        if not (self._due(train.log_every) or result.skipped or step == 1):
-            return
-        seconds = self.clock.take()
-        rate = self.steps_since_row * train.tokens_per_step / seconds
-        row = {"step": step, "tokens": step * train.tokens_per_step, "loss": None if result.skipped else result.loss,
-               "lr": lr, "grad_norm": None if result.skipped else result.grad_norm, "tokens_per_second": rate,
-               "mfu": metrics.mfu(rate, self.flops_per_token, self.peak_flops, self.world.size), "seconds": seconds,
-               "skipped": result.skipped}
-        seconds_left = (train.max_steps - step) * seconds / self.steps_since_row
-        self.log.train(row, train.max_steps, seconds_left)
-        self.steps_since_row = 0
-
-    def _count_skips(self, result: StepResult) -> None:
-        self.progress.skips_in_a_row = self.progress.skips_in_a_row + 1 if result.skipped else 0
-        if self.progress.skips_in_a_row < MAX_SKIPS_IN_A_ROW:
-            return
-        with distributed.raise_on_all_ranks(self.world):
-            raise MachineError(
-                f"loss or gradient was not finite for {MAX_SKIPS_IN_A_ROW} steps in a row, up to step "
-                f"{self.progress.step}; none of them changed the weights, the newest checkpoint in "
-                f"{self.config.train.out_dir} is good. Lower optim.lr (now {self.config.optim.lr}), raise "
-                "optim.warmup_steps, lower optim.grad_clip, or use train.dtype=float32")
-
-    def _agree_to_stop(self) -> bool:
-        """Whether any rank was asked to stop. A damaged shard found by any rank ends the run on all."""
-        damaged = self.verifier is not None and self.verifier.error is not None
-        # One rank alone need not wait for the device: the optimizer's step is still running there.
-        flags = torch.tensor([float(self.stop()), float(damaged)], device=self.device if self.world.size > 1 else "cpu")
-        stopping, any_damaged = distributed.sum_over_ranks(flags, self.world).tolist()
-        if any_damaged:
-            with distributed.raise_on_all_ranks(self.world):
-                if damaged:
-                    raise self.verifier.error
-        return stopping > 0
-
-    def _evaluate(self) -> None:
-        score = evaluation.evaluate(
-            self.model, self.val_loader.micro_batches(self.world.rank, self.world.size), token_bytes=self.token_bytes,
-            device=self.device, world=self.world, should_stop=self.stop)
-        if score is not None:
-            self.progress.val_loss, self.progress.val_due = score.loss, False
-            row = {"step": self.progress.step, "loss": score.loss, "bits_per_byte": score.bits_per_byte}
-            self.log.val(row, self.config.train.max_steps)
-
-    def _make_up_for_evaluation(self) -> None:
-        """The evaluation that a stop signal cut short before this start."""
-        with self.clock.paused():
-            self._evaluate()
-            if not self.progress.val_due:
-                self._save()
-
-    def _sample(self) -> None:
-        """A text from nothing; none after examples, which are about answers."""
-        if not self.world.is_main or self.val_loader.stream.row_tokens is not None:
-            return
-        try:
-            text = sample.sample_text(self.model, self.tokenizer, "", max_new_tokens=SAMPLE_TOKENS, temperature=0.8,
-                                      top_k=200, seed=self.config.train.seed)
-        except sample.SampleError as error:  # logits that are not finite: the run itself may recover
-            text = f"(none: {error})"
-        self.log.note(f"--- sample at step {self.progress.step}\n{text}\n---")
-
-    def _save(self) -> None:
-        """Rank 0 writes a checkpoint. A failure is a warning here, and ends the run only if it was the last save."""
-        if self.world.is_main:
-            state = self.progress.as_state(updates=self.optimizer.updates, data_hash=self.dataset.hash,
-                                           world=self.world)
-            tensors, adapter_config = self.model.state_dict(), None
-            if self.config.lora.rank:
-                tensors = lora.peft_tensors(self.model)
-                adapter_config = lora.peft_config(self.model.config, self.config.lora)
-            try:
-                checkpoint.save(Path(self.config.train.out_dir), self.progress.step, model=tensors,
-                                optimizer=self.optimizer.state_tensors(), state=state, keep=self.config.train.keep,
-                                adapter_config=adapter_config)
-                self.last_save_failed = False
-            except checkpoint.SaveError as error:
-                self.last_save_failed = True
-                self.log.note(f"warning: {error}; training goes on and tries again at the next save")
-        self.last_save_failed = distributed.gather(self.last_save_failed, self.world)[0]
-
-    def _stopped(self) -> None:
-        if self.last_save_failed:
-            return  # train() ends with the error; STOPPED would say that all is saved
-        reason = self.stop.signal or "another rank"
-        self.log.note(f"stopped at step {self.progress.step} ({reason}); the same command goes on from here")
-        if self.world.is_main:
-            row = {"step": self.progress.step, "signal": self.stop.signal}
-            try:
-                (Path(self.config.train.out_dir) / "STOPPED").write_text(json.dumps(row) + "\n")
-            except OSError as error:
-                self.log.note(f"warning: STOPPED could not be written: {error.strerror}")
-
-    @contextlib.contextmanager
-    def _profiled(self, step: int) -> Iterator[None]:
-        """Trace one step on rank 0 into RUN/profile/step_N.json, which chrome://tracing and perfetto.dev show."""
-        if step not in self.config.train.profile_steps or not self.world.is_main:
-            yield
-            return
-        from torch.profiler import profile
-        path = Path(self.config.train.out_dir) / "profile" / f"step_{step:08d}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with profile(record_shapes=True) as profiler:
-            yield
-            if self.device.type == "cuda":
-                torch.cuda.synchronize()
-        profiler.export_chrome_trace(str(path))
-        self.log.note(f"profiled step {step}: {path}")
-
-    def report(self) -> None:
-        """Last words of a finished run: what general compressors make of the validation text."""
-        if not self.world.is_main:
-            return
-        text = self.tokenizer.decode_bytes(_val_tokens(self.val_loader, limit=YARDSTICK_TOKENS))
-        if text and self.val_loader.stream.row_tokens is None:  # of examples only the responses are scored
-            sizes = evaluation.compressed_bits_per_byte(text)
-            self.log.note(f"yardsticks on the same validation text ({len(text) / 1e6:.2f} MB): "
-                          + ", ".join(f"{name} {bits:.4f} bits/byte" for name, bits in sizes.items()))
-        peak = metrics.peak_memory_bytes(self.device)
-        memory = "" if peak is None else f"peak memory {peak / 2 ** 20:.0f} MiB; "
-        out_dir = Path(self.config.train.out_dir)
-        best = checkpoint.best_of(out_dir)
-        state = None if best is None else checkpoint.load_state(best)
-        if state is not None and state["step"] != self.progress.step:
-            self.log.note(f"best validation loss: {state['val_loss']:.4f}, kept as {best}")
-        words = ' --chat --prompt "Hello"' if (out_dir / TEMPLATE_FILE).exists() else ""
-        self.log.note(f"finished {self.progress.step} steps; {memory}run folder {self.config.train.out_dir}: "
-                      f"python sample.py {self.config.train.out_dir}{words}")
-
-
-def _val_tokens(loader: ValLoader, limit: int) -> np.ndarray:
-    """The targets of the evaluated validation windows in order, about limit at most."""
-    windows = np.arange(min(loader.windows, max(1, limit // loader.seq_len)))
-    return loader.stream.windows(windows * loader.seq_len + 1, loader.seq_len).reshape(-1)
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type
-
-
-def _first_lines(config: Config, chosen: dict[str, str], *, device: torch.device, dataset: Dataset, model: GPT,
-                 world: World) -> list[str]:
-    """What a run says of itself before its first step: versions, choices and why, sizes, data."""
-    train = config.train
-    accumulation = math.ceil(train.tokens_per_step / (config.model.max_seq_len * train.micro_batch * world.size))
-    tokens = {split: open_split(dataset, split).tokens for split in ("train", "val")}
-    return [
-        f"flatgpt {_git_commit()} | python {platform.python_version()} | torch {torch.__version__} | "
-        f"numpy {np.__version__} | {platform.platform()}",
-        f"device: {device} ({chosen['device']}), ranks {world.size}, threads {torch.get_num_threads()}",
-        f"dtype: {train.dtype} ({chosen['dtype']}) | compile: {chosen['compile']}",
-        chosen["kernels"],
-        f"data: {config.data.dir} (hash {dataset.hash[:16]}), {tokens['train']:,} training and {tokens['val']:,} "
-        f"validation tokens, vocabulary {config.model.vocab_size:,}"
-        + (f"; no header in {', '.join(dataset.raw_files)}: read as bare uint16 ids" if dataset.raw_files else ""),
-        f"model: {model.parameter_count():,} parameters, {flops_per_token(config.model) / 1e6:.1f} MFLOPs per token",
-        *_lines_on_fine_tuning(config, dataset, model),
-        f"batch: {train.tokens_per_step:,} tokens a step = {world.size} ranks x {accumulation} micro-batches of up to "
-        f"{train.micro_batch} x {config.model.max_seq_len}; {train.max_steps} steps = "
-        f"{train.max_steps * train.tokens_per_step / tokens['train']:.2f} epochs",
-        chosen["start"],
-    ]
-
-
-def _lines_on_fine_tuning(config: Config, dataset: Dataset, model: GPT) -> list[str]:
-    lines = []
-    if config.lora.rank:
-        learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        lines.append(f"lora: rank {config.lora.rank}, alpha {config.lora.alpha:g} on {', '.join(config.lora.targets)}: "
-                     f"{learning:,} of the parameters learn, the others are kept in {config.train.out_dir}/base")
-    if "examples" in dataset.index:
-        counts = dataset.index["examples"]["train"]
-        lines.append(f"examples: {counts['examples']:,} of {dataset.index['settings']['kind']}, "
-                     f"{counts['truncated']:,} of them cut at the end to fit; the loss counts "
-                     f"{counts['response_tokens']:,} of {counts['tokens']:,} tokens")
-    return lines
-
-
-def _git_commit() -> str:
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, timeout=10)
-        dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return "(no git)"
-    if commit.returncode:
-        return "(not a git checkout)"
-    return commit.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# From the command line to the loop
-
 def train(config: Config, given: set[str], *, world: World, stop: StopRequest) -> None:
     """The whole run, from raw text to the last checkpoint."""
     # 1. What can be refused before any work, and the data. Preparing may take longer than a collective waits, so it
     #    comes before ranks meet.
-    distributed.set_deterministic(config.train.deterministic)
-    device, device_reason = distributed.choose_device(config.train.device, world)
-    dtype, dtype_reason = distributed.choose_dtype(config.train.dtype, device)
-    compiles, compile_reason = distributed.choose_compile(config.train.compile, device)
-    chosen = {"device": device_reason, "dtype": dtype_reason,
-              "compile": f"{'on' if compiles else 'off'} ({compile_reason})"}
-    distributed.prepare_cpu(device, world)
+    machine = distributed.choose_machine(config.train, world)
     metrics.check_tracker(config.train.tracker)
-    check_kernels_can_run(config, device)
-    parent = parent_of(config)
-    config = inherit(config, given, parent, world)
+    starting.check_kernels_can_run(config, machine.device)
+    parent = starting.read_parent(config)
+    config = starting.inherit(config, given, parent, world)
     try:
-        data_dir = ensure_prepared(config.data, local_rank=world.local_rank, note=_note, should_stop=stop,
+        data_dir = ensure_prepared(config.data, local_rank=world.local_rank, note=note, should_stop=stop,
                                    max_seq_len=config.model.max_seq_len,
-                                   chat_template=chat_template_for(config, parent))
+                                   chat_template=starting.chat_template_for(config, parent))
     except PreparationStopped as stopped:
-        _note(f"{stopped} ({stop.signal}); the same command goes on from there")
+        note(f"{stopped} ({stop.signal}); the same command goes on from there")
         return
 
     with contextlib.ExitStack() as stack:
         # 2. Ranks meet and agree on config, data and the checkpoint to start from; rank 0 locks the run folder.
-        stack.enter_context(distributed.process_group(world, device, config.train.timeout_s))
+        stack.enter_context(distributed.process_group(world, machine.device, config.train.timeout_s))
         with distributed.raise_on_all_ranks(world):
             dataset = open_dataset(data_dir)
-            tokenizer = find_tokenizer(config, data_dir)
-            if parent is not None:
-                check_same_tokenizer(parent, tokenizer)
-            config = resolve_config(config, tokenizer=tokenizer, dtype=dtype, data_dir=data_dir)
-            loaders = make_loaders(config, dataset, tokenizer, device, world)
-        chosen["kernels"] = choose_kernels(config, dtype=dtype, device=device, world=world)
+            own = (data_dir / "tokenizer.json").exists()  # a foreign folder of shards has none
+            tokenizer = load_tokenizer(str(data_dir) if own else config.data.tokenizer)
+            config = starting.resolve(config, tokenizer=tokenizer, parent=parent, machine=machine, data_dir=data_dir)
+            train_data, val_data = make_loaders(config, dataset, tokenizer, machine.device, world)
+        kernels_line = starting.choose_kernels(config, dtype=machine.dtype, device=machine.device, world=world)
         with distributed.raise_on_all_ranks(world):
-            check_same_on_all_ranks(config, dataset, world)
+            starting.check_same_on_all_ranks(config, dataset, world)
             if world.is_main:
-                stack.enter_context(checkpoint.RunLock(Path(config.train.out_dir)))
+                stack.enter_context(checkpoint.run_lock(Path(config.train.out_dir)))
         notes: list[str] = []
-        start = agree_on_start(config, dataset, world, lambda line: (notes.append(line), _note(line)))
-        if start.is_finished:
+        start = starting.agree_on_start(config, dataset, world, lambda line: (notes.append(line), note(line)))
+        if isinstance(start, Resume) and start.step >= config.train.max_steps and not start.val_due:
             if world.is_main:
                 print(f"run {config.train.out_dir!r} is finished: step {start.step} of {config.train.max_steps}; raise "
                       "train.max_steps to go on, or choose another train.out_dir")
             return
 
-        # 3. Model and optimizer, the log, the loop, the last words.
-        with _advice(config, world):
-            model, wrapped, optimizer, progress = build(start, config, dtype, device, compiles=compiles, world=world)
+        # 3. The log, model and optimizer, the loop, the last words.
+        with distributed.raise_on_all_ranks(world):
+            log = metrics.RunLog(Path(config.train.out_dir), resume_step=start.step, enabled=world.is_main,
+                                 tracker=config.train.tracker, config=dataclasses.asdict(config))
+        stack.callback(log.close)
+        with _one_line(config, world, log):
+            model, optimizer, progress = starting.build(start, config, parent, machine, world)
             with distributed.raise_on_all_ranks(world):
                 if world.is_main:
                     write_run_files(config, tokenizer, load_template(data_dir))
-                    if config.lora.rank and not start.is_resume:
-                        base = base_tensors(start, config.model.max_seq_len)
-                        progress.base_sha256 = checkpoint.save_base(Path(config.train.out_dir), base)
-                log = metrics.RunLog(Path(config.train.out_dir), resume_step=progress.step, enabled=world.is_main,
-                                     tracker=config.train.tracker, config=dataclasses.asdict(config))
-            stack.callback(log.close)
-            chosen["start"] = describe(start, progress)
-            for line in notes + _first_lines(config, chosen, device=device, dataset=dataset, model=model, world=world):
+            compiled = torch.compile(model) if machine.compiles else model
+            run = Training(config, machine, world, model, distributed.wrap(compiled, machine.device, world), optimizer,
+                           progress, tokenizer, dataset, train_data, val_data, log, stop)
+            for line in [*notes, *_first_lines(run, kernels_line), starting.describe(start)]:
                 log.note(line)
-            run = Run(config, model=model, wrapped=wrapped, optimizer=optimizer, progress=progress,
-                      tokenizer=tokenizer, dataset=dataset, loader=loaders[0], val_loader=loaders[1], device=device,
-                      world=world, log=log, stop=stop)
-            with _logged(log):
-                run.train()
-        if progress.step == config.train.max_steps:
-            run.report()
-
-
-def build(start: Start, config: Config, dtype: torch.dtype, device: torch.device, *, compiles: bool,
-          world: World) -> tuple[GPT, nn.Module, Optimizer, Progress]:
-    """The model, the same compiled and wrapped for this world, its optimizer and its progress: from the seed or the
-    checkpoint, the same on every rank."""
-    torch.manual_seed(config.train.seed)
-    model = GPT(config.model, compute_dtype=dtype, activation_checkpointing=config.train.activation_checkpointing)
-    if config.lora.rank:
-        with distributed.raise_on_all_ranks(world):
-            checkpoint.load_into(model, base_tensors(start, config.model.max_seq_len), str(start.path))
-        lora.add_adapters(model, config.lora)
-    model = model.to(device)
-    # Muon's products may be rough, but in a float32 run a rounding to bfloat16 would turn last bits into steps.
-    rough = distributed.computes_bfloat16(device) and dtype != torch.float32
-    optimizer = Optimizer(model, config.optim, newton_schulz_dtype=torch.bfloat16 if rough else torch.float32)
-    progress = Progress(scale=LossScale.for_dtype(dtype))
-    with distributed.raise_on_all_ranks(world):
-        load_start(start, model, optimizer, progress, config)
-    return model, distributed.wrap(torch.compile(model) if compiles else model, device, world), optimizer, progress
-
-
-def find_tokenizer(config: Config, data_dir: Path) -> Tokenizer:
-    """The tokenizer beside the shards, or for a foreign folder of shards the one that data.tokenizer names."""
-    return load_tokenizer(str(data_dir) if (data_dir / "tokenizer.json").exists() else config.data.tokenizer)
+            loop(run)
+            if progress.step == config.train.max_steps and world.is_main:
+                report(run)
 
 
 def make_loaders(config: Config, dataset: Dataset, tokenizer: Tokenizer, device: torch.device,
                  world: World) -> tuple[TrainLoader, ValLoader]:
-    """Raises ShardError if a split has no full window, ConfigError if the batch cannot be shared among the ranks."""
+    """Raises ShardError if a split has no full window, ConfigError if the model does not know an id of the data."""
     train, T = config.train, config.model.max_seq_len
     if dataset.vocab_size is not None and dataset.vocab_size > config.model.vocab_size:
         raise ConfigError(f"model.vocab_size = {config.model.vocab_size} but the shards in {config.data.dir!r} have "
@@ -508,45 +366,70 @@ def make_loaders(config: Config, dataset: Dataset, tokenizer: Tokenizer, device:
                         micro_batch=train.micro_batch, seed=train.seed, rank=world.rank, world_size=world.size,
                         device=device, eot=eot, vocab_size=config.model.vocab_size),
             ValLoader(open_split(dataset, "val"), seq_len=T, eval_tokens=train.eval_tokens,
-                      micro_batch=train.micro_batch, device=device, eot=eot,
-                      vocab_size=config.model.vocab_size))
-
-
-def check_same_on_all_ranks(config: Config, dataset: Dataset, world: World) -> None:
-    """Raise MachineError if ranks would train differently: another config, or an old or incomplete copy of the data."""
-    with_paths_left_out = replace(config, data=replace(config.data, dir=None))
-    for what, mine in (("config", hashlib.sha256(configuration.to_toml(with_paths_left_out).encode()).hexdigest()),
-                       ("data", dataset.hash)):
-        hashes = distributed.gather(mine, world)
-        if len(set(hashes)) > 1:
-            odd = next(rank for rank, value in enumerate(hashes) if value != hashes[0])
-            way_out = "copy the shards to every node again" if what == "data" else \
-                "give every node the same command, checkout and kind of device"
-            raise MachineError(f"rank {odd} has another {what} than rank 0 (hash {hashes[odd][:16]} against "
-                               f"{hashes[0][:16]}, data {str(dataset.dir)!r}); {way_out}")
+                      micro_batch=train.micro_batch, device=device, eot=eot, vocab_size=config.model.vocab_size))
 
 
 def write_run_files(config: Config, tokenizer: Tokenizer, chat_template: str | None) -> None:
-    """config.toml, tokenizer.json and the template of a chat into the run folder, whole or not at all; a STOPPED left
-    behind goes away."""
+    """config.toml, tokenizer.json and the template of a chat into the run folder, each whole and durably; a STOPPED
+    left behind goes away."""
     out_dir = Path(config.train.out_dir)
-    try:
+    with files.disk_errors(out_dir):
         tokenizer.save(out_dir / "tokenizer.json")
         if chat_template is not None:
             save_template(out_dir, chat_template)
-        temporary = out_dir / ".config.toml.tmp"
-        temporary.write_text(configuration.to_toml(config), encoding="utf-8")
-        temporary.replace(out_dir / "config.toml")
+        files.write_whole(out_dir / "config.toml", configuration.to_toml(config))
         (out_dir / "STOPPED").unlink(missing_ok=True)
-    except OSError as error:
-        raise MachineError(f"run folder {str(out_dir)!r} cannot be written: {error.strerror}") from None
+
+
+def _first_lines(run: Training, kernels_line: str) -> list[str]:
+    """What a run says of itself before its first step: versions, choices and why, sizes, data."""
+    config, train, dataset, model = run.config, run.config.train, run.dataset, run.config.model
+    accumulation = math.ceil(train.tokens_per_step / (model.max_seq_len * train.micro_batch * run.world.size))
+    tokens = {split: open_split(dataset, split).tokens for split in ("train", "val")}
+    lines = [
+        f"flatgpt {_git_commit()} | python {platform.python_version()} | torch {torch.__version__} | "
+        f"numpy {np.__version__} | {platform.platform()}",
+        *run.machine.lines,
+        kernels_line,
+        f"data: {config.data.dir} (hash {dataset.hash[:16]}), {tokens['train']:,} training and {tokens['val']:,} "
+        f"validation tokens, vocabulary {model.vocab_size:,}"
+        + (f"; no header in {', '.join(dataset.raw_files)}: read as bare uint16 ids" if dataset.raw_files else ""),
+        f"model: {run.model.parameter_count():,} parameters, {flops_per_token(model) / 1e6:.1f} MFLOPs per token"]
+    if config.lora.rank:
+        learning = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+        lines.append(f"lora: rank {config.lora.rank}, alpha {config.lora.alpha:g} on {', '.join(config.lora.targets)}: "
+                     f"{learning:,} of the parameters learn, the others are kept in {train.out_dir}/base")
+    if "examples" in dataset.index:
+        counts = dataset.index["examples"]["train"]
+        lines.append(f"examples: {counts['examples']:,} of {dataset.index['settings']['kind']}, "
+                     f"{counts['truncated']:,} of them cut to fit; the loss counts {counts['response_tokens']:,} of "
+                     f"{counts['tokens']:,} tokens")
+    return [*lines, f"batch: {train.tokens_per_step:,} tokens a step = {run.world.size} ranks x {accumulation} "
+                    f"micro-batches of up to {train.micro_batch} x {model.max_seq_len}; {train.max_steps} steps = "
+                    f"{train.max_steps * train.tokens_per_step / tokens['train']:.2f} epochs"]
+
+
+def _git_commit() -> str:
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        commit, dirty = (subprocess.run([*git, *words], capture_output=True, text=True, timeout=10)
+                         for words in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain", "-uno")))
+    except (OSError, subprocess.TimeoutExpired):
+        return "(no git)"
+    if commit.returncode:
+        return "(not a git checkout)"
+    return commit.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")
 
 
 @contextlib.contextmanager
-def _advice(config: Config, world: World) -> Iterator[None]:
-    """Runs that end badly end with one line that says what to do; a defect of ours still shows its traceback."""
+def _one_line(config: Config, world: World, log: metrics.RunLog) -> Iterator[None]:
+    """An error that ends the run stands in its log, as one line that says what to do; a defect of ours still shows its
+    traceback."""
     try:
         yield
+    except (MachineError, UserError) as error:
+        log.note(f"error: {error}")
+        raise
     except (RuntimeError, MemoryError) as error:
         text = str(error)
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
@@ -556,24 +439,12 @@ def _advice(config: Config, world: World) -> Iterator[None]:
             line = (f"lost contact with another rank ({text.splitlines()[0][:160]}); the same command goes on from the "
                     "newest checkpoint")
         else:
+            log.note(f"error: {error}")
             raise
+        log.note(f"error: {line}")
         if not world.is_main:  # the others only see that this rank is gone
-            _note(f"rank {world.rank}: error: {line}")
+            note(f"rank {world.rank}: error: {line}")
         raise MachineError(line) from error
-
-
-@contextlib.contextmanager
-def _logged(log: metrics.RunLog) -> Iterator[None]:
-    """The error that ends the run also stands in its log."""
-    try:
-        yield
-    except (MachineError, UserError, RuntimeError, MemoryError) as error:
-        log.note(f"error: {error}")
-        raise
-
-
-def _note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def main(argv: list[str]) -> None:

@@ -7,18 +7,18 @@ import resource
 import shutil
 import signal
 import subprocess
-import traceback
 from collections import namedtuple
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from crashing_disk import CRASHED, CrashingDisk, in_child
 from torch import Tensor, nn
 
 import checkpoint
-from checkpoint import CheckpointError, RunLock, SaveError, load_into, load_state, load_tensors, newest, resolve, save
+import files
+from checkpoint import CheckpointError, SaveError, load_into, load_state, load_tensors, newest, resolve, run_lock, save
 
 CHECKPOINT_FILES = ["manifest.json", "model.safetensors", "optimizer.safetensors", "state.json"]
 
@@ -31,7 +31,8 @@ def tensors_of(value: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 def save_step(run: Path, step: int, value: float | None = None, keep: int = 10, **state) -> Path:
     model, optimizer = tensors_of(float(step) if value is None else value)
-    return save(run, step, model=model, optimizer=optimizer, state={"val_loss": None, **state}, keep=keep)
+    return save(run, step, tensors={"model": model, "optimizer": optimizer}, keep=keep,
+                state={"val_loss": None, **state})
 
 
 def content(path: Path) -> float:
@@ -51,20 +52,6 @@ def ignore(line: str) -> None:
     """A note that the test does not look at."""
 
 
-def in_child(work: Callable[[], None]) -> int:
-    """Run work in a forked process; its exit status."""
-    child = os.fork()
-    if child == 0:
-        try:
-            work()
-            os._exit(0)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(1)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
 def flip(path: Path, bit: int) -> None:
     data = bytearray(path.read_bytes())
     data[bit // 8] ^= 1 << (bit % 8)
@@ -79,7 +66,8 @@ def test_what_was_saved_comes_back(tmp_path):
     model = {"a": torch.randn(7, 3, generator=random), "b": torch.randn(4, 6, generator=random).t(),
              "half": torch.randn(5, generator=random).bfloat16(), "count": torch.tensor(3), "none": torch.empty(0, 4)}
     optimizer = {"exp_avg.a": torch.randn(7, 3, generator=random)[:, ::2]}
-    path = save(tmp_path, 12, model=model, optimizer=optimizer, state={"step": 12, "rows": [1, "x"]}, keep=2)
+    path = save(tmp_path, 12, tensors={"model": model, "optimizer": optimizer}, keep=2,
+                state={"step": 12, "rows": [1, "x"]})
     assert path == tmp_path / "checkpoints" / "step_00000012"
     for name, expected in (("model", model), ("optimizer", optimizer)):
         loaded = load_tensors(path, name)
@@ -105,7 +93,7 @@ def test_all_files_of_a_checkpoint_can_be_read_by_the_same_people(tmp_path):
 
 
 def test_the_optimizer_may_be_empty(tmp_path):
-    path = save(tmp_path, 0, model=tensors_of(1.0)[0], optimizer={}, state={}, keep=1)
+    path = save(tmp_path, 0, tensors={"model": tensors_of(1.0)[0], "optimizer": {}}, state={}, keep=1)
     assert newest(tmp_path, ignore) == path and load_tensors(path, "optimizer") == {}
 
 
@@ -130,7 +118,7 @@ def test_saving_a_step_again_replaces_it(tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA: saving from and loading to a GPU are unchecked")
 def test_tensors_on_a_gpu_come_back(tmp_path):
     model = {"a": torch.randn(7, 3, device="cuda").t()}
-    path = save(tmp_path, 1, model=model, optimizer={}, state={}, keep=1)
+    path = save(tmp_path, 1, tensors={"model": model, "optimizer": {}}, state={}, keep=1)
     assert torch.equal(load_tensors(path, "model", "cuda")["a"], model["a"])
 
 
@@ -170,7 +158,7 @@ def test_an_old_checkpoint_that_cannot_be_deleted_does_not_fail_the_save(tmp_pat
         raise PermissionError(13, "Permission denied")
 
     save_step(tmp_path, 1)
-    monkeypatch.setattr(checkpoint, "_delete_folder", refused)
+    monkeypatch.setattr(files, "delete_folder", refused)
     save_step(tmp_path, 2, keep=1)
     monkeypatch.undo()
     assert newest(tmp_path, ignore).name == "step_00000002"
@@ -180,91 +168,6 @@ def test_an_old_checkpoint_that_cannot_be_deleted_does_not_fail_the_save(tmp_pat
 # ----------------------------------------------------------------------------------------------------------------------
 # Crashes and power cuts
 
-class CrashingDisk:
-    """Stands in for checkpoint.py's disk functions and ends the process at the n-th change, as a power cut would.
-
-    `loss` is what the cut does to what was not synced: "none" (a mere kill), "torn" (the second half of each such file
-    is gone), "zeroed" (its bytes are zeros), "undone" (names that appeared in folders not synced since, by creation or
-    rename, are as before). Real fsync is left out: only the book-keeping matters.
-    """
-
-    def __init__(self, crash_at: int, loss: str):
-        self.crash_at, self.loss, self.changes = crash_at, loss, 0
-        self.unsynced: set[Path] = set()  # files whose bytes may be lost
-        self.entries: list[list] = []  # [folder, path, old path or None] of names that may be lost, in order
-
-    def install(self) -> None:
-        self.real = {name: getattr(checkpoint, name) for name in (
-            "_make_folder", "_write_bytes", "_write_tensors", "_rename", "_delete_folder")}
-        for name in (*self.real, "sync"):
-            setattr(checkpoint, name, getattr(self, name.removeprefix("_")))
-
-    def changed(self) -> None:
-        self.changes += 1
-        if self.changes == self.crash_at:
-            try:
-                self.lose()
-                os._exit(CRASHED)
-            finally:  # an error of ours must not look like one of the disk, which save() survives
-                traceback.print_exc()
-                os._exit(1)
-
-    def make_folder(self, path: Path) -> None:
-        self.real["_make_folder"](path)
-        self.entries.append([path.parent, path, None])
-        self.changed()
-
-    def write_bytes(self, path: Path, data: bytes) -> None:
-        self._write("_write_bytes", path, data)
-
-    def write_tensors(self, path: Path, tensors: dict[str, Tensor]) -> None:
-        self._write("_write_tensors", path, tensors)
-
-    def _write(self, function: str, path: Path, what) -> None:
-        self.real[function](path, what)
-        self.unsynced.add(path)
-        self.entries.append([path.parent, path, None])
-        self.changed()
-
-    def sync(self, path: Path) -> None:
-        self.changed()  # a crash just before it
-        self.unsynced.discard(path)
-        self.entries = [entry for entry in self.entries if entry[0] != path]
-
-    def rename(self, path: Path, new_path: Path) -> None:
-        assert not any(entry[0] == path for entry in self.entries), "a folder is renamed before it is synced"
-        self.real["_rename"](path, new_path)
-        self.unsynced = {new_path / p.relative_to(path) if p.is_relative_to(path) else p for p in self.unsynced}
-        self.entries.append([path.parent, new_path, path])
-        self.changed()
-
-    def delete_folder(self, path: Path, ignore_errors: bool = False) -> None:
-        for file in sorted(path.iterdir())[:2]:
-            file.unlink()
-            self.unsynced.discard(file)
-            self.entries = [entry for entry in self.entries if entry[1] != file]
-        self.changed()  # a crash half-way
-        self.real["_delete_folder"](path, ignore_errors)
-        self.unsynced = {p for p in self.unsynced if not p.is_relative_to(path)}
-        self.entries = [entry for entry in self.entries if not entry[1].is_relative_to(path)]
-        self.changed()
-
-    def lose(self) -> None:
-        if self.loss in ("torn", "zeroed"):
-            for path in self.unsynced:
-                size = path.stat().st_size
-                path.write_bytes(path.read_bytes()[:size // 2] if self.loss == "torn" else bytes(size))
-        if self.loss == "undone":
-            for _, path, old in reversed(self.entries):
-                if old is not None:
-                    path.rename(old)
-                elif path.is_dir():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink()
-
-
-CRASHED = 77  # exit status
 SAVES = ((1, 1.0), (2, 2.0), (3, 3.0), (3, 30.0), (4, 4.0))  # (step, value): retention from step 2, one replacement
 
 
@@ -282,7 +185,7 @@ def run_saves(run: Path, crash_at: int, loss: str, *, forgets: str | None = None
         disk = CrashingDisk(crash_at, loss)
         disk.install()
         if forgets is not None:
-            checkpoint.sync = lambda path: None if forgotten(path) else disk.sync(path)
+            files.sync = lambda path: None if forgotten(path) else disk.sync(path)
         for finished, (step, value) in enumerate(SAVES):
             progress.write_text(str(finished))
             save_step(run, step, value, keep=1, val_loss=float(step))
@@ -379,7 +282,7 @@ def test_a_file_that_cannot_grow_is_one_error_and_leaves_older_checkpoints(tmp_p
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
         with pytest.raises(SaveError, match="step 2 was not saved.*File too large.*older checkpoints") as caught:
-            save(tmp_path, 2, model=model, optimizer=optimizer, state={}, keep=1)
+            save(tmp_path, 2, tensors={"model": model, "optimizer": optimizer}, state={}, keep=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "\n" not in str(caught.value)
@@ -392,7 +295,7 @@ def test_too_little_free_space_is_found_before_writing(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 3_000_000, 3_000_000))
     monkeypatch.setattr(checkpoint, "_write_checkpoint", pytest.fail)
     with pytest.raises(SaveError, match=r"disk full, 0.005 GB are needed and 0.003 GB is free"):
-        save(tmp_path, 2, model={"a": torch.zeros(1_000_000)}, optimizer={}, state={}, keep=1)
+        save(tmp_path, 2, tensors={"model": {"a": torch.zeros(1_000_000)}, "optimizer": {}}, state={}, keep=1)
     monkeypatch.undo()
     assert_only_step_1(tmp_path)
 
@@ -405,8 +308,8 @@ def test_a_disk_that_fills_up_while_writing_is_an_error_and_not_a_bus_error(tmp_
         save_step(tmp_path, 1)
         monkeypatch.setattr(checkpoint, "_check_space", lambda folder, needed: None)  # someone else fills it meanwhile
         with pytest.raises(SaveError, match="disk full, 0.009 GB are needed and 0.00[34] GB is free"):
-            save(tmp_path, 2, model={"a": torch.zeros(500_000)}, optimizer={"b": torch.zeros(1_500_000)}, state={},
-                 keep=1)
+            save(tmp_path, 2, state={}, keep=1, tensors={"model": {"a": torch.zeros(500_000)},
+                                                         "optimizer": {"b": torch.zeros(1_500_000)}})
         assert_only_step_1(tmp_path)
     finally:
         subprocess.run(["umount", tmp_path], check=True)
@@ -417,7 +320,7 @@ def test_a_sync_that_fails_fails_the_save(tmp_path, monkeypatch):
         raise OSError(5, "Input/output error")
 
     save_step(tmp_path, 1)
-    monkeypatch.setattr(checkpoint, "sync", broken)
+    monkeypatch.setattr(files, "sync", broken)
     with pytest.raises(SaveError, match="Input/output error"):
         save_step(tmp_path, 2, keep=1)
     assert_only_step_1(tmp_path)
@@ -528,7 +431,7 @@ def test_a_pickle_in_place_of_tensors_is_refused_and_never_run(tmp_path):
     for name in CHECKPOINT_FILES[1:]:
         (path / name).write_bytes(pickle.dumps(Bomb()))
         size = (path / name).stat().st_size
-        manifest["files"][name] = {"size": size, "sha256": checkpoint._hash(path / name)}  # an attacker can do that
+        manifest["files"][name] = {"size": size, "sha256": files.sha256(path / name)}  # an attacker can do that
     (path / "manifest.json").write_text(json.dumps(manifest))
     assert resolve(tmp_path, pytest.fail) == path
     for load in (lambda: load_tensors(path, "model"), lambda: load_tensors(path, "optimizer"),
@@ -600,10 +503,10 @@ def test_a_long_list_of_misfits_is_cut():
 def test_a_second_run_in_the_same_folder_is_refused_with_the_holders_name(tmp_path):
     def second() -> None:
         with pytest.raises(CheckpointError) as caught:
-            RunLock(tmp_path / "run").__enter__()
+            run_lock(tmp_path / "run").__enter__()
         (tmp_path / "said").write_text(str(caught.value))
 
-    with RunLock(tmp_path / "run"):
+    with run_lock(tmp_path / "run"):
         assert in_child(second) == 0
     said = (tmp_path / "said").read_text()
     assert f"in use by process {os.getpid()} on {os.uname().nodename}" in said and "train.out_dir" in said
@@ -611,22 +514,22 @@ def test_a_second_run_in_the_same_folder_is_refused_with_the_holders_name(tmp_pa
 
 def test_the_lock_ends_with_the_block_and_can_be_taken_again(tmp_path):
     for _ in range(2):
-        with RunLock(tmp_path):
+        with run_lock(tmp_path):
             with pytest.raises(CheckpointError, match="in use by"):
-                RunLock(tmp_path).__enter__()
+                run_lock(tmp_path).__enter__()
 
 
 def test_the_lock_of_a_killed_process_is_free(tmp_path):
     def lock_and_die() -> None:
-        RunLock(tmp_path).__enter__()
+        run_lock(tmp_path).__enter__()
         os.kill(os.getpid(), signal.SIGKILL)
 
     assert in_child(lock_and_die) == -signal.SIGKILL
-    with RunLock(tmp_path):
+    with run_lock(tmp_path):
         pass
 
 
 def test_a_run_folder_that_cannot_be_made_is_an_error_with_the_way_out(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="file.*cannot be written.*another train.out_dir"):
-        RunLock(tmp_path / "file").__enter__()
+        run_lock(tmp_path / "file").__enter__()
