@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from crashing_disk import CRASHED, CrashingDisk, in_child
 from torch import Tensor, nn
 
 import checkpoint
 import files
 from checkpoint import CheckpointError, SaveError, load_into, load_state, load_tensors, newest, resolve, run_lock, save
+from tests.crashing_disk import CRASHED, CrashingDisk, in_child
 
 CHECKPOINT_FILES = ["manifest.json", "model.safetensors", "optimizer.safetensors", "state.json"]
 

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from crashing_disk import CRASHED, CrashingDisk, in_child
 
 import files
 import train
 from config import Config, MachineError, TrainConfig, to_toml
 from data.tokenizer import load_tokenizer
 from finetune.runs import save_base
+from tests.crashing_disk import CRASHED, CrashingDisk, in_child
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # the children run this file's code only
 

@@ -23,6 +23,7 @@ from config import ConfigError, OptimConfig, UserError
 from data.chat import DEFAULT_TEMPLATE, load_template
 from data.loader import MicroBatch
 from data.tokenizer import load_tokenizer
+from finetune.runs import weights_of
 from model import GPT
 from optim import LossScale, Optimizer
 from tests.test_train import CONFIG, assert_same_bits, losses, rows, run
@@ -81,7 +82,7 @@ def tune(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[
 
 
 def weights(run_dir: str | Path, step: int) -> dict[str, torch.Tensor]:
-    return checkpoint.load_tensors(Path(run_dir) / "checkpoints" / f"step_{step:08d}", "model")
+    return weights_of(Path(run_dir) / "checkpoints" / f"step_{step:08d}")
 
 
 def raw(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
@@ -309,11 +310,11 @@ def test_a_base_that_was_swapped_or_lost_is_refused_by_name(tune):
 
 
 def test_a_start_killed_before_the_first_checkpoint_can_be_repeated(tune, monkeypatch):
-    def killed(self: train.Run) -> None:
+    def killed(run: train.Training) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(train.Run, "train", killed)
+        patched.setattr(train, "loop", killed)
         run(tune, "tuned", *LORA)
     assert (Path("tuned") / "base").exists() and not (Path("tuned") / "checkpoints").exists()
     Path("tuned/base/model.safetensors").write_bytes(b"half")

@@ -34,7 +34,7 @@ def log_steps(run_dir: Path, first: int, last: int, *, resume_step: int = 0, **a
     """A run of train rows first..last with a val row every second step."""
     log = RunLog(run_dir, resume_step=resume_step, **arguments)
     for step in range(first, last + 1):
-        log.train(train_row(step), 100, None)
+        log.train(row := train_row(step), 100, mean_loss=row["loss"], seconds_left=None)
         if step % 2 == 0:
             log.val(val_row(step), 100)
     log.close()
@@ -130,14 +130,6 @@ def test_step_clock_leaves_pauses_out(monkeypatch):
 # ----------------------------------------------------------------------------------------------------------------------
 # Figures as text
 
-@pytest.mark.parametrize("count, text", [
-    (0, "0"), (7, "7"), (12.34, "12.3"), (999.4, "999"), (999.6, "1.00k"), (8123, "8.12k"), (812_345, "812k"),
-    (999_600, "1.00M"), (1.234e6, "1.23M"), (9.996e9, "10.0B"), (5e12, "5.00T"),
-])
-def test_human_count_has_three_digits(count, text):
-    assert metrics.human_count(count) == text
-
-
 @pytest.mark.parametrize("seconds, text", [
     (0, "0s"), (59.4, "59s"), (59.6, "1m 00s"), (307, "5m 07s"), (3599.7, "1h 00m"), (7500, "2h 05m"),
     (3 * 86_400 + 4 * 3600, "3d 04h"),
@@ -174,7 +166,7 @@ def test_val_line_leaves_unknown_bits_per_byte_out():
 
 def test_rows_have_the_fields_of_the_design_in_their_order(tmp_path):
     log = RunLog(tmp_path / "run", resume_step=0)
-    log.train(train_row(1), 10, None)
+    log.train(train_row(1), 10, mean_loss=None, seconds_left=None)
     log.val(val_row(1), 10)
     log.close()
     train, val = rows_of(tmp_path / "run")
@@ -186,7 +178,8 @@ def test_rows_have_the_fields_of_the_design_in_their_order(tmp_path):
 
 def test_figures_that_are_missing_or_not_finite_become_null(tmp_path):
     log = RunLog(tmp_path, resume_step=0)
-    log.train({"step": 1, "loss": float("nan"), "grad_norm": float("inf"), "lr": 1e-3}, 10, None)
+    log.train({"step": 1, "loss": float("nan"), "grad_norm": float("inf"), "lr": 1e-3}, 10, mean_loss=None,
+              seconds_left=None)
     log.close()
     (row,) = rows_of(tmp_path)
     assert row["lr"] == 1e-3
@@ -196,11 +189,12 @@ def test_figures_that_are_missing_or_not_finite_become_null(tmp_path):
 def test_lines_go_to_stdout_and_to_log_txt(tmp_path, capsys):
     log = RunLog(tmp_path, resume_step=0)
     log.note("device: cpu")
-    log.train(train_row(1), 10, 60.0)
+    log.train(train_row(1), 10, mean_loss=9.5, seconds_left=60.0)
     log.val(val_row(1), 10)
     log.close()
     printed = capsys.readouterr()
-    lines = ["device: cpu", metrics.format_train_line(train_row(1), 10, 60.0), metrics.format_val_line(val_row(1), 10)]
+    lines = ["device: cpu", metrics.format_train_line(train_row(1, loss=9.5), 10, 60.0),
+             metrics.format_val_line(val_row(1), 10)]
     assert printed.out.splitlines() == lines and printed.err == ""
     assert (tmp_path / "log.txt").read_text().splitlines() == lines
 
@@ -208,15 +202,15 @@ def test_lines_go_to_stdout_and_to_log_txt(tmp_path, capsys):
 def test_each_row_is_in_the_file_before_the_next_step(tmp_path):
     log = RunLog(tmp_path, resume_step=0)
     for step in (1, 2):
-        log.train(train_row(step), 10, None)
+        log.train(train_row(step), 10, mean_loss=None, seconds_left=None)
         assert keys_of(tmp_path)[-1] == ("train", step)
     log.close()
 
 
 def test_a_row_logged_twice_is_written_once(tmp_path):
     log = RunLog(tmp_path, resume_step=0)
-    log.train(train_row(1), 10, None)
-    log.train(train_row(1, loss=0.5), 10, None)
+    log.train(train_row(1), 10, mean_loss=None, seconds_left=None)
+    log.train(train_row(1, loss=0.5), 10, mean_loss=None, seconds_left=None)
     log.val(val_row(1), 10)
     log.val(val_row(1), 10)
     log.close()
@@ -227,7 +221,7 @@ def test_a_row_logged_twice_is_written_once(tmp_path):
 def test_other_ranks_write_and_print_nothing(tmp_path, capsys):
     log = RunLog(tmp_path / "run", resume_step=0, tracker="wandb", enabled=False)
     log.note("hello")
-    log.train(train_row(1), 10, None)
+    log.train(train_row(1), 10, mean_loss=None, seconds_left=None)
     log.val(val_row(1), 10)
     log.close()
     assert not (tmp_path / "run").exists()
@@ -292,7 +286,7 @@ def test_zeros_left_by_a_power_loss_go_at_resume(tmp_path):
 def test_a_run_that_starts_again_without_a_checkpoint_keeps_no_row(tmp_path):
     log = RunLog(tmp_path, resume_step=0)
     log.val(val_row(0), 10)
-    log.train(train_row(1), 10, None)
+    log.train(train_row(1), 10, mean_loss=None, seconds_left=None)
     log.close()
     log = RunLog(tmp_path, resume_step=0)
     log.val(val_row(0, loss=9.0), 10)
@@ -323,13 +317,13 @@ def test_log_txt_is_appended_to(tmp_path):
 
 def test_rows_refused_by_a_full_disk_are_written_once_there_is_room(tmp_path, capsys, file_size_limit):
     log = RunLog(tmp_path, resume_step=0)
-    log.train(train_row(1), 10, None)
+    log.train(train_row(1), 10, mean_loss=None, seconds_left=None)
     file_size_limit((tmp_path / "metrics.jsonl").stat().st_size + 20)  # the next row is torn after 20 bytes
     for step in (2, 3):
-        log.train(train_row(step), 10, None)
+        log.train(train_row(step), 10, mean_loss=None, seconds_left=None)
     torn = (tmp_path / "metrics.jsonl").read_bytes()
     file_size_limit(-1)
-    log.train(train_row(4), 10, None)
+    log.train(train_row(4), 10, mean_loss=None, seconds_left=None)
     log.close()
     assert not torn.endswith(b"\n")
     assert rows_of(tmp_path) == [{"kind": "train"} | train_row(step) for step in (1, 2, 3, 4)]
@@ -340,7 +334,7 @@ def test_rows_refused_by_a_full_disk_are_written_once_there_is_room(tmp_path, ca
 def test_rows_that_wait_for_room_are_tried_again_at_the_end(tmp_path, capsys, file_size_limit):
     log = RunLog(tmp_path, resume_step=0)
     file_size_limit(20)
-    log.train(train_row(1), 10, None)
+    log.train(train_row(1), 10, mean_loss=None, seconds_left=None)
     file_size_limit(-1)
     log.close()
     assert keys_of(tmp_path) == [("train", 1)]
@@ -392,7 +386,7 @@ def wandb(monkeypatch):
 
 def test_wandb_gets_the_known_figures_at_their_step(tmp_path, wandb):
     log = RunLog(tmp_path, resume_step=0, tracker="wandb")
-    log.train(train_row(1, mfu=None), 10, None)
+    log.train(train_row(1, mfu=None), 10, mean_loss=None, seconds_left=None)
     log.val(val_row(2), 10)
     log.close()
     assert wandb.logged == [
@@ -457,125 +451,3 @@ def test_tensorboard_of_a_resumed_run_shows_each_step_once(tmp_path):
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6, 7, 8]
     assert [event.step for event in events.Scalars("val/bits_per_byte")] == [2, 4, 6, 8]
     assert events.Scalars("train/loss")[7].value == pytest.approx(train_row(8)["loss"])  # stored as float32
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Command line
-
-def run_main(capsys, *arguments: str) -> list[list[str]]:
-    """The words of each line that the command line prints."""
-    metrics.main(list(arguments))
-    return [line.split() for line in capsys.readouterr().out.splitlines()]
-
-
-def write_run(run_dir: Path, rows: list[dict]) -> str:
-    run_dir.mkdir(parents=True)
-    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(run_dir)
-
-
-def test_the_table_sums_a_run_up(tmp_path, capsys):
-    rows = [{"kind": "train"} | train_row(step, loss=float(step), tokens_per_second=1000.0 * step, mfu=step / 100)
-            for step in range(1, 22)]
-    rows[11] |= {"loss": None, "skipped": True}  # step 12: not among the losses that are averaged
-    rows += [{"kind": "val"} | val_row(10, loss=2.0, bits_per_byte=0.9), {"kind": "val"} | val_row(20, loss=2.5)]
-    name = write_run(tmp_path / "run", rows)
-    lines = run_main(capsys, name)
-    assert lines[0] == metrics.format_table(metrics.SUMMARY_HEADER, []).split()
-    # train loss: mean of 11, 13..21; tokens 21 x 4096; tok/s and mfu: medians of 1..21; seconds 21 x 1.5, rounded
-    assert lines[1] == [name, "21", "86.0k", "16.4000", "2.0000", "2.5000", "0.9000", "11.0k",
-                        "11.0%", "32"]
-
-
-def test_a_run_without_figures_shows_dashes(tmp_path, capsys):
-    name = write_run(tmp_path / "run", [])
-    assert run_main(capsys, name)[1] == [name, *["-"] * 8, "0"]
-
-
-def test_val_losses_stand_side_by_side_by_step(tmp_path, capsys):
-    first = write_run(tmp_path / "a", [{"kind": "val"} | val_row(step, loss=3.0 - step / 10) for step in (5, 10)])
-    second = write_run(tmp_path / "b", [{"kind": "val"} | val_row(step, loss=4.0 - step / 10) for step in (10, 15)])
-    lines = run_main(capsys, first, second)
-    assert lines[-4:] == [["step", first, second], ["5", "2.5000", "-"], ["10", "2.0000", "3.0000"],
-                          ["15", "-", "2.5000"]]
-
-
-def test_a_checkpoint_stands_for_its_run(tmp_path, capsys):
-    write_run(tmp_path / "run", [{"kind": "val"} | val_row(5)])
-    (tmp_path / "run/checkpoints/step_00000005").mkdir(parents=True)
-    assert run_main(capsys, str(tmp_path / "run/checkpoints/step_00000005"))[1][1] == "5"
-
-
-def test_the_line_that_a_running_run_is_writing_is_passed_over(tmp_path, capsys):
-    name = write_run(tmp_path / "run", [{"kind": "val"} | val_row(5)])
-    with open(tmp_path / "run/metrics.jsonl", "a") as file:
-        file.write('{"kind": "val", "st')
-    assert run_main(capsys, name)[1][1] == "5"
-
-
-def test_the_plot_is_a_png_whatever_the_runs_hold(tmp_path, capsys):
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed; plots are left unchecked")
-    from matplotlib.image import imread
-    log_steps(tmp_path / "short", 1, 9)
-    capsys.readouterr()
-    val_only = write_run(tmp_path / "val_only", [{"kind": "val"} | val_row(5)])
-    empty = write_run(tmp_path / "empty", [])
-    run_main(capsys, str(tmp_path / "short"), val_only, empty, "--plot", str(tmp_path / "curves.png"))
-    image = imread(tmp_path / "curves.png")
-    assert image.shape[1] == 1800 and image[..., :3].std() > 0.01  # 12 inches at 150 dpi, and not blank
-    assert not list(tmp_path.glob(".*"))  # no temporary file left
-
-
-def test_val_losses_are_plotted_at_the_tokens_of_their_step():
-    run = metrics.Run("run", train=[train_row(10), train_row(20)],
-                      val=[val_row(0), val_row(10), val_row(15), val_row(30, loss=None), val_row(40)])
-    assert metrics.val_curve(run)[0] == [0, 10 * 4096, 15 * 4096, 40 * 4096]
-
-
-def test_smoothing_is_the_centred_mean_cut_at_the_ends():
-    assert metrics.smooth([0.0, 3.0, 6.0, 0.0, 3.0], window=3) == [1.5, 3.0, 3.0, 3.0, 1.5]
-
-
-def test_a_first_fall_does_not_set_the_plot_s_limits():
-    bottom, top = metrics.loss_limits([[11.0, 9.0, *[3.0] * 17, 2.0]])
-    assert bottom < 2.0 and 3.0 < top < 4.0
-
-
-@pytest.mark.parametrize("content, problem", [
-    ('{"kind": "train", "step": 1}\n{"kind": "tra\n', "line 2 is not a metrics row: it is not valid JSON"),
-    ('{"kind": "val", "step": 1, "loss": NaN}\n', "line 1 is not a metrics row: it is not valid JSON"),
-    ('{"kind": "test", "step": 1}\n', "line 1 is not a metrics row: its kind is neither 'train' nor 'val'"),
-    ('{"kind": "val", "step": 1, "loss": "low"}\n', "line 1 is not a metrics row: loss is not a number"),
-    ('{"kind": "val", "loss": 1.0}\n', "line 1 is not a metrics row: step is not a whole number"),
-])
-def test_a_broken_line_is_named(tmp_path, content, problem):
-    (tmp_path / "metrics.jsonl").write_text(content)
-    with pytest.raises(UserError, match=problem):
-        metrics.main([str(tmp_path)])
-
-
-@pytest.mark.parametrize("arguments, problem", [
-    ([], "the following arguments are required: RUN; usage: python metrics.py RUN"),
-    (["missing"], "run 'missing' is not a folder"),
-    (["."], "folder '.' has no metrics.jsonl"),
-    ([".", "--plot", "curves.jpg"], "--plot 'curves.jpg' should end in .png"),
-    ([".", "--plot", "missing/curves.png"], "make 'missing' first"),
-])
-def test_mistakes_on_the_command_line_are_one_line_and_status_2(tmp_path, arguments, problem):
-    done = subprocess.run([sys.executable, str(ROOT / "metrics.py"), *arguments], cwd=tmp_path, capture_output=True,
-                          text=True)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and problem in done.stderr
-
-
-def test_plotting_without_matplotlib_names_the_package(tmp_path, monkeypatch):
-    name = write_run(tmp_path / "run", [])
-    monkeypatch.setattr(importlib.util, "find_spec", lambda package: None)
-    with pytest.raises(UserError, match="--plot needs the package matplotlib, .* pip install matplotlib"):
-        metrics.main([name, "--plot", str(tmp_path / "curves.png")])
-
-
-def test_the_command_line_does_not_import_torch(tmp_path):
-    name = write_run(tmp_path / "run", [{"kind": "val"} | val_row(5)])
-    code = f"import sys, metrics; metrics.main([{name!r}]); sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 0

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -12,11 +13,13 @@ from safetensors.torch import load_file
 
 import checkpoint
 import config as configuration
+import metrics
 import train
 from config import ConfigError, MachineError, OptimConfig, UserError
 from data.loader import MicroBatch
 from data.shards import ShardError
 from distributed import World
+from finetune.runs import read_run
 from model import GPT
 from optim import LossScale, Optimizer
 
@@ -51,6 +54,18 @@ class NoSignal:
 
     def __call__(self) -> bool:
         return False
+
+
+class StopAtStep:
+    """Asks to stop once a run has logged a step."""
+
+    signal = "SIGTERM"
+
+    def __init__(self, run_dir: str, step: int):
+        self.rows, self.words = Path(run_dir) / "metrics.jsonl", f'"step": {step},'
+
+    def __call__(self) -> bool:
+        return self.rows.exists() and self.words in self.rows.read_text()
 
 
 @pytest.fixture
@@ -270,8 +285,8 @@ class StopInEvaluation:
     signal = "SIGTERM"
 
     def __init__(self, monkeypatch):
-        self.on, real = False, train.Run._evaluate
-        monkeypatch.setattr(train.Run, "_evaluate", lambda run: (setattr(self, "on", True), real(run)))
+        self.on, real = False, train.evaluate
+        monkeypatch.setattr(train, "evaluate", lambda run: (setattr(self, "on", True), real(run))[1])
 
     def __call__(self) -> bool:
         return self.on
@@ -499,7 +514,9 @@ def test_a_profiler_trace_of_chosen_steps_is_written(settings):
 
 
 @pytest.mark.parametrize("words, message", [
-    (["train.tokens_per_step=100"], "near it: 96 or 112"),
+    (["train.tokens_per_step=100"], "train.tokens_per_step = 100 does not divide .* 16 x 1; near it: 96 or 112"),
+    (["train.tokens_per_step=10"], "near it: 16$"),
+    (["optim.decay_steps=2"], "optim.warmup_steps = 2 leaves no step before decay ends at 2"),
     (["train.device=cuda"], "no CUDA device"),
     (["data.val_fraction=0.0005"], "val"),
     (["data.val_fraction=0"], "data.val_source"),
@@ -513,3 +530,66 @@ def test_bad_settings_are_refused_before_the_run_folder_exists(settings, words, 
     with pytest.raises(UserError, match=message):
         run(settings, "refused", *words)
     assert not Path("refused").exists()
+
+
+@pytest.mark.parametrize("damage, problem", [
+    (lambda text: "", r"lacks \[model\], \[data\], \[optim\], \[train\]"),
+    (lambda text: text[:text.index("[train]")], r"lacks \[train\]"),
+    (lambda text: text[:text.index("[train]") - 3], "not valid TOML"),
+    (lambda text: "\0" * len(text), "not valid TOML"),
+], ids=["empty", "cut", "torn", "zeroed"])
+def test_a_damaged_config_in_a_run_with_checkpoints_is_named_and_kept(settings, damage, problem):
+    run_dir = run(settings, "damaged", "train.max_steps=4")
+    config = run_dir / "config.toml"
+    whole = config.read_text()
+    config.write_text(damage(whole))
+    for use in (lambda: run(settings, "damaged"), lambda: run(settings, "tuned", "train.init_from=damaged"),
+                lambda: run(settings, "forked", "train.fork_from=damaged"), lambda: read_run(run_dir, print)):
+        with pytest.raises(ConfigError, match=f"config file '.*damaged/config.toml' .*{problem}"):
+            use()
+    assert config.read_text() == damage(whole)
+    config.write_text(whole)  # the way out
+    run(settings, "damaged")
+    assert checkpoint.load_state(run_dir / "checkpoints" / "step_00000012")["step"] == 12
+
+
+def test_a_resumed_run_may_end_before_its_warmup(settings):
+    """What was saved at the first start decides, not this start's max_steps."""
+    words = [word for word in settings if not word.endswith(".toml")]
+    Path("no_decay.toml").write_text(CONFIG.replace("decay_steps = 12", "").replace("warmup_steps = 2",
+                                                                                    "warmup_steps = 10"))
+    run(["no_decay.toml", *words], "short", "train.max_steps=12", stop=StopAtStep("short", 4))
+    run(["no_decay.toml", *words], "short", "train.max_steps=8")
+    whole = run(["no_decay.toml", *words], "whole", "train.max_steps=12")
+    assert losses(Path("short")) == losses(whole)[:8]
+    with pytest.raises(ConfigError, match="optim.warmup_steps = 10 leaves no step before decay ends at 8"):
+        run(["no_decay.toml", *words], "fresh", "train.max_steps=8")
+
+
+def test_a_loss_scale_at_its_floor_is_resumed_and_a_fork_to_float16_begins_anew(settings, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(LossScale, "for_dtype", lambda dtype: LossScale(scale=1.0, dynamic=dtype == torch.float16))
+        run_dir = run(settings, "half", "train.dtype=float16", stop=StopAtStep("half", 4))
+    run(settings, "half", "train.dtype=float16", "train.max_steps=6")
+    assert checkpoint.load_state(run_dir / "checkpoints" / "step_00000006")["loss_scale"] == [1.0, 6]
+    run(settings, "single", "train.max_steps=4")
+    forked = run(settings, "forked", "train.fork_from=single", "train.dtype=float16", "train.max_steps=6")
+    assert checkpoint.load_state(forked / "checkpoints" / "step_00000006")["loss_scale"] == [65536.0, 2]
+
+
+def test_the_log_shows_the_mean_loss_since_the_last_line_and_the_rows_each_steps_own(settings):
+    every = losses(run(settings, "every"))
+    run_dir = run(settings, "some", "train.log_every=4")
+    lines = [line for line in (run_dir / "log.txt").read_text().splitlines() if " | lr " in line]
+    printed = [float(re.search(r"loss (\S+)", line)[1]) for line in lines]
+    means = [np.mean([loss for step, loss, _ in every if first < step <= last])
+             for first, last in ((0, 1), (1, 4), (4, 8), (8, 12))]
+    assert printed == pytest.approx(means, abs=6e-5)
+    assert losses(run_dir) == [row for row in every if row[0] in (1, 4, 8, 12)]
+
+
+def test_mfu_is_unknown_where_tiles_between_documents_are_skipped(settings, monkeypatch):
+    monkeypatch.setattr(metrics, "peak_flops", lambda name, dtype: 1e12)
+    known = rows(run(settings, "plain", "train.max_steps=2"))
+    masked = rows(run(settings, "masked", "train.max_steps=2", "data.document_mask=true"))
+    assert all(row["mfu"] > 0 for row in known) and all(row["mfu"] is None for row in masked)
