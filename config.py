@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import json
 import math
+import operator
 import os
 import re
 import sys
@@ -302,14 +303,15 @@ def _override_table(word: str) -> dict:
     name, _, text = word.partition("=")
     section, dot, key = name.lstrip("-").partition(".")
     if not dot or not key:
-        sections = [s.name for s in fields(Config) if key_exists(s.name, name)]
-        hint = f"write {sections[0]}.{name.lstrip('-')}={text}" if sections else "write section.key=value"
+        found = [s for s, kind in typing.get_type_hints(Config).items() if name.lstrip("-") in _names(kind)]
+        hint = f"write {found[0]}.{name.lstrip('-')}={text}" if found else "write section.key=value"
         raise ConfigError(f"override {word!r} names no section; {hint}")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text  # an unquoted string, such as data.source=book.txt
-    if not isinstance(value, str | bool | list | dict) and _is_text(section, key):
+    kind = typing.get_type_hints(typing.get_type_hints(Config).get(section, Config)).get(key)
+    if not isinstance(value, str | bool | list | dict) and kind in (str, str | None):
         value = text  # train.out_dir=2024 is a string too
     *tables, key = key.split(".")
     for name in reversed(tables):  # model.rope_scaling.factor=2
@@ -317,13 +319,8 @@ def _override_table(word: str) -> dict:
     return {section: {key: value}}
 
 
-def _is_text(section: str, key: str) -> bool:
-    kind = typing.get_type_hints(typing.get_type_hints(Config).get(section, Config)).get(key)
-    return kind in (str, str | None)
-
-
-def key_exists(section: str, key: str) -> bool:
-    return key.lstrip("-") in {f.name for f in fields(typing.get_type_hints(Config)[section])}
+def _names(section: object) -> list[str]:
+    return [f.name for f in fields(section)]
 
 
 def apply_table(config: Config, table: dict) -> Config:
@@ -338,15 +335,14 @@ def apply_table(config: Config, table: dict) -> Config:
 
 
 def _apply_values(current, path: str, values: dict):
-    hints = typing.get_type_hints(type(current))
-    knobs = {f.name: f for f in fields(current)}
+    hints, limits = typing.get_type_hints(type(current)), {f.name: f.metadata for f in fields(current)}
     changes = {}
     for key, value in values.items():
         name = f"{path}.{key}"
-        if key not in knobs:
-            raise ConfigError(f"{name} is not a knob{_did_you_mean(key, list(knobs))}")
+        if key not in limits:
+            raise ConfigError(f"{name} is not a knob{_did_you_mean(key, list(limits))}")
         changes[key] = _convert(name, hints[key], value, getattr(current, key))
-        _check_range(name, changes[key], knobs[key].metadata)
+        _check_range(name, changes[key], limits[key])
     return replace(current, **changes)
 
 
@@ -407,12 +403,10 @@ def _check_range(name: str, value: object, limits: typing.Mapping) -> None:
         raise ConfigError(f"{name} = {value} should be finite")
     if limits["choices"] and value not in limits["choices"]:
         raise ConfigError(f"{name} = {value!r} should be one of {', '.join(limits['choices'])}")
-    if limits["minimum"] is not None and value is not None and value < limits["minimum"]:
-        raise ConfigError(f"{name} = {value} should be at least {limits['minimum']}")
-    if limits["maximum"] is not None and value is not None and value > limits["maximum"]:
-        raise ConfigError(f"{name} = {value} should be at most {limits['maximum']}")
-    if limits["above"] is not None and value is not None and value <= limits["above"]:
-        raise ConfigError(f"{name} = {value} should be above {limits['above']}")
+    for limit, words, is_outside in (("minimum", "at least", operator.lt), ("maximum", "at most", operator.gt),
+                                     ("above", "above", operator.le)):
+        if limits[limit] is not None and value is not None and is_outside(value, limits[limit]):
+            raise ConfigError(f"{name} = {value} should be {words} {limits[limit]}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -501,13 +495,9 @@ def near_multiples(value: int, factor: int) -> str:
 def to_toml(config: Config) -> str:
     """The whole config as TOML; a knob that is left out stays left out."""
     lines = []
-    for section in fields(config):
-        lines.append(f"[{section.name}]")
-        values = getattr(config, section.name)
-        for f in fields(values):
-            if getattr(values, f.name) is not None:
-                lines.append(f"{f.name} = {_toml_value(getattr(values, f.name))}")
-        lines.append("")
+    for section in _names(config):
+        known = {name: value for name, value in vars(getattr(config, section)).items() if value is not None}
+        lines += [f"[{section}]", *(f"{name} = {_toml_value(value)}" for name, value in known.items()), ""]
     return "\n".join(lines)
 
 
@@ -521,14 +511,10 @@ def _toml_value(value: object) -> str:
     return repr(value).lower() if isinstance(value, bool) else repr(value)
 
 
-def differences(ours: object, theirs: object, prefix: str, ignore: tuple[str, ...] = ()) -> list[str]:
+def differences(ours: object, theirs: object, prefix: str) -> list[str]:
     """Lines 'section.key: theirs -> ours' for each knob in which two sections differ."""
-    lines = []
-    for f in fields(ours):
-        mine, other = getattr(ours, f.name), getattr(theirs, f.name)
-        if f.name not in ignore and mine != other:
-            lines.append(f"{prefix}.{f.name}: {other} -> {mine}")
-    return lines
+    return [f"{prefix}.{name}: {getattr(theirs, name)} -> {getattr(ours, name)}" for name in _names(ours)
+            if getattr(ours, name) != getattr(theirs, name)]
 
 
 def help_text() -> str:

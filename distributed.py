@@ -40,13 +40,11 @@ class World:
 def read_world() -> World:
     """The World of torchrun's RANK, LOCAL_RANK, WORLD_SIZE, ... Raises ConfigError if only some are there."""
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    there = [name for name in names if name in os.environ]
-    if "RANK" not in there and "WORLD_SIZE" not in there:
+    if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
         return World()
-    missing = [name for name in names if name not in there]
-    if missing:
-        raise ConfigError(f"the environment sets {', '.join(there)} but not {', '.join(missing)}; start with torchrun, "
-                          "or unset them for a single process")
+    if missing := [name for name in names if name not in os.environ]:
+        raise ConfigError(f"the environment sets {', '.join(name for name in names if name not in missing)} but not "
+                          f"{', '.join(missing)}; start with torchrun, or unset them for a single process")
     try:
         size = int(os.environ["WORLD_SIZE"])
         return World(int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), size,
@@ -129,9 +127,8 @@ def computes_bfloat16(device: torch.device) -> bool:
     """Whether bfloat16 matmuls run on the device's own instructions (sm_80, AVX512_BF16), not emulated."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type == "cpu" and platform.machine() in ("x86_64", "AMD64"):
-        return bool(torch.cpu._is_avx512_bf16_supported())
-    return False
+    return device.type == "cpu" and platform.machine() in ("x86_64", "AMD64") and bool(
+        torch.cpu._is_avx512_bf16_supported())
 
 
 def choose_compile(wanted: str, device: torch.device) -> tuple[bool, str]:
@@ -186,7 +183,8 @@ def process_group(world: World, device: torch.device, timeout_s: float) -> Itera
 
 
 def wrap(model: nn.Module, device: torch.device, world: World) -> nn.Module:
-    """model in DistributedDataParallel, which averages gradients over ranks; model itself for a single process."""
+    """model in DistributedDataParallel, which gives every rank the weights of rank 0 and averages gradients over ranks;
+    model itself for a single process."""
     if world.size == 1:
         return model
     from torch.nn.parallel import DistributedDataParallel
@@ -197,14 +195,6 @@ def wrap(model: nn.Module, device: torch.device, world: World) -> nn.Module:
 def gradient_sync(model: nn.Module, sync: bool):
     """Context of one forward and backward: gradients are averaged over ranks in it only if sync."""
     return contextlib.nullcontext() if sync or not hasattr(model, "no_sync") else model.no_sync()
-
-
-def copy_from_rank_0(model: nn.Module, world: World) -> None:
-    """Parameters and buffers of every rank become those of rank 0, which alone read them."""
-    if world.size > 1:
-        with naming_lost_rank(), torch.no_grad():
-            for tensor in model.state_dict().values():
-                dist.broadcast(tensor, src=0)
 
 
 def sum_over_ranks(tensor: Tensor, world: World) -> Tensor:

@@ -275,10 +275,7 @@ def build(start: Start, config: Config, parent: Parent | None, machine: Machine,
         tensors = _starting_weights(start, config, parent, world)
         if tensors:
             checkpoint.load_into(model, tensors, start.path)
-    model = model.to(machine.device)
-    if isinstance(start, Init):
-        distributed.copy_from_rank_0(model, world)
-    with distributed.raise_on_all_ranks(world):
+        model = model.to(machine.device)
         if config.lora.rank:
             if world.is_main and not isinstance(start, Resume):
                 progress.base_sha256 = save_base(Path(config.train.out_dir), tensors)
@@ -293,7 +290,7 @@ def build(start: Start, config: Config, parent: Parent | None, machine: Machine,
 
 def _starting_weights(start: Start, config: Config, parent: Parent | None, world: World) -> dict[str, Tensor]:
     """The tensors that the model starts with, for adapters their base; none for fresh weights. Those of init_from are
-    read by rank 0 alone."""
+    read by rank 0 alone, which gives them to the others (distributed.wrap)."""
     if isinstance(start, Fresh) or (isinstance(start, Init) and not world.is_main):
         return {}
     if isinstance(start, Init):

@@ -410,15 +410,12 @@ def _first_lines(run: Training, kernels_line: str) -> list[str]:
 
 
 def _git_commit() -> str:
-    git = ["git", "-C", str(Path(__file__).parent)]
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+changes", "--exclude=*"]
     try:
-        commit, dirty = (subprocess.run([*git, *words], capture_output=True, text=True, timeout=10)
-                         for words in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain", "-uno")))
+        described = subprocess.run(git, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return "(no git)"
-    if commit.returncode:
-        return "(not a git checkout)"
-    return commit.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")
+    return described.stdout.strip() or "(not a git checkout)"
 
 
 @contextlib.contextmanager

@@ -297,8 +297,8 @@ def test_the_round_trip_above_covers_every_knob():
 
 def test_differences_name_knob_old_and_new_value():
     ours, theirs = ModelConfig(n_layer=2, dropout=0.5, window=9), ModelConfig()
-    assert config.differences(ours, theirs, "model", ignore=("dropout",)) == [
-        "model.n_layer: 12 -> 2", "model.window: None -> 9"]
+    assert config.differences(ours, theirs, "model") == [
+        "model.n_layer: 12 -> 2", "model.dropout: 0.0 -> 0.5", "model.window: None -> 9"]
     assert config.differences(theirs, theirs, "model") == []
 
 

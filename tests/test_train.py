@@ -535,7 +535,7 @@ def test_bad_settings_are_refused_before_the_run_folder_exists(settings, words, 
 @pytest.mark.parametrize("damage, problem", [
     (lambda text: "", r"lacks \[model\], \[data\], \[optim\], \[train\]"),
     (lambda text: text[:text.index("[train]")], r"lacks \[train\]"),
-    (lambda text: text[:text.index("[train]") - 3], "not valid TOML"),
+    (lambda text: text[:text.index('"') + 3], "not valid TOML"),
     (lambda text: "\0" * len(text), "not valid TOML"),
 ], ids=["empty", "cut", "torn", "zeroed"])
 def test_a_damaged_config_in_a_run_with_checkpoints_is_named_and_kept(settings, damage, problem):
