@@ -42,9 +42,30 @@ def test_every_file_that_readme_names_exists():
     assert names - {"config.toml", "log.txt"} == set()
 
 
-def test_every_file_at_the_top_is_in_readmes_table():
+def test_every_file_at_the_top_is_in_readme():
     for path in ROOT.glob("*.py"):
         assert f"`{path.name}`" in README, path.name
+
+
+READING_PATH = {name: int(lines) for name, lines in re.findall(r"^\| `([\w/]+\.py)` \| ([\d,]+) \|", README, re.MULTILINE)}
+
+
+def test_the_files_to_read_are_as_long_as_readme_says_and_fit_an_afternoon():
+    counted = {name: len((ROOT / name).read_text(encoding="utf-8").splitlines()) for name in READING_PATH}
+    assert len(READING_PATH) == 12
+    wrong = {name: lines for name, lines in counted.items() if abs(READING_PATH[name] - lines) > lines / 10}
+    assert wrong == {}, "README is off by more than 10 %"
+    assert sum(counted.values()) <= 3200
+
+
+def test_readme_is_short():
+    prose = re.sub(r"^```.*?^```|^\|.*?$", "", README, flags=re.DOTALL | re.MULTILINE)
+    assert len(prose.split()) <= 700
+
+
+def test_every_document_and_picture_that_readme_links_to_is_there():
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        assert (ROOT / target).is_file(), target
 
 
 def test_every_knob_that_readme_names_exists():

@@ -73,6 +73,15 @@ def test_two_ranks_give_the_losses_of_one_and_resume_to_the_same_bits(settings):
     np.testing.assert_allclose([row[1] for row in losses(mixed)], [row[1] for row in losses(alone)], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("words", [[], ["lora.rank=2"]], ids=["all-weights", "adapters"])
+def test_two_ranks_start_from_the_weights_that_rank_0_alone_reads(settings, words):
+    run(settings, "parent", "train.max_steps=3")
+    words = ["train.init_from=parent", "train.max_steps=6", *words]
+    alone, ranks = run(settings, "alone", *words), two_ranks(settings, "ranks", *words)
+    assert losses(alone)[0][1] < 5.4  # not that of new weights, 5.55
+    np.testing.assert_allclose([row[1] for row in losses(ranks)], [row[1] for row in losses(alone)], rtol=0, atol=1e-5)
+
+
 NAN_ON_RANK_1 = """
 import math, sys, torch
 sys.path.insert(0, {checkout!r})

@@ -1,0 +1,70 @@
+"""finetune/runs.py and start.py: a run is read once, and only what is needed of it is read and verified."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import convert
+import files
+import start as starting
+from checkpoint import CheckpointError
+from config import load_config
+from distributed import World
+from finetune.runs import read_run
+from tests.test_train import run, settings  # noqa: F401
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def test_what_is_read_is_verified_and_the_moments_are_left_alone(settings, monkeypatch):  # noqa: F811
+    step = run(settings, "run", "train.max_steps=4", "train.keep=1") / "checkpoints" / "step_00000004"
+    hashed, sha256 = [], files.sha256
+    monkeypatch.setattr(files, "sha256", lambda path, *rest: (hashed.append(path.name), sha256(path, *rest))[1])
+    saved = read_run("run", pytest.fail)
+    assert saved.checkpoint == step and sorted(hashed) == ["model.safetensors", "state.json"]
+    assert saved.model == load_config(Path("run/config.toml")).model
+    flip(step / "optimizer.safetensors")
+    read_run("run", pytest.fail)
+    with pytest.raises(CheckpointError, match="optimizer.safetensors does not have the sha256"):  # a fork reads it
+        run(settings, "forked", f"train.fork_from={step}")
+    flip(step / "model.safetensors")
+    with pytest.raises(CheckpointError, match="no valid checkpoint"):
+        read_run("run", lambda line: None)
+
+
+def test_a_hugging_face_parent_is_read_once_and_by_rank_0_alone(settings, monkeypatch):  # noqa: F811
+    convert.to_hf(run(settings, "parent", "train.max_steps=2"), Path("hf"))
+    reads, weights = [], convert.HuggingFaceModel.weights
+    monkeypatch.setattr(convert.HuggingFaceModel, "weights", lambda hf: (reads.append(hf.dir), weights(hf))[1])
+    config = load_config(run(settings, "tuned", "train.init_from=hf", "train.max_steps=3") / "config.toml")
+    assert reads == [Path("hf")]
+    parent = starting.read_parent(config)
+    assert reads == [Path("hf")]
+    others = starting._starting_weights(starting.Init("hf"), config, parent, World(rank=1, size=2))
+    assert others == {} and reads == [Path("hf")]
+    run(settings, "tuned", "train.init_from=hf", "train.max_steps=4")  # its own checkpoint by now
+    assert reads == [Path("hf")]
+
+
+def test_a_folder_of_shards_is_no_run(settings):  # noqa: F811
+    run(settings, "run", "train.max_steps=1")
+    with pytest.raises(CheckpointError, match="is not a run folder"):
+        read_run(next(Path("shards").iterdir()), pytest.fail)
+
+
+def test_weights_of_adapters_are_the_base_with_their_product(settings):  # noqa: F811
+    run(settings, "base", "train.max_steps=1")
+    run(settings, "tuned", "train.init_from=base", "lora.rank=2", "lora.alpha=6", "train.max_steps=3")
+    merged, base = read_run("tuned", pytest.fail).weights(), read_run("base", pytest.fail).weights()
+    adapters = checkpoint.load_tensors(Path("tuned/checkpoints/step_00000003"), "adapter_model")
+    stem = "base_model.model.transformer.h.0.mlp.c_fc"
+    product = adapters[f"{stem}.lora_B.weight"].double() @ adapters[f"{stem}.lora_A.weight"].double()
+    expected = base["blocks.0.mlp.fc.weight"].double() + 6 / 2 * product
+    torch.testing.assert_close(merged["blocks.0.mlp.fc.weight"].double(), expected, rtol=0, atol=1e-7)
+    assert product.abs().max() > 1e-4 and torch.equal(merged["wte.weight"], base["wte.weight"])
