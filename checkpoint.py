@@ -9,16 +9,14 @@ executes code. What the files mean is the business of those who save them (train
 """
 
 import errno
-import fcntl
 import json
 import math
 import os
 import re
 import shutil
-import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -27,7 +25,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import files
-from cli import note as print_note
 from config import MachineError, UserError
 
 FORMAT = 1
@@ -398,36 +395,16 @@ def _misfits(targets: dict[str, Tensor], tensors: dict[str, Tensor]) -> list[str
 
 @contextmanager
 def run_lock(run_dir: Path) -> Iterator[None]:
-    """Holds RUN/.lock while a run writes to its folder, so that a second run there is refused.
-
-    The lock is flock's: the system drops it when the process ends, however it ends. Raises CheckpointError if another
-    process holds it or the folder cannot be written.
-    """
-    try:
-        Path(run_dir).mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(Path(run_dir) / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise CheckpointError(f"run folder {str(run_dir)!r} cannot be written: {error.strerror}; choose another "
-                              "train.out_dir") from None
-    try:
-        _lock(descriptor, run_dir)
-        with suppress(OSError):  # a full disk: who holds the lock is only a hint for the next one
-            os.ftruncate(descriptor, 0)
-            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+    """Holds RUN/.lock while a run writes to its folder, so that a second run there is refused. Raises CheckpointError,
+    also if the folder cannot be written."""
+    with ExitStack() as stack:
+        try:
+            Path(run_dir).mkdir(parents=True, exist_ok=True)
+            stack.enter_context(files.locked(Path(run_dir) / ".lock"))
+        except files.Locked as holder:
+            raise CheckpointError(f"run folder {str(run_dir)!r} is in use by {holder}; stop that run or choose another "
+                                  "train.out_dir") from None
+        except OSError as error:
+            raise CheckpointError(f"run folder {str(run_dir)!r} cannot be written: {error.strerror}; choose another "
+                                  "train.out_dir") from None
         yield
-    finally:
-        os.close(descriptor)
-
-
-def _lock(descriptor: int, run_dir: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.read(descriptor, 200).decode(errors="replace") or "another process"
-        raise CheckpointError(f"run folder {str(run_dir)!r} is in use by {holder}; stop that run or choose another "
-                              "train.out_dir") from None
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
-            raise
-        print_note(f"warning: the file system of {str(run_dir)!r} has no locks ({error.strerror}): make sure that no "
-                   "second run writes there")

@@ -6,12 +6,15 @@ All raise OSError.
 """
 
 import errno
+import fcntl
 import hashlib
 import os
 import shutil
+import socket
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from config import MachineError
@@ -90,3 +93,31 @@ def disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise MachineError(f"writing {str(path)!r} failed: {error.strerror or error}") from error
+
+
+class Locked(Exception):
+    """Another process holds a lock; its text says which."""
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds a lock on a file, made if it is not there, for the time of the block. The lock is flock's: the system drops
+    it when the process ends, however it ends. Raises Locked if another process holds it, OSError if it cannot be made.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Locked(os.read(descriptor, 200).decode(errors="replace") or "another process") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                raise
+            print(f"warning: the file system of {str(path)!r} has no locks ({error.strerror}): make sure that no other "
+                  "process writes there", file=sys.stderr, flush=True)
+        with suppress(OSError):  # a full disk: who holds the lock is only a hint for the next one
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        yield
+    finally:
+        os.close(descriptor)

@@ -12,7 +12,6 @@ import os
 import re
 import secrets
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -26,12 +25,10 @@ from curves import ROW_FIELDS, human_count, parse_row
 # ----------------------------------------------------------------------------------------------------------------------
 # Speed and memory
 
-# TFLOP/s without sparsity: bfloat16 and float16 on tensor (AMD: matrix) cores with float32 accumulation, which is what
-# torch's matmuls use, and float32 without TF32. None: the device has no such cores, or its maker states no figure that
-# we know. Keys are matched whole against the name torch reports, because a prefix would guess: a 4090 Laptop is no
-# 4090, an H100 PCIe no H100 SXM, and a MIG slice is a fraction of its card.
-# Source: NVIDIA's data sheet of each data-centre card (figures "with sparsity" halved); for GeForce and RTX cards
-# appendix A of the GA102, Ada and RTX Blackwell architecture white papers; AMD's CDNA data sheets.
+# TFLOP/s without sparsity: bfloat16 and float16 on tensor (AMD: matrix) cores with float32 accumulation, and float32
+# without TF32. None: no such cores, or no figure that we know. Keys are matched whole, because a prefix would guess: a
+# 4090 Laptop is no 4090, and a MIG slice is a fraction of its card. Source: NVIDIA's data sheets (figures "with
+# sparsity" halved); appendix A of the GA102, Ada and RTX Blackwell white papers; AMD's CDNA data sheets.
 PEAK_TFLOPS: dict[str, tuple[float | None, float | None, float | None]] = {
     # device name, without NVIDIA or Tesla               bfloat16 float16 float32
     r"V100-PCIE-(16|32)GB":                              (None, 112.0, 14.0),
@@ -85,10 +82,7 @@ def mfu(tokens_per_second: float, flops_per_token: float, peak: float | None, wo
 
 
 def peak_memory_bytes(device) -> int | None:
-    """Most memory held at once so far: on CUDA by torch's tensors, on the CPU by the process; None if not known.
-
-    device is a torch.device or its name.
-    """
+    """Most memory held at once so far: on CUDA by torch's tensors, on the CPU by the process; None if not known."""
     kind = str(device).partition(":")[0]
     if kind == "cuda":
         import torch
@@ -100,27 +94,6 @@ def peak_memory_bytes(device) -> int | None:
         import resource
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts bytes
     return None
-
-
-class StepClock:
-    """Seconds of training since the last train row; what runs inside `paused()` (evaluation, saves) is left out."""
-
-    def __init__(self) -> None:
-        self._started = time.perf_counter()
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        paused_at = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._started += time.perf_counter() - paused_at
-
-    def take(self) -> float:
-        """The seconds since the last take(), or since the clock was made, without pauses; starts again from zero."""
-        now = time.perf_counter()
-        seconds, self._started = now - self._started, now
-        return seconds
 
 
 @contextmanager

@@ -27,29 +27,19 @@ class Linear(nn.Linear):
         return kernels.linear(x, self.weight, self.bias)
 
 
-class LayerNorm(nn.Module):
-    def __init__(self, dim: int, config: ModelConfig):
+class Norm(nn.Module):
+    """LayerNorm or RMSNorm over the last dim."""
+
+    def __init__(self, dim: int, config: ModelConfig, kind: str | None = None):
         super().__init__()
-        self.eps = config.norm_eps
+        self.kind, self.eps = kind or config.norm, config.norm_eps
         self.weight = nn.Parameter(torch.ones(dim))
-        self.bias = nn.Parameter(torch.zeros(dim)) if config.bias else None
+        self.bias = nn.Parameter(torch.zeros(dim)) if config.bias and self.kind == "layernorm" else None
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "rmsnorm":
+            return kernels.rms_norm(x, self.weight, eps=self.eps)
         return kernels.layer_norm(x, self.weight, self.bias, eps=self.eps)
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, dim: int, config: ModelConfig):
-        super().__init__()
-        self.eps = config.norm_eps
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return kernels.rms_norm(x, self.weight, eps=self.eps)
-
-
-def make_norm(config: ModelConfig) -> nn.Module:
-    return (LayerNorm if config.norm == "layernorm" else RMSNorm)(config.n_embd, config)
 
 
 class KVCache:
@@ -84,8 +74,8 @@ class Attention(nn.Module):
         self.H, self.Hkv, self.D = config.n_head, config.kv_heads, config.dim_per_head
         self.qkv = Linear(config.n_embd, (self.H + 2 * self.Hkv) * self.D, bias=config.has_qkv_bias)
         self.proj = Linear(self.H * self.D, config.n_embd, bias=config.bias)
-        self.q_norm = RMSNorm(self.D, config) if config.qk_norm else None
-        self.k_norm = RMSNorm(self.D, config) if config.qk_norm else None
+        self.q_norm = Norm(self.D, config, "rmsnorm") if config.qk_norm else None
+        self.k_norm = Norm(self.D, config, "rmsnorm") if config.qk_norm else None
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, first_key: Tensor | None,
                 cache: KVCache | None, layer: int) -> Tensor:
@@ -128,9 +118,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.attn_norm = make_norm(config)
+        self.attn_norm = Norm(config.n_embd, config)
         self.attn = Attention(config)
-        self.mlp_norm = make_norm(config)
+        self.mlp_norm = Norm(config.n_embd, config)
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -153,7 +143,7 @@ class GPT(nn.Module):
         self.wpe = _embedding(config.max_seq_len, config.n_embd) if config.position == "learned" else None
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.final_norm = make_norm(config)
+        self.final_norm = Norm(config.n_embd, config)
         self.lm_head = None if config.tie_embeddings else Linear(config.n_embd, self.wte.num_embeddings, bias=False)
         if config.position == "rope":
             cos, sin = rope_table(config)
@@ -231,10 +221,9 @@ class GPT(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 (..., vocab_size) of hidden (..., C)."""
-        tied = self.lm_head is None
+        tied, cap = self.lm_head is None, self.config.logit_softcap
         logits = F.linear(hidden, self.wte.weight.to(hidden.dtype)) if tied else self.lm_head(hidden)
         logits = logits[..., :self.config.vocab_size].float()
-        cap = self.config.logit_softcap
         return logits if cap == 0.0 else cap * torch.tanh(logits / cap)
 
     def _positions_and_first_keys(self, B: int, T: int, document_ids: Tensor | None, cache: KVCache | None,

@@ -19,14 +19,14 @@ import config as configuration
 import distributed
 import kernels
 from checkpoint import CheckpointError
-from config import Config, ConfigError, MachineError, ModelConfig
+from config import Config, ConfigError, MachineError
 from convert import HuggingFaceModel, read_hf
 from data.chat import DEFAULT_TEMPLATE, read_template
 from data.shards import Dataset
-from data.tokenizer import TOKENIZER_FILE, Tokenizer
+from data.tokenizer import Tokenizer
 from distributed import Machine, World
 from finetune import lora
-from finetune.runs import SavedRun, load_base, read_folder, save_base, weights_of
+from finetune.runs import ADAPTER, SavedRun, load_base, read_folder, save_base, take_over, weights_of
 from kernels import self_check
 from model import GPT, padded_vocab_size
 from optim import LossScale, Optimizer
@@ -184,44 +184,19 @@ def read_parent(config: Config) -> Parent | None:
 
 
 def inherit(config: Config, given: set[str], parent: Parent | None, world: World) -> Config:
-    """config with the parent's [model] and tokenizer, a fork also with its [lora], and with decay_steps, which is
-    written at the first start so that raising max_steps later changes no step's learning rate. Raises ConfigError."""
-    if parent is not None:
-        data = config.data
-        if data.tokenizer is None and (parent.dir / TOKENIZER_FILE).exists():
-            data = replace(data, tokenizer=str(parent.dir / TOKENIZER_FILE))  # the file: a run may be called gpt2
-        config = replace(config, model=_inherited_model(config, given, parent.model), data=data)
-        if config.train.fork_from is not None:  # whose moments are those of its adapters
-            changes = [line for line in configuration.differences(config.lora, parent.config.lora, "lora")
-                       if line.partition(":")[0] in given]
-            if changes:
-                raise ConfigError(f"train.fork_from takes the moments of {config.train.fork_from!r} and with them its "
-                                  f"adapters: [lora] cannot change ({'; '.join(changes)}); leave it out, or use "
-                                  "train.init_from")
-            config = replace(config, lora=parent.config.lora)
+    """config with what the parent supplies, and with decay_steps, which is written at the first start so that raising
+    max_steps later changes no step's learning rate. Raises ConfigError, also if the batch does not divide."""
+    config = config if parent is None else take_over(config, given, parent)
     optim, tokens, share = config.optim, config.train.tokens_per_step, config.model.max_seq_len * world.size
     if optim.decay_steps is None:
         saved = configuration.load_run_config(Path(config.train.out_dir)).optim if has_checkpoint(config) else optim
         config = replace(config, optim=replace(optim, decay_steps=saved.decay_steps or config.train.max_steps))
     configuration.check(config)
     if tokens % share:
+        near = [str(n) for n in (tokens // share * share, tokens // share * share + share) if n > 0]
         raise ConfigError(f"train.tokens_per_step = {tokens} does not divide by model.max_seq_len x ranks = "
-                          f"{config.model.max_seq_len} x {world.size}; near it: "
-                          f"{configuration.near_multiples(tokens, share)}")
+                          f"{config.model.max_seq_len} x {world.size}; near it: {' or '.join(near)}")
     return config
-
-
-def _inherited_model(config: Config, given: set[str], parent: ModelConfig) -> ModelConfig:
-    """The parent's [model]; beside it only dropout and a smaller max_seq_len may be given."""
-    model = parent
-    for key in sorted(name.removeprefix("model.") for name in given if name.startswith("model.")):
-        value, theirs = getattr(config.model, key), getattr(parent, key)
-        if key == "dropout" or (key == "max_seq_len" and value <= theirs):
-            model = replace(model, **{key: value})
-        elif value != theirs:
-            raise ConfigError(f"model.{key} = {value} but the run it starts from has {theirs}; of [model] only dropout "
-                              "and a smaller max_seq_len may be given beside init_from and fork_from")
-    return model
 
 
 def chat_template_for(config: Config, parent: Parent | None) -> str:
@@ -308,7 +283,7 @@ def _go_on(start: Fork | Resume, config: Config, parent: Parent | None, model: G
     try:
         what = "keep [lora] as it was"
         if config.lora.rank:
-            lora.load_adapters(model, checkpoint.load_tensors(path, "adapter_model"))
+            lora.load_adapters(model, checkpoint.load_tensors(path, ADAPTER))
         what = "keep optim.name as it was"
         moments = _cut_positions(checkpoint.load_tensors(path, "optimizer"), config)
         optimizer.load_state_tensors(moments, state["updates"])

@@ -17,6 +17,7 @@ import platform
 import signal
 import statistics
 import subprocess
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,7 +129,7 @@ class Training:
 def loop(run: Training) -> None:
     """Steps until max_steps or a stop signal, each followed by what is due after it. Every rank does the same."""
     config, train, progress, world, log = run.config, run.config.train, run.progress, run.world, run.log
-    clock, losses, steps_since_line, save_failed = metrics.StepClock(), [], 0, False
+    losses, steps_since_line, save_failed = [], 0, False
     # Frozen weights have no gradient to compute, and tiles between documents are skipped: the count would be too high.
     is_examples = run.val_data.stream.row_tokens is not None
     counts_flops = not (config.lora.rank or config.data.document_mask or is_examples)
@@ -155,6 +156,7 @@ def loop(run: Training) -> None:
 
     if progress.val_due and evaluate(run):  # the evaluation that a stop signal cut short before this start
         save_failed = not save(run)
+    started = time.perf_counter()
     with contextlib.closing(run.train_data.batches(progress.step, train.max_steps)) as batches:
         for micro_batches in batches:
             # 1. Batch and step.
@@ -172,7 +174,8 @@ def loop(run: Training) -> None:
             steps_since_line += 1
             losses += [] if result.skipped else [result.loss]
             if due(train.log_every) or result.skipped or progress.step == 1:
-                seconds = clock.take()
+                now = time.perf_counter()
+                seconds, started = now - started, now
                 rate = steps_since_line * train.tokens_per_step / seconds
                 row = {"step": progress.step, "tokens": progress.step * train.tokens_per_step,
                        "loss": None if result.skipped else result.loss, "lr": lr,
@@ -192,24 +195,25 @@ def loop(run: Training) -> None:
 
             # 3. Stop?
             stopping = stop_asked_for()
-            with clock.paused():
-                # 4. Evaluate.
-                progress.val_loss, progress.val_due = None, due(train.eval_every)
-                if progress.val_due and not stopping:
-                    evaluate(run)
-                # 5. Sample: a text from nothing; none after examples, which are about answers.
-                if due(train.sample_every) and not stopping and world.is_main and not is_examples:
-                    try:
-                        text = sample.sample_text(run.model, run.tokenizer, "", max_new_tokens=SAMPLE_TOKENS,
-                                                  temperature=0.8, top_k=200, seed=train.seed)
-                    except sample.SampleError as error:  # logits that are not finite: the run itself may recover
-                        text = f"(none: {error})"
-                    log.note(f"--- sample at step {progress.step}\n{text}\n---")
-                # 6. Save, at once if a signal came meanwhile.
-                if due(train.eval_every) or due(train.sample_every):
-                    stopping = stopping or stop_asked_for()
-                if due(train.save_every) or stopping:
-                    save_failed = not save(run)
+            paused = time.perf_counter()  # what follows is no training
+            # 4. Evaluate.
+            progress.val_loss, progress.val_due = None, due(train.eval_every)
+            if progress.val_due and not stopping:
+                evaluate(run)
+            # 5. Sample: a text from nothing; none after examples, which are about answers.
+            if due(train.sample_every) and not stopping and world.is_main and not is_examples:
+                try:
+                    text = sample.sample_text(run.model, run.tokenizer, "", max_new_tokens=SAMPLE_TOKENS,
+                                              temperature=0.8, top_k=200, seed=train.seed)
+                except sample.SampleError as error:  # logits that are not finite: the run itself may recover
+                    text = f"(none: {error})"
+                log.note(f"--- sample at step {progress.step}\n{text}\n---")
+            # 6. Save, at once if a signal came meanwhile.
+            if due(train.eval_every) or due(train.sample_every):
+                stopping = stopping or stop_asked_for()
+            if due(train.save_every) or stopping:
+                save_failed = not save(run)
+            started += time.perf_counter() - paused
             if stopping:
                 break
     if save_failed:

@@ -5,7 +5,7 @@ model; what they are added to is kept once, in RUN/base/model.safetensors, and s
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -13,9 +13,9 @@ from torch import Tensor
 import checkpoint
 import files
 from checkpoint import CheckpointError
-from config import Config, LoraConfig, ModelConfig, load_run_config
+from config import Config, ConfigError, LoraConfig, ModelConfig, differences, load_run_config
 from data.chat import load_template
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from finetune import lora
 from model import GPT
 
@@ -100,3 +100,30 @@ def load_base(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"'{base / 'model.safetensors'}' is not what the adapters in {str(path)!r} were trained "
                               f"on (sha256 {found[:16]}...); put the run's own base back")
     return checkpoint.load_tensors(base, "model")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a run takes over from the one it starts from
+
+def take_over(config: Config, given: set[str], parent) -> Config:
+    """config with the parent's [model] and tokenizer, of a fork also its [lora]. given: the knobs that the user named;
+    parent: a SavedRun or convert.HuggingFaceModel. Raises ConfigError for what cannot be given beside it."""
+    model, data = parent.model, config.data
+    for key in sorted(name.removeprefix("model.") for name in given if name.startswith("model.")):
+        value, theirs = getattr(config.model, key), getattr(parent.model, key)
+        if key == "dropout" or (key == "max_seq_len" and value <= theirs):
+            model = replace(model, **{key: value})
+        elif value != theirs:
+            raise ConfigError(f"model.{key} = {value} but the run it starts from has {theirs}; of [model] only dropout "
+                              "and a smaller max_seq_len may be given beside init_from and fork_from")
+    if data.tokenizer is None and (parent.dir / TOKENIZER_FILE).exists():
+        data = replace(data, tokenizer=str(parent.dir / TOKENIZER_FILE))  # the file: a run may be called gpt2
+    if config.train.fork_from is not None:  # its moments are those of its adapters
+        changes = [line for line in differences(config.lora, parent.config.lora, "lora")
+                   if line.partition(":")[0] in given]
+        if changes:
+            raise ConfigError(f"train.fork_from takes the moments of {config.train.fork_from!r} and with them its "
+                              f"adapters: [lora] cannot change ({'; '.join(changes)}); leave it out, or use "
+                              "train.init_from")
+        config = replace(config, lora=parent.config.lora)
+    return replace(config, model=model, data=data)

@@ -117,16 +117,6 @@ def test_peak_memory_of_an_unknown_device_is_none():
     assert metrics.peak_memory_bytes("mps") is None
 
 
-def test_step_clock_leaves_pauses_out(monkeypatch):
-    readings = iter([100.0, 103.0, 150.0, 155.0, 157.0])  # made, pause begins, pause ends, take, take
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(readings))
-    clock = metrics.StepClock()
-    with clock.paused():
-        pass
-    assert clock.take() == 8.0  # 55 seconds less a pause of 47
-    assert clock.take() == 2.0
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Figures as text
 

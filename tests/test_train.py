@@ -593,3 +593,17 @@ def test_mfu_is_unknown_where_tiles_between_documents_are_skipped(settings, monk
     known = rows(run(settings, "plain", "train.max_steps=2"))
     masked = rows(run(settings, "masked", "train.max_steps=2", "data.document_mask=true"))
     assert all(row["mfu"] > 0 for row in known) and all(row["mfu"] is None for row in masked)
+
+
+def test_the_seconds_of_a_row_leave_evaluation_and_saves_out(settings, monkeypatch):
+    """A clock that stands still but for a step (1 s), an evaluation (1,000 s) and a save (100,000 s)."""
+    now = [0.0]
+    monkeypatch.setattr(train.time, "perf_counter", lambda: now[0])
+    for name, seconds in (("train_step", 1.0), ("evaluate", 1e3), ("save", 1e5)):
+        real = getattr(train, name)
+        monkeypatch.setattr(train, name, lambda *args, real=real, seconds=seconds, **more: (
+            now.__setitem__(0, now[0] + seconds), real(*args, **more))[1])
+    run_dir = run(settings, "timed", "train.log_every=2")
+    assert [(row["step"], row["seconds"], row["tokens_per_second"]) for row in rows(run_dir)] == [
+        (1, 1.0, 128.0), (2, 1.0, 128.0), *((step, 2.0, 128.0) for step in (4, 6, 8, 10, 12))]
+    assert now[0] > 3e5
