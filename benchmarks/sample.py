@@ -1,0 +1,170 @@
+"""bench.py sample: our generate() beside nanoGPT's and transformers', and the memory's bound on all of them."""
+
+import argparse
+import contextlib
+import itertools
+import json
+import statistics
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import cli
+import sample
+from benchmarks import measure
+from benchmarks.measure import NANOGPT, Contender, Figures, Worker
+from config import MachineError, ModelConfig
+from model import GPT
+
+BANDWIDTH_BYTES = 1_000_000_000
+OURS, MEMORY, TRANSFORMERS = "flatgpt", "memory", "transformers"
+CHOICES = {"greedy": None, "top-k 200": 200}  # of the next token, as top_k
+GPT2_KEYS = ("n_layer", "n_head", "n_embd", "vocab_size", "max_seq_len", "bias")
+
+# In both: weights are random, and a call returns how many tokens it made.
+NANOGPT_GENERATE = """
+import torch
+from model import GPT, GPTConfig
+description = json.loads(sys.argv[1])
+torch.set_num_threads(description["threads"])
+shape = {key: description[key] for key in ("n_layer", "n_head", "n_embd", "vocab_size", "bias")}
+model = GPT(GPTConfig(block_size=description["max_seq_len"], dropout=0.0, **shape))
+model = model.to(getattr(torch, description["dtype"])).eval()
+
+def work(prompts, new_tokens, top_k):
+    tokens = torch.tensor(prompts)
+    return {"tokens": model.generate(tokens, new_tokens, top_k=top_k)[:, tokens.shape[1]:].numel()}
+
+serve(work)
+"""
+TRANSFORMERS_GENERATE = """
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+description = json.loads(sys.argv[1])
+torch.set_num_threads(description["threads"])
+shape = {key: description[key] for key in ("n_layer", "n_head", "n_embd", "vocab_size")}
+model = GPT2LMHeadModel(GPT2Config(n_positions=description["max_seq_len"], attn_implementation="sdpa", **shape))
+model = model.to(getattr(torch, description["dtype"])).eval()
+model.generation_config.eos_token_id = None  # nothing ends a text early
+
+@torch.inference_mode()
+def work(prompts, new_tokens, top_k):
+    tokens = torch.tensor(prompts)
+    choice = {"do_sample": False} if top_k is None else {"do_sample": True, "top_k": top_k}
+    out = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=new_tokens, use_cache=True,
+                         pad_token_id=0, **choice)
+    return {"tokens": out[:, tokens.shape[1]:].numel()}
+
+serve(work)
+"""
+Generate = Callable[[list[list[int]], int, int | None], int]  # prompts, new tokens, top_k -> tokens made in all
+
+
+def add_to(commands) -> None:
+    parser = measure.command(commands, run, "sample", "generate() beside nanoGPT's and transformers'.", repeats=3,
+                             config="gpt2_124m.toml")
+    parser.add_argument("--dtypes", nargs="+", choices=sample.DTYPES, default=["float32", "bfloat16"],
+                        help="default float32 bfloat16")
+    parser.add_argument("--batch-sizes", nargs="+", type=measure.count, default=[1], metavar="N", help="default 1")
+    measure.add_lengths(parser)
+    parser.add_argument("--peer", metavar="PATH", help="a checkout of nanoGPT")
+
+
+def run(args: argparse.Namespace, figures: Figures) -> dict:
+    """Every contender at every dtype, batch size and choice of the token; each model is built once and stays."""
+    config = measure.complete_config(args).model
+    peer = args.peer and measure.check_nanogpt(args.peer)
+    setting = measure.describe_machine()
+    setting["model"] = f"{measure.label(args.config)}, random weights"
+    setting["tokens/s"] = f"of {args.new_tokens} new tokens after {args.prompt_tokens}, reading the prompt included"
+    setting["first token ms"] = "a call for one token"
+    setting["bound %"] = "of memory's GB/s / bytes of weights read per token"
+    contenders: dict[str, Contender] = {MEMORY: _read_memory}
+    measured = []  # who, of what, bytes of weights per token
+    with contextlib.ExitStack() as stack:
+        for dtype in args.dtypes:
+            generators = {OURS: _our_generate(config, dtype, setting)} | _peers(config, dtype, peer, stack, setting)
+            for batch, (choice, top_k), who in itertools.product(args.batch_sizes, CHOICES.items(), generators):
+                if who == NANOGPT and top_k is None:
+                    continue  # it always draws
+                of = f"{dtype}, batch {batch}, {choice}"
+                measured.append((who, of, weight_bytes(config, dtype) / batch))
+                size = (batch, args.prompt_tokens)
+                prompts = np.random.default_rng(0).integers(config.vocab_size, size=size).tolist()
+                generators[who](prompts, min(4, args.new_tokens), top_k)  # warms up
+                contenders[f"{who}, {of}"] = partial(_token_rate, generate=generators[who], prompts=prompts,
+                                                     new_tokens=args.new_tokens, top_k=top_k)
+        measure.take_turns(contenders, args.repeats, figures)
+    for who, of, size in measured:
+        rates = zip(figures.samples[f"{who}, {of}", "tokens/s"], figures.samples[MEMORY, "GB/s"], strict=True)
+        figures.samples[f"{who}, {of}", "bound %"] = [100 * rate * size / (1e9 * memory) for rate, memory in rates]
+    for who, of, _ in measured:
+        if who != OURS:
+            figures.add_ratios(f"{OURS} / {who}, {of}", f"{OURS}, {of}", f"{who}, {of}", ("tokens/s", "first token ms"))
+    return setting
+
+
+def _read_memory(repeat: int) -> dict[str, float]:
+    """Read bandwidth of all threads together: the median of five sums over one buffer."""
+    buffer = torch.ones(BANDWIDTH_BYTES // 4)
+    return {"GB/s": BANDWIDTH_BYTES / 1e9 / statistics.median(measure.seconds_of(buffer.sum)[0] for _ in range(5))}
+
+
+def weight_bytes(config: ModelConfig, dtype: str) -> int:
+    """Bytes of weights that one forward pass reads: all but the tables of which it reads a row per token."""
+    with torch.device("meta"):
+        model = GPT(config)
+    looked_up = [model.wpe.weight] if model.wpe is not None else []
+    looked_up += [] if model.lm_head is None else [model.wte.weight]
+    read = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in looked_up)
+    return read * getattr(torch, dtype).itemsize
+
+
+def _token_rate(repeat: int, *, generate: Generate, prompts: list[list[int]], new_tokens: int,
+                top_k: int | None) -> dict[str, float]:
+    first, _ = measure.seconds_of(lambda: generate(prompts, 1, top_k))
+    seconds, made = measure.seconds_of(lambda: generate(prompts, new_tokens, top_k))
+    if made != len(prompts) * new_tokens:
+        raise MachineError(f"a contender made {made} tokens instead of {len(prompts) * new_tokens}")
+    return {"tokens/s": made / seconds, "first token ms": 1e3 * first}
+
+
+def _our_generate(config: ModelConfig, dtype: str, setting: dict) -> Generate:
+    model = GPT(config, compute_dtype=getattr(torch, dtype)).to(getattr(torch, dtype)).eval()
+    setting[f"{OURS} {dtype}"] = sample.pack_for_decoding(model)
+
+    def generate(prompts: list[list[int]], new_tokens: int, top_k: int | None) -> int:
+        sampling = sample.Sampling(temperature=0.0) if top_k is None else sample.Sampling(top_k=top_k)
+        return sum(map(len, sample.generate(model, prompts, max_new_tokens=new_tokens, sampling=sampling)))
+
+    return generate
+
+
+def _peers(config: ModelConfig, dtype: str, nanogpt: Path | None, stack: contextlib.ExitStack,
+           setting: dict) -> dict[str, Generate]:
+    """Processes of nanoGPT (its checkout) and of transformers that hold a model of config's size, where they can."""
+    shape = {key: getattr(config, key) for key in GPT2_KEYS}
+    if config != ModelConfig(mlp=config.mlp, **shape) or not config.mlp.startswith("gelu"):
+        setting["peers"] = "none: they have GPT-2's architecture only"
+        return {}
+    description = json.dumps(shape | {"dtype": dtype, "threads": torch.get_num_threads()})
+    workers = {}
+    if nanogpt is not None:
+        workers[NANOGPT] = stack.enter_context(Worker(NANOGPT_GENERATE, description, cwd=nanogpt))
+        setting[NANOGPT] = f"{nanogpt}, commit {measure.commit(nanogpt)}"
+    setting[TRANSFORMERS] = measure.version(TRANSFORMERS)
+    if cli.is_installed(TRANSFORMERS):  # isolated: our kernels/ shadows a package of that name, which it imports
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-sample-")))
+        workers[TRANSFORMERS] = stack.enter_context(Worker(TRANSFORMERS_GENERATE, description, cwd=folder,
+                                                           isolated=True))
+
+    def generate_by(worker: Worker) -> Generate:
+        worker.receive()  # it is ready
+        return lambda prompts, new_tokens, top_k: measure.ask(
+            worker, prompts=prompts, new_tokens=new_tokens, top_k=top_k)[0]["tokens"]
+
+    return {who: generate_by(worker) for who, worker in workers.items()}

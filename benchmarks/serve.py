@@ -1,0 +1,102 @@
+"""bench.py serve: many clients of serve.py beside one."""
+
+import argparse
+import concurrent.futures
+import contextlib
+import http.client
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import checkpoint
+import cli
+import files
+import sample
+from benchmarks import measure
+from benchmarks.measure import CHECKOUT, Figures
+from config import Config, MachineError, to_toml
+from data.tokenizer import load_tokenizer
+from model import GPT
+
+
+def add_to(commands) -> None:
+    parser = measure.command(commands, run, "serve", "serve.py with many clients beside one.", repeats=5,
+                             config="gpt2_124m.toml")
+    parser.add_argument("--clients", type=measure.count, default=8, metavar="N", help="default 8")
+    parser.add_argument("--dtype", choices=sample.DTYPES, default="float32", help="default float32")
+    measure.add_lengths(parser)
+
+
+def run(args: argparse.Namespace, figures: Figures) -> dict:
+    """One server process with random weights; per repeat one client, then --clients at once, each with one request."""
+    config = measure.complete_config(args)
+    cli.require("bench.py serve", "fastapi", "uvicorn")
+    setting = measure.describe_machine()
+    setting["model"] = f"{measure.label(args.config)}, random weights, {args.dtype}"
+    setting["tokens/s"] = f"of all clients' {args.new_tokens} new tokens each after {args.prompt_tokens}, over HTTP"
+    with tempfile.TemporaryDirectory(prefix="bench-serve-") as folder:
+        _write_random_run(Path(folder), config)
+        with _running_server(Path(folder), args.dtype) as address:
+            ask = partial(_ask_server, address, prompt_tokens=args.prompt_tokens, vocab_size=config.model.vocab_size)
+            ask(1, new_tokens=4)  # warms up
+            contenders = {f"{n} at once": partial(_served_rate, ask, n, args.new_tokens) for n in (1, args.clients)}
+            measure.take_turns(contenders, args.repeats, figures)
+    figures.add_ratios(f"{args.clients} clients / 1", f"{args.clients} at once", "1 at once", ("tokens/s",))
+    return setting
+
+
+def _write_random_run(folder: Path, config: Config) -> None:
+    """A run folder that serve.py loads; its tokenizer knows 257 ids, and texts are asked for by ids."""
+    torch.manual_seed(0)
+    files.write_whole(folder / "config.toml", to_toml(config))
+    load_tokenizer("bytes").save(folder / "tokenizer.json")
+    checkpoint.save(folder, 1, model=dict(GPT(config.model).named_parameters()), optimizer={}, state={}, keep=1)
+
+
+@contextlib.contextmanager
+def _running_server(run_dir: Path, dtype: str) -> Iterator[str]:
+    """Host and port of a serve.py process. Raises MachineError with its last line if it does not start."""
+    command = [sys.executable, str(CHECKOUT / "serve.py"), str(run_dir), "--port", "0", "--device", "cpu", "--dtype",
+               dtype]
+    environment = {key: value for key, value in os.environ.items() if key != "FLATGPT_API_KEY"}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        lines = []
+        try:
+            while not (lines and lines[-1].startswith("serving ")):
+                lines.append(process.stderr.readline())
+                if not lines[-1]:
+                    raise MachineError(f"serve.py did not start: {measure.last_line(''.join(lines))}")
+            yield re.search(r"127\.0\.0\.1:\d+", lines[-1])[0]
+        finally:
+            process.terminate()
+
+
+def _ask_server(address: str, client: int, *, new_tokens: int, prompt_tokens: int, vocab_size: int) -> int:
+    """New tokens of one request."""
+    prompt = np.random.default_rng(client).integers(vocab_size, size=prompt_tokens).tolist()
+    connection = http.client.HTTPConnection(address)
+    body = {"prompt": prompt, "max_tokens": new_tokens, "seed": client, "logit_bias": {"256": -100}}  # 256 ends a text
+    connection.request("POST", "/v1/completions", json.dumps(body))
+    answer = json.loads(connection.getresponse().read())
+    connection.close()
+    if "usage" not in answer:
+        raise MachineError(f"the server refused: {answer['error']['message']}")
+    return answer["usage"]["completion_tokens"]
+
+
+def _served_rate(ask: Callable[..., int], clients: int, new_tokens: int, repeat: int) -> dict[str, float]:
+    with concurrent.futures.ThreadPoolExecutor(clients) as pool:
+        seconds, made = measure.seconds_of(lambda: sum(pool.map(lambda n: ask(n, new_tokens=new_tokens),
+                                                                range(clients))))
+    if made != clients * new_tokens:
+        raise MachineError(f"the server made {made} tokens instead of {clients * new_tokens}")
+    return {"tokens/s": made / seconds}
