@@ -3,7 +3,6 @@
 import argparse
 import os
 import shutil
-import subprocess
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,7 @@ import checkpoint
 import cli
 from benchmarks import measure
 from benchmarks.measure import PLACES, Figures
-from config import MachineError, UserError
+from config import UserError
 from model import GPT
 from optim import Optimizer
 
@@ -20,8 +19,7 @@ SAVED, DD = "checkpoint", "dd"
 
 
 def add_to(commands) -> None:
-    parser = measure.command(commands, run, "checkpoint", "Saving beside dd; loading.", repeats=5,
-                             config="gpt2_124m.toml")
+    parser = measure.command(commands, run, "Saving beside dd; loading.", repeats=5, config="gpt2_124m.toml")
     parser.add_argument("--dir", default=".", help="folder on the disk to measure, left as it was; default: this one")
 
 
@@ -68,10 +66,8 @@ def _save_and_load(repeat: int, *, model: GPT, optimizer: Optimizer, run_dir: Pa
 
 def _write_by_dd(repeat: int, *, path: Path, size: int) -> dict[str, float]:
     blocks = -(-size // 2 ** 20)
-    command = ["dd", "if=/dev/zero", f"of={path}", f"bs={2 ** 20}", f"count={blocks}", "conv=fsync"]
     os.sync()
-    seconds, done = measure.seconds_of(lambda: subprocess.run(command, capture_output=True, text=True))
-    if done.returncode:
-        raise MachineError(measure.failed(command, done.stderr))
+    done = measure.run_to_end(["dd", "if=/dev/zero", f"of={path}", f"bs={2 ** 20}", f"count={blocks}", "conv=fsync"],
+                              cwd=path.parent)
     path.unlink()
-    return {"save s": seconds, "save GB/s": blocks * 2 ** 20 / 1e9 / seconds}
+    return {"save s": done.seconds, "save GB/s": blocks * 2 ** 20 / 1e9 / done.seconds}

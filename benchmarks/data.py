@@ -30,14 +30,13 @@ from train import train_step
 
 # prepare asks should_stop after each unit of text, so the first call says when workers are up and encoding.
 PREPARE = """
-import json, sys, time
+import sys, time
 from data.prepare import prepare
-source, folder, tokenizer, workers, progress_file = sys.argv[1:]
+source, folder, tokenizer, workers = sys.argv[1:]
 units = []
 prepare([source], folder, tokenizer=tokenizer, val_fraction=0.0, workers=int(workers),
         should_stop=lambda: units.append(time.monotonic()))
-with open(progress_file, "w") as file:
-    json.dump(units, file)
+print("first unit at", units[0])
 """
 
 TIKTOKEN_WORKER = """
@@ -50,23 +49,17 @@ if "name" in description:
 else:
     ranks = {bytes.fromhex(token): rank for token, rank in description["ranks"]}
     encoding = tiktoken.Encoding("bpe", pat_str=description["pattern"], mergeable_ranks=ranks, special_tokens={})
-texts = []
-
-def work(action):
-    if action == "load":
-        with open(texts_file) as file:
-            texts.extend(json.loads(line)["text"] for line in file)
-        return {}
-    return {"tokens": sum(len(encoding.encode_to_numpy(text, disallowed_special=())) for text in texts)}
-
-serve(work)
+answer({})  # started
+with open(texts_file) as file:
+    texts = [json.loads(line)["text"] for line in file]
+serve(lambda: {"tokens": sum(len(encoding.encode_to_numpy(text, disallowed_special=())) for text in texts)})
 """
 TIKTOKEN, PREPARED = "tiktoken", "data.prepare"
 LOADER_TEXT_BYTES = 4e6
 
 
 def add_to(commands) -> None:
-    parser = measure.command(commands, run, "data", "data.prepare beside bare tiktoken, and the loader.", repeats=3,
+    parser = measure.command(commands, run, "data.prepare beside bare tiktoken, and the loader.", repeats=3,
                              config="shakespeare_nanogpt.toml")
     parser.add_argument("--mb", type=measure.count, default=100, metavar="N", help="10^6 bytes of text; default 100")
     parser.add_argument("--source", default=STDLIB, help=f"text, repeated up to --mb; default {STDLIB}")
@@ -144,28 +137,27 @@ def shared_out(texts: list[str], parts: int) -> list[list[str]]:
 
 def _prepare_once(repeat: int, *, folder: Path, tokenizer: str, workers: int, size: int,
                   left_out: int) -> dict[str, float]:
-    out, progress = folder / "shards", folder / "progress.json"
+    out = folder / "shards"
     done = measure.run_to_end([sys.executable, "-c", PREPARE, str(folder / "texts.jsonl"), str(out), tokenizer,
-                               str(workers), str(progress)], cwd=CHECKOUT)
+                               str(workers)], cwd=CHECKOUT)
     shutil.rmtree(out)
-    first_unit = json.loads(progress.read_text())[0]
+    first_unit = float(re.search(r"first unit at ([\d.]+)", done.output)[1])
     return {"MB/s": (size - left_out) / 1e6 / (done.ended - first_unit), "start-up s": first_unit - done.started,
             "wall s": done.seconds}
 
 
 def _encode_bare(repeat: int, *, folder: Path, workers: int, size: int) -> dict[str, float]:
+    started = time.perf_counter()
     with contextlib.ExitStack() as stack:
-        def start() -> list[Worker]:
-            started = [stack.enter_context(Worker(TIKTOKEN_WORKER, str(folder / f"part_{number}.jsonl"),
-                                                  str(folder / "encoding.json"), cwd=folder))
-                       for number in range(workers)]
-            for worker in started:
-                worker.receive()
-            return started
-
-        startup, started = measure.seconds_of(start)
-        measure.ask(*started, action="load")
-        seconds, _ = measure.seconds_of(lambda: measure.ask(*started, action="encode"))
+        processes = [stack.enter_context(Worker(TIKTOKEN_WORKER, str(folder / f"part_{number}.jsonl"),
+                                                str(folder / "encoding.json"), cwd=folder))
+                     for number in range(workers)]
+        for process in processes:
+            process.receive()  # it has started
+        startup = time.perf_counter() - started
+        for process in processes:
+            process.receive()  # it has loaded its documents
+        seconds, _ = measure.seconds_of(lambda: measure.ask(*processes))
     return {"MB/s": size / 1e6 / seconds, "start-up s": startup}
 
 

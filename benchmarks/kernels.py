@@ -1,8 +1,7 @@
 """bench.py kernels: each operation beside PyTorch, torch.compile, FlexAttention, Liger-Kernel and the roofline.
 
 On CUDA at the shapes of GPT-2 in training, in bfloat16 with float32 weights; on the CPU at smaller ones, where the
-plain PyTorch versions are measured. Contenders are functions of the same arguments; a figure is the mean of as many
-calls as take 0.1 s in a repeat.
+plain PyTorch versions are measured. A figure of a repeat is the mean of as many calls as take 0.1 s.
 
 Dims: N rows, C width, V vocabulary; B batch, T sequence, H heads, D head dim.
 """
@@ -10,7 +9,6 @@ Dims: N rows, C width, V vocabulary; B batch, T sequence, H heads, D head dim.
 import argparse
 import ctypes
 import itertools
-import platform
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
@@ -43,7 +41,7 @@ Comparison = tuple[str, dict[str, Contender], tuple[str, ...]]
 
 
 def add_to(commands) -> None:
-    parser = measure.command(commands, run, "kernels", "Each operation of kernels/ beside PyTorch's.", repeats=5)
+    parser = measure.command(commands, run, "Each operation of kernels/ beside PyTorch's.", repeats=5)
     parser.add_argument("--ops", nargs="+", choices=kernels.OPS, default=list(kernels.OPS), help="default: all")
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
     parser.add_argument("--dtype", choices=sample.DTYPES, help="default bfloat16 on CUDA, float32 on the CPU")
@@ -195,9 +193,7 @@ def _attention_peers(q: Tensor, k: Tensor, v: Tensor, ids: Tensor | None, window
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
         def visible(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            seen = key <= query
-            if ids is not None:
-                seen = seen & (ids[b, query] == ids[b, key])
+            seen = key <= query if ids is None else (key <= query) & (ids[b, query] == ids[b, key])
             return seen if window is None else seen & (key > query - window)
 
         B, T = q.shape[:2]
@@ -280,12 +276,10 @@ def peak_growth_bytes(work: Callable[[], object], device: torch.device) -> int |
         work()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated(device) - before
-    if platform.system() != "Linux" or platform.libc_ver()[0] != "glibc":
-        return None
-    ctypes.CDLL(None).malloc_trim(0)  # what earlier work left in the heap would be used again unseen
     try:
+        ctypes.CDLL(None).malloc_trim(0)  # what earlier work left in the heap would be used again unseen
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts again at what is resident now
-    except OSError:
+    except (AttributeError, OSError):  # not glibc, not Linux
         return None
     before = metrics.peak_memory_bytes(device)
     work()

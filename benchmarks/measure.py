@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,12 +35,8 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 WATCHED_S = 1.0  # how long others' work is watched before the start
 BUSY_PERCENT = 5.0  # of the CPU taken by other processes, from which figures are not to be trusted
-Result = TypeVar("Result")
 Contender = Callable[[int], dict[str, float]]  # number of the repeat -> quantity, whose name ends in its unit: value
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Figures: samples, medians, ratios, the table
 
 class Figures:
     """Samples of each (subject, quantity), one per repeat."""
@@ -102,7 +98,7 @@ def take_turns(contenders: dict[str, Contender], repeats: int, figures: Figures,
             cli.note(f"{repeat + 1}/{repeats} {subject}: " + ", ".join(f"{_text(v)} {q}" for q, v in values.items()))
 
 
-def seconds_of(work: Callable[[], Result]) -> tuple[float, Result]:
+def seconds_of(work: Callable[[], Any]) -> tuple[float, Any]:
     started = time.perf_counter()
     result = work()
     return time.perf_counter() - started, result
@@ -111,9 +107,10 @@ def seconds_of(work: Callable[[], Result]) -> tuple[float, Result]:
 # ----------------------------------------------------------------------------------------------------------------------
 # The command line
 
-def command(commands, run: Callable[[argparse.Namespace, Figures], dict], name: str, what: str, *, repeats: int,
+def command(commands, run: Callable[[argparse.Namespace, Figures], dict], what: str, *, repeats: int,
             config: str | None = None) -> argparse.ArgumentParser:
-    """The parser of a command, with what all of them take. run measures into the Figures and returns the setting."""
+    """The parser of a command, named like run's file, with what all of them take. run returns the setting."""
+    name = run.__module__.removeprefix("benchmarks.")
     parser = commands.add_parser(name, help=what, description=what, allow_abbrev=False)
     parser.set_defaults(run=run)
     parser.add_argument("--json", metavar="FILE", help="write setting and figures there too")
@@ -162,14 +159,13 @@ def report(argv: list[str], args: argparse.Namespace) -> None:
         raise UserError(f"--json {args.json!r} lies in a folder that does not exist; make it first")
     started, figures = cpu_seconds(), Figures()
     setting = args.run(args, figures)
-    setting["others' CPU % during"] = others_percent(started)
+    setting["others' CPU % during"] = others_percent(started, "during the measurements")
     for key, value in setting.items():
         print(f"{key}: {value}")
     print(figures.table(), flush=True)
-    warn_if_busy(setting["others' CPU % during"], "during the measurements")
     if args.json is not None:
-        content = {"command": shlex.join(["python", "bench.py", *argv]), "setting": setting,
-                   "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        date = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+        content = {"command": shlex.join(["python", "bench.py", *argv]), "setting": setting, "date": date,
                    "figures": figures.rows()}
         with files.disk_errors(Path(args.json)):
             files.write_whole(Path(args.json), json.dumps(content, indent=1) + "\n")
@@ -189,26 +185,24 @@ def cpu_seconds() -> tuple[float, float] | None:
     return (sum(ticks) - idle) / per_second - sum(os.times()[:4]), sum(ticks) / per_second
 
 
-def others_percent(since: tuple[float, float] | None) -> float | None:
-    """Share of all cores that other processes took since cpu_seconds() said so; None where that is not known."""
+def others_percent(since: tuple[float, float] | None, when: str) -> float | None:
+    """Share of all cores that other processes took since cpu_seconds() gave `since`, with a warning if it is large;
+    None where that is not known."""
     now = cpu_seconds()
     if since is None or now is None:
         return None
     others, total = (b - a for a, b in zip(since, now, strict=True))
-    return round(100.0 * max(0.0, others) / total, 1) if total else 0.0
-
-
-def warn_if_busy(percent: float | None, when: str) -> None:
-    if percent is not None and percent > BUSY_PERCENT:
+    percent = round(100.0 * max(0.0, others) / total, 1) if total else 0.0
+    if percent > BUSY_PERCENT:
         cli.note(f"warning: other processes use {percent:.0f} % of the CPU {when}; do not trust figures taken now")
+    return percent
 
 
 def describe_machine() -> dict:
     """What every benchmark states first. Takes WATCHED_S."""
     before = cpu_seconds()
     time.sleep(WATCHED_S)
-    busy = others_percent(before)
-    warn_if_busy(busy, "before the start")
+    busy = others_percent(before, "before the start")
     cpu = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         if match := re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
@@ -224,11 +218,10 @@ def cores() -> int:
 
 def commit(folder: Path) -> str:
     try:
-        git = subprocess.run(["git", "-C", str(folder), "describe", "--always", "--dirty"], capture_output=True,
-                             text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown (no git)"
-    return git.stdout.strip() if git.returncode == 0 else "unknown (not a git checkout)"
+        return subprocess.check_output(["git", "-C", str(folder), "describe", "--always", "--dirty"], text=True,
+                                       stderr=subprocess.DEVNULL, timeout=10).strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown (no git, or not a git checkout)"
 
 
 def version(package: str) -> str:
@@ -262,13 +255,9 @@ def run_to_end(arguments: list[str], *, cwd: Path) -> SimpleNamespace:
                               env=os.environ | {"PYTHONUTF8": "1"})
         result = json.loads(answer.read_text()) if answer.exists() else {"status": done.returncode}
     if result.pop("status") != 0:
-        raise MachineError(failed(arguments, done.stdout))
+        short = shlex.join(word if len(word) < 80 else "..." for word in arguments)
+        raise MachineError(f"{short} failed: {last_line(done.stdout)}")
     return SimpleNamespace(**result, output=done.stdout)
-
-
-def failed(arguments: list[str], output: str) -> str:
-    short = shlex.join(word if len(word) < 80 else "..." for word in arguments)
-    return f"{short} failed: {last_line(output)}"
 
 
 def last_line(text: str) -> str:
@@ -281,10 +270,13 @@ import json, os, sys
 answers = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)
 
+def answer(value):
+    print(json.dumps(value), file=answers, flush=True)
+
 def serve(work):
-    print("{}", file=answers, flush=True)
+    answer({})
     for line in sys.stdin:
-        print(json.dumps(work(**json.loads(line))), file=answers, flush=True)
+        answer(work(**json.loads(line)))
 """
 
 
@@ -330,9 +322,6 @@ def check_nanogpt(path: str) -> Path:
         raise UserError(f"--peer {path!r} is no nanoGPT checkout, it has no {missing[0]}; name the folder of one")
     return Path(path).resolve()
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Text
 
 def read_documents(source: str, *, limit_bytes: float) -> list[str]:
     """Documents of a SOURCE of data.prepare, in order, until they hold limit_bytes of UTF-8. Raises SourceError."""

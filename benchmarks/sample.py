@@ -26,38 +26,37 @@ CHOICES = {"greedy": None, "top-k 200": 200}  # of the next token, as top_k
 GPT2_KEYS = ("n_layer", "n_head", "n_embd", "vocab_size", "max_seq_len", "bias")
 
 # In both: weights are random, and a call returns how many tokens it made.
-NANOGPT_GENERATE = """
+GENERATE = """
 import torch
-from model import GPT, GPTConfig
-description = json.loads(sys.argv[1])
-torch.set_num_threads(description["threads"])
-shape = {key: description[key] for key in ("n_layer", "n_head", "n_embd", "vocab_size", "bias")}
-model = GPT(GPTConfig(block_size=description["max_seq_len"], dropout=0.0, **shape))
-model = model.to(getattr(torch, description["dtype"])).eval()
-
-def work(prompts, new_tokens, top_k):
-    tokens = torch.tensor(prompts)
-    return {"tokens": model.generate(tokens, new_tokens, top_k=top_k)[:, tokens.shape[1]:].numel()}
-
-serve(work)
-"""
-TRANSFORMERS_GENERATE = """
-import torch
-from transformers import GPT2Config, GPT2LMHeadModel
 description = json.loads(sys.argv[1])
 torch.set_num_threads(description["threads"])
 shape = {key: description[key] for key in ("n_layer", "n_head", "n_embd", "vocab_size")}
+
+def work(prompts, new_tokens, top_k):
+    tokens = torch.tensor(prompts)
+    return {"tokens": generate(tokens, new_tokens, top_k)[:, tokens.shape[1]:].numel()}
+"""
+NANOGPT_GENERATE = GENERATE + """
+from model import GPT, GPTConfig
+model = GPT(GPTConfig(block_size=description["max_seq_len"], bias=description["bias"], dropout=0.0, **shape))
+model = model.to(getattr(torch, description["dtype"])).eval()
+
+def generate(tokens, new_tokens, top_k):
+    return model.generate(tokens, new_tokens, top_k=top_k)
+
+serve(work)
+"""
+TRANSFORMERS_GENERATE = GENERATE + """
+from transformers import GPT2Config, GPT2LMHeadModel
 model = GPT2LMHeadModel(GPT2Config(n_positions=description["max_seq_len"], attn_implementation="sdpa", **shape))
 model = model.to(getattr(torch, description["dtype"])).eval()
 model.generation_config.eos_token_id = None  # nothing ends a text early
 
 @torch.inference_mode()
-def work(prompts, new_tokens, top_k):
-    tokens = torch.tensor(prompts)
+def generate(tokens, new_tokens, top_k):
     choice = {"do_sample": False} if top_k is None else {"do_sample": True, "top_k": top_k}
-    out = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=new_tokens, use_cache=True,
-                         pad_token_id=0, **choice)
-    return {"tokens": out[:, tokens.shape[1]:].numel()}
+    return model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=new_tokens, use_cache=True,
+                          pad_token_id=0, **choice)
 
 serve(work)
 """
@@ -65,7 +64,7 @@ Generate = Callable[[list[list[int]], int, int | None], int]  # prompts, new tok
 
 
 def add_to(commands) -> None:
-    parser = measure.command(commands, run, "sample", "generate() beside nanoGPT's and transformers'.", repeats=3,
+    parser = measure.command(commands, run, "generate() beside nanoGPT's and transformers'.", repeats=3,
                              config="gpt2_124m.toml")
     parser.add_argument("--dtypes", nargs="+", choices=sample.DTYPES, default=["float32", "bfloat16"],
                         help="default float32 bfloat16")
@@ -100,11 +99,11 @@ def run(args: argparse.Namespace, figures: Figures) -> dict:
                                                      new_tokens=args.new_tokens, top_k=top_k)
         measure.take_turns(contenders, args.repeats, figures)
     for who, of, size in measured:
-        rates = zip(figures.samples[f"{who}, {of}", "tokens/s"], figures.samples[MEMORY, "GB/s"], strict=True)
-        figures.samples[f"{who}, {of}", "bound %"] = [100 * rate * size / (1e9 * memory) for rate, memory in rates]
-    for who, of, _ in measured:
+        name = f"{who}, {of}"
+        rates = zip(figures.samples[name, "tokens/s"], figures.samples[MEMORY, "GB/s"], strict=True)
+        figures.samples[name, "bound %"] = [100 * rate * size / (1e9 * memory) for rate, memory in rates]
         if who != OURS:
-            figures.add_ratios(f"{OURS} / {who}, {of}", f"{OURS}, {of}", f"{who}, {of}", ("tokens/s", "first token ms"))
+            figures.add_ratios(f"{OURS} / {name}", f"{OURS}, {of}", name, ("tokens/s", "first token ms"))
     return setting
 
 
@@ -118,9 +117,8 @@ def weight_bytes(config: ModelConfig, dtype: str) -> int:
     """Bytes of weights that one forward pass reads: all but the tables of which it reads a row per token."""
     with torch.device("meta"):
         model = GPT(config)
-    looked_up = [model.wpe.weight] if model.wpe is not None else []
-    looked_up += [] if model.lm_head is None else [model.wte.weight]
-    read = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in looked_up)
+    looked_up = ("wpe.weight",) if model.lm_head is None else ("wpe.weight", "wte.weight")
+    read = sum(p.numel() for name, p in model.named_parameters() if name not in looked_up)
     return read * getattr(torch, dtype).itemsize
 
 

@@ -23,13 +23,13 @@ import files
 import sample
 from benchmarks import measure
 from benchmarks.measure import CHECKOUT, Figures
-from config import Config, MachineError, to_toml
+from config import MachineError, to_toml
 from data.tokenizer import load_tokenizer
 from model import GPT
 
 
 def add_to(commands) -> None:
-    parser = measure.command(commands, run, "serve", "serve.py with many clients beside one.", repeats=5,
+    parser = measure.command(commands, run, "serve.py with many clients beside one.", repeats=5,
                              config="gpt2_124m.toml")
     parser.add_argument("--clients", type=measure.count, default=8, metavar="N", help="default 8")
     parser.add_argument("--dtype", choices=sample.DTYPES, default="float32", help="default float32")
@@ -43,23 +43,20 @@ def run(args: argparse.Namespace, figures: Figures) -> dict:
     setting = measure.describe_machine()
     setting["model"] = f"{measure.label(args.config)}, random weights, {args.dtype}"
     setting["tokens/s"] = f"of all clients' {args.new_tokens} new tokens each after {args.prompt_tokens}, over HTTP"
-    with tempfile.TemporaryDirectory(prefix="bench-serve-") as folder:
-        _write_random_run(Path(folder), config)
-        with _running_server(Path(folder), args.dtype) as address:
+    with tempfile.TemporaryDirectory(prefix="bench-serve-") as temporary:
+        folder = Path(temporary)
+        files.write_whole(folder / "config.toml", to_toml(config))
+        load_tokenizer("bytes").save(folder / "tokenizer.json")  # it knows 257 ids, but texts are asked for by ids
+        torch.manual_seed(0)
+        weights = dict(GPT(config.model).named_parameters())
+        checkpoint.save(folder, 1, model=weights, optimizer={}, state={}, keep=1)
+        with _running_server(folder, args.dtype) as address:
             ask = partial(_ask_server, address, prompt_tokens=args.prompt_tokens, vocab_size=config.model.vocab_size)
             ask(1, new_tokens=4)  # warms up
             contenders = {f"{n} at once": partial(_served_rate, ask, n, args.new_tokens) for n in (1, args.clients)}
             measure.take_turns(contenders, args.repeats, figures)
     figures.add_ratios(f"{args.clients} clients / 1", f"{args.clients} at once", "1 at once", ("tokens/s",))
     return setting
-
-
-def _write_random_run(folder: Path, config: Config) -> None:
-    """A run folder that serve.py loads; its tokenizer knows 257 ids, and texts are asked for by ids."""
-    torch.manual_seed(0)
-    files.write_whole(folder / "config.toml", to_toml(config))
-    load_tokenizer("bytes").save(folder / "tokenizer.json")
-    checkpoint.save(folder, 1, model=dict(GPT(config.model).named_parameters()), optimizer={}, state={}, keep=1)
 
 
 @contextlib.contextmanager

@@ -33,15 +33,14 @@ VAL_FRACTION = 0.1  # nanoGPT's, the end of the text
 SCORE_WINDOW = 64  # characters of context that every model is scored with
 NANOGPT_HEADS, NANOGPT_CONTEXT, NANOGPT_BATCH = 4, 64, 12
 
-# Runs a script that leaves `model` in its globals, without its fixed seed; notes when it ended, then saves the weights.
+# Runs a script that leaves `model` in its globals, without its fixed seed; says when it ended, then saves the weights.
 NANOGPT_TRAIN = """
-import json, runpy, sys, time, torch
-seed, ended_file, weights_file, *sys.argv[1:] = sys.argv[1:]
+import runpy, sys, time, torch
+seed, weights_file, *sys.argv[1:] = sys.argv[1:]
 set_seed = torch.manual_seed
 torch.manual_seed = lambda _: set_seed(int(seed))
 model = runpy.run_path("train.py", run_name="__main__")["model"]
-with open(ended_file, "w") as file:
-    json.dump(time.monotonic(), file)
+print("ended at", time.monotonic())
 from safetensors.torch import save_file
 tensors = {name: t.contiguous() for name, t in model.state_dict().items() if name != "lm_head.weight"}  # tied to wte
 save_file(tensors, weights_file)
@@ -49,7 +48,7 @@ save_file(tensors, weights_file)
 
 
 def add_to(commands) -> None:
-    parser = measure.command(commands, run, "train", "Speed and loss of train.py, beside nanoGPT.", repeats=1)
+    parser = measure.command(commands, run, "Speed and loss of train.py, beside nanoGPT.", repeats=1)
     parser.add_argument("--config", nargs="+", action="append", metavar="WORD",
                         help="FILE.toml and overrides of one contender; may be given again (default: "
                              + "; ".join(" ".join(words) for words in DEFAULT_CONFIGS) + ")")
@@ -83,9 +82,15 @@ def run(args: argparse.Namespace, figures: Figures) -> dict:
         contenders = {name: partial(_train_ours, words=words, text_file=text_file, **common)
                       for name, words in words_of.items()}
         if peer:
-            checkout, seconds = _copy_nanogpt(peer, text_file, folder / "nanogpt")
+            copy = folder / "nanogpt"
+            for name in measure.NANOGPT_FILES:
+                (copy / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(peer / name, copy / name)
+            script = copy / measure.NANOGPT_FILES[-1]
+            shutil.copy(text_file, script.with_name("input.txt"))
+            seconds = measure.run_to_end([sys.executable, str(script)], cwd=copy).seconds
             setting["peer"] = f"{peer}, commit {measure.commit(peer)}, its data prepared apart in {seconds:.2f} s"
-            contenders[NANOGPT] = partial(_train_nanogpt, checkout=checkout, steps=args.peer_steps,
+            contenders[NANOGPT] = partial(_train_nanogpt, copy=copy, steps=args.peer_steps,
                                           alphabet=sorted(set(text)), **common)
         measure.take_turns(contenders, args.repeats * len(args.seeds), figures)
     for name in words_of:
@@ -137,32 +142,23 @@ def nats_per_character(model: GPT, ids: np.ndarray, token_bytes: np.ndarray, tex
     return score.loss * score.tokens / characters
 
 
-def _copy_nanogpt(peer: Path, text_file: Path, folder: Path) -> tuple[Path, float]:
-    """A copy of what nanoGPT's Shakespeare demo needs, its data prepared; the copy and the seconds preparing took."""
-    for name in measure.NANOGPT_FILES:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(peer / name, folder / name)
-    script = folder / measure.NANOGPT_FILES[-1]
-    shutil.copy(text_file, script.with_name("input.txt"))
-    return folder, measure.run_to_end([sys.executable, str(script)], cwd=folder).seconds
-
-
-def _train_nanogpt(repeat: int, *, checkout: Path, steps: int, seeds: list[int], alphabet: list[str],
+def _train_nanogpt(repeat: int, *, copy: Path, steps: int, seeds: list[int], alphabet: list[str],
                    val_text: str) -> dict[str, float]:
     """README's CPU demo of nanoGPT."""
-    ended, weights = checkout / "ended.json", checkout / "weights.safetensors"
+    weights = copy / "weights.safetensors"
     done = measure.run_to_end(
-        [sys.executable, "-c", NANOGPT_TRAIN, str(seeds[repeat % len(seeds)]), str(ended), str(weights),
+        [sys.executable, "-c", NANOGPT_TRAIN, str(seeds[repeat % len(seeds)]), str(weights),
          "config/train_shakespeare_char.py", "--device=cpu", "--compile=False", "--eval_iters=20", "--log_interval=1",
          f"--block_size={NANOGPT_CONTEXT}", f"--batch_size={NANOGPT_BATCH}", "--n_layer=4",
          f"--n_head={NANOGPT_HEADS}", "--n_embd=128", f"--max_iters={steps}", f"--lr_decay_iters={steps}",
-         "--dropout=0.0"], cwd=checkout)
+         "--dropout=0.0"], cwd=copy)
     steps_ms = re.findall(r"^iter \d+: loss .*?, time ([\d.]+)ms", done.output, re.MULTILINE)
     if not steps_ms:
         raise MachineError(f"nanoGPT printed no step times: {measure.last_line(done.output)}")
     model = gpt_from_nanogpt(load_file(weights), n_head=NANOGPT_HEADS)
     return {**_speed(_warm([float(ms) / 1e3 for ms in steps_ms]), NANOGPT_BATCH * NANOGPT_CONTEXT),
-            "wall s": json.loads(ended.read_text()) - done.started, "peak MiB": done.peak_bytes / 2 ** 20,
+            "wall s": float(re.search(r"ended at ([\d.]+)", done.output)[1]) - done.started,
+            "peak MiB": done.peak_bytes / 2 ** 20,
             "val nats/char": nats_per_character(model, *encode_characters(val_text, alphabet), val_text)}
 
 

@@ -63,12 +63,14 @@ def test_json_that_cannot_be_written_leaves_nothing_half_done(tmp_path):
     assert list(tmp_path.parent.glob(f".{tmp_path.name}*")) == []
 
 
-def test_cpu_time_of_others_is_what_is_busy_and_not_ours(monkeypatch):
+def test_cpu_time_of_others_is_what_is_busy_and_not_ours(monkeypatch, capsys):
     snapshots = iter([(50.0, 1000.0), (56.0, 1020.0)])  # busy for others, in all
     monkeypatch.setattr(measure, "cpu_seconds", lambda: next(snapshots))
-    assert measure.others_percent(measure.cpu_seconds()) == 30.0
+    assert measure.others_percent(measure.cpu_seconds(), "now") == 30.0
+    assert capsys.readouterr().err == ("warning: other processes use 30 % of the CPU now; do not trust figures taken "
+                                       "now\n")
     monkeypatch.setattr(measure, "cpu_seconds", lambda: None)
-    assert measure.others_percent((50.0, 1000.0)) is None
+    assert measure.others_percent((50.0, 1000.0), "now") is None
 
 
 def test_the_peak_memory_of_a_process_is_its_own(tmp_path):
