@@ -10,7 +10,6 @@ from pathlib import Path
 import checkpoint
 import cli
 from benchmarks import measure
-from benchmarks.measure import PLACES, Figures
 from config import UserError
 from model import GPT
 from optim import Optimizer
@@ -23,7 +22,7 @@ def add_to(commands) -> None:
     parser.add_argument("--dir", default=".", help="folder on the disk to measure, left as it was; default: this one")
 
 
-def run(args: argparse.Namespace, figures: Figures) -> dict:
+def run(args: argparse.Namespace, figures: measure.Figures) -> dict:
     """checkpoint.save of weights and moments, and dd of as many bytes, into a new folder below --dir each time. Each
     repeat runs them in both orders: on some disks whoever writes second is slower, whoever it is."""
     config = measure.complete_config(args)
@@ -45,7 +44,7 @@ def run(args: argparse.Namespace, figures: Figures) -> dict:
                                      size=size),
                       DD: partial(_write_by_dd, path=Path(folder, "zeros"), size=size)}
         measure.take_turns(contenders, 2 * args.repeats, figures, by_place=True)
-    for place in PLACES:
+    for place in measure.PLACES:
         figures.add_ratios(f"{SAVED} / {DD}, both {place}", f"{SAVED}, {place}", f"{DD}, {place}", ("save s",))
     return setting
 

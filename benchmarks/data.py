@@ -16,7 +16,6 @@ from pathlib import Path
 
 import distributed
 from benchmarks import measure
-from benchmarks.measure import CHECKOUT, CPU, Figures, Worker
 from config import Config, UserError, parse_arguments
 from data.loader import MicroBatch, TrainLoader
 from data.prepare import SMALL_BYTES, prepare
@@ -33,10 +32,8 @@ PREPARE = """
 import sys, time
 from data.prepare import prepare
 source, folder, tokenizer, workers = sys.argv[1:]
-units = []
 prepare([source], folder, tokenizer=tokenizer, val_fraction=0.0, workers=int(workers),
-        should_stop=lambda: units.append(time.monotonic()))
-print("first unit at", units[0])
+        should_stop=lambda: print("a unit at", time.monotonic()))
 """
 
 TIKTOKEN_WORKER = """
@@ -71,7 +68,7 @@ def add_to(commands) -> None:
                         help="of the loader per repeat; default 100")
 
 
-def run(args: argparse.Namespace, figures: Figures) -> dict:
+def run(args: argparse.Namespace, figures: measure.Figures) -> dict:
     if args.tokenizer not in TIKTOKEN_FILES and not re.fullmatch(r"bpe:\d+", args.tokenizer):
         raise UserError(f"--tokenizer {args.tokenizer!r} is none that tiktoken runs; name bpe:N or one of "
                         f"{', '.join(TIKTOKEN_FILES)}")
@@ -104,7 +101,7 @@ def run(args: argparse.Namespace, figures: Figures) -> dict:
         measure.take_turns({PREPARED: partial(_prepare_once, tokenizer=tokenizer, left_out=left_out, **common),
                             TIKTOKEN: partial(_encode_bare, **common)}, args.repeats, figures)
         figures.add_ratios(f"{PREPARED} / {TIKTOKEN}", PREPARED, TIKTOKEN, ("MB/s",))
-        write_jsonl(folder / "small.jsonl", measure.take(texts, size=LOADER_TEXT_BYTES))
+        write_jsonl(folder / "small.jsonl", measure.take(iter(texts), size=LOADER_TEXT_BYTES))
         setting["loader"] = _measure_loader(config, folder, args, figures)
     return setting
 
@@ -139,9 +136,9 @@ def _prepare_once(repeat: int, *, folder: Path, tokenizer: str, workers: int, si
                   left_out: int) -> dict[str, float]:
     out = folder / "shards"
     done = measure.run_to_end([sys.executable, "-c", PREPARE, str(folder / "texts.jsonl"), str(out), tokenizer,
-                               str(workers)], cwd=CHECKOUT)
+                               str(workers)], cwd=measure.CHECKOUT)
     shutil.rmtree(out)
-    first_unit = float(re.search(r"first unit at ([\d.]+)", done.output)[1])
+    first_unit = float(re.search(r"a unit at ([\d.]+)", done.output)[1])
     return {"MB/s": (size - left_out) / 1e6 / (done.ended - first_unit), "start-up s": first_unit - done.started,
             "wall s": done.seconds}
 
@@ -149,7 +146,7 @@ def _prepare_once(repeat: int, *, folder: Path, tokenizer: str, workers: int, si
 def _encode_bare(repeat: int, *, folder: Path, workers: int, size: int) -> dict[str, float]:
     started = time.perf_counter()
     with contextlib.ExitStack() as stack:
-        processes = [stack.enter_context(Worker(TIKTOKEN_WORKER, str(folder / f"part_{number}.jsonl"),
+        processes = [stack.enter_context(measure.Worker(TIKTOKEN_WORKER, str(folder / f"part_{number}.jsonl"),
                                                 str(folder / "encoding.json"), cwd=folder))
                      for number in range(workers)]
         for process in processes:
@@ -161,13 +158,13 @@ def _encode_bare(repeat: int, *, folder: Path, workers: int, size: int) -> dict[
     return {"MB/s": size / 1e6 / seconds, "start-up s": startup}
 
 
-def _measure_loader(config: Config, folder: Path, args: argparse.Namespace, figures: Figures) -> str:
+def _measure_loader(config: Config, folder: Path, args: argparse.Namespace, figures: measure.Figures) -> str:
     """Steps of a small model, for which loading weighs most: fed by TrainLoader, and with one batch over and over. What
     was run, in words."""
     prepare([str(folder / "small.jsonl")], folder / "small", tokenizer=config.data.tokenizer or "bytes",
             val_fraction=0.0, note=lambda line: None)
-    dtype, _ = distributed.choose_dtype(config.train.dtype, CPU)
-    distributed.prepare_cpu(CPU, World())
+    dtype, _ = distributed.choose_dtype(config.train.dtype, measure.CPU)
+    distributed.prepare_cpu(measure.CPU, World())
     dataset = open_dataset(folder / "small")
     tokens_per_step, model_config = config.train.tokens_per_step, replace(config.model, vocab_size=dataset.vocab_size)
     loader = TrainLoader(open_split(dataset, "train"), seq_len=model_config.max_seq_len, seed=config.train.seed,

@@ -25,7 +25,6 @@ import kernels
 import metrics
 import sample
 from benchmarks import measure
-from benchmarks.measure import Contender, Figures
 from config import ModelConfig
 from kernels import reference, self_check
 
@@ -37,7 +36,7 @@ RATIOS = ("forward ms", "backward ms", "forward + backward ms", "peak memory MiB
 Run = Callable[[], Tensor | tuple[Tensor, ...]]
 # One operation at one shape: its label, the contenders, of which the first is ours, and their quantities that the roof
 # bounds: a copy those in GB/s, a matmul those in TFLOP/s.
-Comparison = tuple[str, dict[str, Contender], tuple[str, ...]]
+Comparison = tuple[str, dict[str, measure.Contender], tuple[str, ...]]
 
 
 def add_to(commands) -> None:
@@ -48,7 +47,7 @@ def add_to(commands) -> None:
     parser.add_argument("--rows", type=measure.count, metavar="N", help="default 65,536 on CUDA, 1,024 on the CPU")
 
 
-def run(args: argparse.Namespace, figures: Figures) -> dict:
+def run(args: argparse.Namespace, figures: measure.Figures) -> dict:
     """Each operation beside PyTorch's, and what the machine could reach at best, in turns."""
     device = distributed.choose_device(args.device, option="--device ")[0]
     on_cuda = device.type == "cuda"
@@ -63,12 +62,17 @@ def run(args: argparse.Namespace, figures: Figures) -> dict:
     for label, contenders, bounded in comparisons(args.ops, device, dtype, rows=rows):
         ceiling = "copy" if bounded[0].endswith("GB/s") else "matmul"
         bound = f"{ceiling}, beside {label}"
-        measure.take_turns(contenders | {bound: partial(ceilings[ceiling], bounded)}, args.repeats, figures)
+        reach = partial(_reach, ceilings[ceiling], bounded)
+        measure.take_turns(contenders | {bound: reach}, args.repeats, figures)
         ours, *peers = contenders
         for peer in peers:
             figures.add_ratios(f"{ours} / {peer.partition(':')[0]}", ours, peer, RATIOS)
         figures.add_ratios(f"{ours} / {ceiling}", ours, bound, bounded)
     return setting
+
+
+def _reach(ceiling: Callable[[], float], quantities: tuple[str, ...], repeat: int) -> dict[str, float]:
+    return dict.fromkeys(quantities, ceiling())
 
 
 def choose_backends(device: torch.device, dtype: torch.dtype) -> str:
@@ -108,18 +112,15 @@ def comparisons(ops: list[str], device: torch.device, dtype: torch.dtype, *, row
         yield _attention(randn, tokens=rows, T=contexts[-1], H=12, D=64, window=contexts[-1] // 8)
 
 
-def _ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[..., dict[str, float]]]:
+def _ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], float]]:
     """What the device reaches at best, on random data: GB/s read and written by a copy, TFLOP/s of a square matmul."""
     size, n = (2 ** 30, 8192) if device.type == "cuda" else (2 ** 27, 2048)
     source = torch.randn(size // 4, device=device)
     target = torch.empty_like(source)
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
 
-    def reach(work: Run, amount: float, quantities: tuple[str, ...], repeat: int) -> dict[str, float]:
-        return dict.fromkeys(quantities, amount / seconds_per_call(work))
-
-    return {"copy": partial(reach, lambda: target.copy_(source), 2 * size / 1e9),
-            "matmul": partial(reach, lambda: a @ b, 2 * n ** 3 / 1e12)}
+    return {"copy": lambda: 2 * size / 1e9 / seconds_per_call(lambda: target.copy_(source)),
+            "matmul": lambda: 2 * n ** 3 / 1e12 / seconds_per_call(lambda: a @ b)}
 
 
 def _norm(op: str, randn: Callable[..., Tensor], *, rows: int, C: int, residual: bool) -> Comparison:
@@ -235,10 +236,9 @@ def _cross_entropy(randn: Callable[..., Tensor], *, rows: int, C: int) -> Compar
     def measured(run: Run, repeat: int) -> dict[str, float]:
         def step() -> None:
             torch.autograd.grad(run(), [hidden, weight])
-        seconds = seconds_per_call(step)
-        figures = {"forward + backward ms": 1e3 * seconds, "TFLOP/s": 6 * rows * C * TABLE_ROWS / 1e12 / seconds}
-        peak = peak_growth_bytes(step, hidden.device)
-        return figures | ({} if peak is None else {"peak memory MiB": peak / 2 ** 20})
+        seconds, peak = seconds_per_call(step), peak_growth_bytes(step, hidden.device)
+        return {"forward + backward ms": 1e3 * seconds, "TFLOP/s": 6 * rows * C * TABLE_ROWS / 1e12 / seconds,
+                **({} if peak is None else {"peak memory MiB": peak / 2 ** 20})}
 
     label = f"linear_cross_entropy {rows} x {C} x {TABLE_ROWS}"
     return label, {f"{name}: {label}": partial(measured, run) for name, run in runs.items()}, ("TFLOP/s",)

@@ -1,9 +1,7 @@
-"""What all benchmarks share: their arguments, contenders that take turns, medians and ratios, the table and the JSON,
-the setting they ran in, processes of their own for what is measured, and text.
-"""
+"""What all benchmarks share: contenders that take turns, medians and ratios, arguments, the table and the JSON, the
+setting they ran in, processes of their own for what is measured, and text."""
 
 import argparse
-import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -16,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,6 +33,10 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 WATCHED_S = 1.0  # how long others' work is watched before the start
 BUSY_PERCENT = 5.0  # of the CPU taken by other processes, from which figures are not to be trusted
+NANOGPT = "nanoGPT"
+NANOGPT_FILES = ("train.py", "model.py", "configurator.py", "config/train_shakespeare_char.py",
+                 "data/shakespeare_char/prepare.py")
+PLACES = ("first", "second")
 Contender = Callable[[int], dict[str, float]]  # number of the repeat -> quantity, whose name ends in its unit: value
 
 
@@ -79,9 +81,6 @@ def _text(value: float) -> str:
     return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
-PLACES = ("first", "second")
-
-
 def take_turns(contenders: dict[str, Contender], repeats: int, figures: Figures, *, by_place: bool = False) -> None:
     """Run every contender once per repeat; who begins changes, since the first after a pause finds a cooler machine.
 
@@ -104,12 +103,9 @@ def seconds_of(work: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - started, result
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The command line
-
 def command(commands, run: Callable[[argparse.Namespace, Figures], dict], what: str, *, repeats: int,
-            config: str | None = None) -> argparse.ArgumentParser:
-    """The parser of a command, named like run's file, with what all of them take. run returns the setting."""
+            config: str | None = None, lengths: bool = False, peer: bool = False) -> argparse.ArgumentParser:
+    """The parser of a command, named like run's file, with what several of them take. run returns the setting."""
     name = run.__module__.removeprefix("benchmarks.")
     parser = commands.add_parser(name, help=what, description=what, allow_abbrev=False)
     parser.set_defaults(run=run)
@@ -118,6 +114,11 @@ def command(commands, run: Callable[[argparse.Namespace, Figures], dict], what: 
     if config is not None:
         parser.add_argument("--config", nargs="+", default=[str(CHECKOUT / "configs" / config)], metavar="WORD",
                             help=f"FILE.toml and overrides section.key=value; default {config}")
+    if lengths:
+        parser.add_argument("--new-tokens", type=count, default=256, metavar="N", help="default 256")
+        parser.add_argument("--prompt-tokens", type=count, default=16, metavar="N", help="default 16")
+    if peer:
+        parser.add_argument("--peer", metavar="PATH", help="a checkout of nanoGPT")
     return parser
 
 
@@ -130,11 +131,6 @@ def whole(word: str, minimum: int = 0) -> int:
 
 
 count = partial(whole, minimum=1)
-
-
-def add_lengths(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--new-tokens", type=count, default=256, metavar="N", help="default 256")
-    parser.add_argument("--prompt-tokens", type=count, default=16, metavar="N", help="default 16")
 
 
 def complete_config(args: argparse.Namespace) -> Config:
@@ -171,9 +167,6 @@ def report(argv: list[str], args: argparse.Namespace) -> None:
             files.write_whole(Path(args.json), json.dumps(content, indent=1) + "\n")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The setting
-
 def cpu_seconds() -> tuple[float, float] | None:
     """Of all cores together, from Linux's /proc/stat: seconds busy for others, and seconds in all; None without it.
     Processes of ours count as ours once they ended."""
@@ -203,13 +196,12 @@ def describe_machine() -> dict:
     before = cpu_seconds()
     time.sleep(WATCHED_S)
     busy = others_percent(before, "before the start")
-    cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        if match := re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
-            cpu = match[1]
-    return {"cpu": cpu, "cores": cores(), "threads": torch.get_num_threads(), "torch": torch.__version__,
-            "python": platform.python_version(), "commit": commit(CHECKOUT),
-            "load average": [round(load, 2) for load in os.getloadavg()], "others' CPU % before": busy}
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    model = re.search(r"^model name\s*: (.+)$", info, re.MULTILINE)
+    return {"cpu": model[1] if model else platform.processor() or platform.machine(), "cores": cores(),
+            "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(),
+            "commit": commit(CHECKOUT), "load average": [round(load, 2) for load in os.getloadavg()],
+            "others' CPU % before": busy}
 
 
 def cores() -> int:
@@ -228,35 +220,28 @@ def version(package: str) -> str:
     return importlib.metadata.version(package) if cli.is_installed(package) else "not installed"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Processes: one that runs to its end, one that answers requests
-
 # Started by a small process of its own: Linux counts the memory of whoever started a process to its peak.
 LAUNCHER = """
 import json, os, sys, time
 started = time.monotonic()
-pid = os.posix_spawnp(sys.argv[2], sys.argv[2:], os.environ)
+pid = os.posix_spawnp(sys.argv[1], sys.argv[1:], os.environ, file_actions=[(os.POSIX_SPAWN_DUP2, 1, 2)])
 _, status, usage = os.wait4(pid, 0)
 ended = time.monotonic()
 unit = 1 if sys.platform == "darwin" else 1024
-with open(sys.argv[1], "w") as file:
-    json.dump({"started": started, "ended": ended, "seconds": ended - started,
-               "peak_bytes": unit * usage.ru_maxrss, "status": os.waitstatus_to_exitcode(status)}, file)
+json.dump({"started": started, "ended": ended, "seconds": ended - started, "peak_bytes": unit * usage.ru_maxrss,
+           "status": os.waitstatus_to_exitcode(status)}, sys.stderr)
 """
 
 
 def run_to_end(arguments: list[str], *, cwd: Path) -> SimpleNamespace:
     """started, ended (on time.monotonic(), which all processes share; just before the interpreter starts), seconds,
     peak_bytes (resident), output (stdout and stderr). Raises MachineError with the process's last line if it fails."""
-    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        answer = Path(folder, "answer.json")
-        done = subprocess.run([sys.executable, "-I", "-S", "-c", LAUNCHER, str(answer), *arguments], cwd=cwd, text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, errors="replace",
-                              env=os.environ | {"PYTHONUTF8": "1"})
-        result = json.loads(answer.read_text()) if answer.exists() else {"status": done.returncode}
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", LAUNCHER, *arguments], cwd=cwd, capture_output=True,
+                          text=True, errors="replace", env=os.environ | {"PYTHONUTF8": "1"})
+    result = json.loads(done.stderr) if done.returncode == 0 else {"status": done.returncode}
     if result.pop("status") != 0:
         short = shlex.join(word if len(word) < 80 else "..." for word in arguments)
-        raise MachineError(f"{short} failed: {last_line(done.stdout)}")
+        raise MachineError(f"{short} failed: {last_line(done.stdout or done.stderr)}")
     return SimpleNamespace(**result, output=done.stdout)
 
 
@@ -310,11 +295,6 @@ def ask(*workers: Worker, **request: object) -> list[dict]:
     return [worker.receive() for worker in workers]
 
 
-NANOGPT = "nanoGPT"
-NANOGPT_FILES = ("train.py", "model.py", "configurator.py", "config/train_shakespeare_char.py",
-                 "data/shakespeare_char/prepare.py")
-
-
 def check_nanogpt(path: str) -> Path:
     """The folder of --peer. Raises UserError if it lacks a file that is run."""
     missing = [name for name in NANOGPT_FILES if not Path(path, name).is_file()]
@@ -332,12 +312,10 @@ def read_documents(source: str, *, limit_bytes: float) -> list[str]:
     return texts
 
 
-def take(texts: Iterable[str], *, size: float) -> list[str]:
+def take(texts: Iterator[str], *, size: float) -> list[str]:
     """The first of the texts, until they hold `size` bytes of UTF-8."""
     taken = []
-    for text in texts:
+    while size > 0 and (text := next(texts, None)) is not None:
         taken.append(text)
         size -= len(text.encode())
-        if size <= 0:
-            break
     return taken

@@ -5,7 +5,6 @@ import contextlib
 import itertools
 import json
 import statistics
-import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,6 @@ import torch
 import cli
 import sample
 from benchmarks import measure
-from benchmarks.measure import NANOGPT, Contender, Figures, Worker
 from config import MachineError, ModelConfig
 from model import GPT
 
@@ -65,15 +63,13 @@ Generate = Callable[[list[list[int]], int, int | None], int]  # prompts, new tok
 
 def add_to(commands) -> None:
     parser = measure.command(commands, run, "generate() beside nanoGPT's and transformers'.", repeats=3,
-                             config="gpt2_124m.toml")
+                             config="gpt2_124m.toml", lengths=True, peer=True)
     parser.add_argument("--dtypes", nargs="+", choices=sample.DTYPES, default=["float32", "bfloat16"],
                         help="default float32 bfloat16")
     parser.add_argument("--batch-sizes", nargs="+", type=measure.count, default=[1], metavar="N", help="default 1")
-    measure.add_lengths(parser)
-    parser.add_argument("--peer", metavar="PATH", help="a checkout of nanoGPT")
 
 
-def run(args: argparse.Namespace, figures: Figures) -> dict:
+def run(args: argparse.Namespace, figures: measure.Figures) -> dict:
     """Every contender at every dtype, batch size and choice of the token; each model is built once and stays."""
     config = measure.complete_config(args).model
     peer = args.peer and measure.check_nanogpt(args.peer)
@@ -82,20 +78,20 @@ def run(args: argparse.Namespace, figures: Figures) -> dict:
     setting["tokens/s"] = f"of {args.new_tokens} new tokens after {args.prompt_tokens}, reading the prompt included"
     setting["first token ms"] = "a call for one token"
     setting["bound %"] = "of memory's GB/s / bytes of weights read per token"
-    contenders: dict[str, Contender] = {MEMORY: _read_memory}
+    contenders: dict[str, measure.Contender] = {MEMORY: _read_memory}
+    prompts = {n: np.random.default_rng(0).integers(config.vocab_size, size=(n, args.prompt_tokens)).tolist()
+               for n in args.batch_sizes}
     measured = []  # who, of what, bytes of weights per token
     with contextlib.ExitStack() as stack:
         for dtype in args.dtypes:
             generators = {OURS: _our_generate(config, dtype, setting)} | _peers(config, dtype, peer, stack, setting)
             for batch, (choice, top_k), who in itertools.product(args.batch_sizes, CHOICES.items(), generators):
-                if who == NANOGPT and top_k is None:
+                if who == measure.NANOGPT and top_k is None:
                     continue  # it always draws
                 of = f"{dtype}, batch {batch}, {choice}"
                 measured.append((who, of, weight_bytes(config, dtype) / batch))
-                size = (batch, args.prompt_tokens)
-                prompts = np.random.default_rng(0).integers(config.vocab_size, size=size).tolist()
-                generators[who](prompts, min(4, args.new_tokens), top_k)  # warms up
-                contenders[f"{who}, {of}"] = partial(_token_rate, generate=generators[who], prompts=prompts,
+                generators[who](prompts[batch], min(4, args.new_tokens), top_k)  # warms up
+                contenders[f"{who}, {of}"] = partial(_token_rate, generate=generators[who], prompts=prompts[batch],
                                                      new_tokens=args.new_tokens, top_k=top_k)
         measure.take_turns(contenders, args.repeats, figures)
     for who, of, size in measured:
@@ -136,7 +132,7 @@ def _our_generate(config: ModelConfig, dtype: str, setting: dict) -> Generate:
     setting[f"{OURS} {dtype}"] = sample.pack_for_decoding(model)
 
     def generate(prompts: list[list[int]], new_tokens: int, top_k: int | None) -> int:
-        sampling = sample.Sampling(temperature=0.0) if top_k is None else sample.Sampling(top_k=top_k)
+        sampling = sample.Sampling(temperature=0.0 if top_k is None else 1.0, top_k=top_k)
         return sum(map(len, sample.generate(model, prompts, max_new_tokens=new_tokens, sampling=sampling)))
 
     return generate
@@ -152,17 +148,15 @@ def _peers(config: ModelConfig, dtype: str, nanogpt: Path | None, stack: context
     description = json.dumps(shape | {"dtype": dtype, "threads": torch.get_num_threads()})
     workers = {}
     if nanogpt is not None:
-        workers[NANOGPT] = stack.enter_context(Worker(NANOGPT_GENERATE, description, cwd=nanogpt))
-        setting[NANOGPT] = f"{nanogpt}, commit {measure.commit(nanogpt)}"
+        workers[measure.NANOGPT] = measure.Worker(NANOGPT_GENERATE, description, cwd=nanogpt)
+        setting[measure.NANOGPT] = f"{nanogpt}, commit {measure.commit(nanogpt)}"
     setting[TRANSFORMERS] = measure.version(TRANSFORMERS)
     if cli.is_installed(TRANSFORMERS):  # isolated: our kernels/ shadows a package of that name, which it imports
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-sample-")))
-        workers[TRANSFORMERS] = stack.enter_context(Worker(TRANSFORMERS_GENERATE, description, cwd=folder,
-                                                           isolated=True))
+        workers[TRANSFORMERS] = measure.Worker(TRANSFORMERS_GENERATE, description, cwd=measure.CHECKOUT, isolated=True)
+    for worker in workers.values():
+        stack.enter_context(worker).receive()  # it is ready
+    return {who: partial(_generate_by, worker) for who, worker in workers.items()}
 
-    def generate_by(worker: Worker) -> Generate:
-        worker.receive()  # it is ready
-        return lambda prompts, new_tokens, top_k: measure.ask(
-            worker, prompts=prompts, new_tokens=new_tokens, top_k=top_k)[0]["tokens"]
 
-    return {who: generate_by(worker) for who, worker in workers.items()}
+def _generate_by(worker: measure.Worker, prompts: list[list[int]], new_tokens: int, top_k: int | None) -> int:
+    return measure.ask(worker, prompts=prompts, new_tokens=new_tokens, top_k=top_k)[0]["tokens"]

@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +22,6 @@ import cli
 import files
 import sample
 from benchmarks import measure
-from benchmarks.measure import CHECKOUT, Figures
 from config import MachineError, to_toml
 from data.tokenizer import load_tokenizer
 from model import GPT
@@ -30,13 +29,12 @@ from model import GPT
 
 def add_to(commands) -> None:
     parser = measure.command(commands, run, "serve.py with many clients beside one.", repeats=5,
-                             config="gpt2_124m.toml")
+                             config="gpt2_124m.toml", lengths=True)
     parser.add_argument("--clients", type=measure.count, default=8, metavar="N", help="default 8")
     parser.add_argument("--dtype", choices=sample.DTYPES, default="float32", help="default float32")
-    measure.add_lengths(parser)
 
 
-def run(args: argparse.Namespace, figures: Figures) -> dict:
+def run(args: argparse.Namespace, figures: measure.Figures) -> dict:
     """One server process with random weights; per repeat one client, then --clients at once, each with one request."""
     config = measure.complete_config(args)
     cli.require("bench.py serve", "fastapi", "uvicorn")
@@ -51,9 +49,11 @@ def run(args: argparse.Namespace, figures: Figures) -> dict:
         weights = dict(GPT(config.model).named_parameters())
         checkpoint.save(folder, 1, model=weights, optimizer={}, state={}, keep=1)
         with _running_server(folder, args.dtype) as address:
-            ask = partial(_ask_server, address, prompt_tokens=args.prompt_tokens, vocab_size=config.model.vocab_size)
-            ask(1, new_tokens=4)  # warms up
-            contenders = {f"{n} at once": partial(_served_rate, ask, n, args.new_tokens) for n in (1, args.clients)}
+            rate = partial(_served_rate, address=address, prompt_tokens=args.prompt_tokens,
+                           vocab_size=config.model.vocab_size)
+            rate(0, clients=1, new_tokens=4)  # warms up
+            contenders = {f"{n} at once": partial(rate, clients=n, new_tokens=args.new_tokens)
+                          for n in (1, args.clients)}
             measure.take_turns(contenders, args.repeats, figures)
     figures.add_ratios(f"{args.clients} clients / 1", f"{args.clients} at once", "1 at once", ("tokens/s",))
     return setting
@@ -62,8 +62,8 @@ def run(args: argparse.Namespace, figures: Figures) -> dict:
 @contextlib.contextmanager
 def _running_server(run_dir: Path, dtype: str) -> Iterator[str]:
     """Host and port of a serve.py process. Raises MachineError with its last line if it does not start."""
-    command = [sys.executable, str(CHECKOUT / "serve.py"), str(run_dir), "--port", "0", "--device", "cpu", "--dtype",
-               dtype]
+    command = [sys.executable, str(measure.CHECKOUT / "serve.py"), str(run_dir), "--port", "0", "--device", "cpu",
+               "--dtype", dtype]
     environment = {key: value for key, value in os.environ.items() if key != "FLATGPT_API_KEY"}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
         lines = []
@@ -77,23 +77,23 @@ def _running_server(run_dir: Path, dtype: str) -> Iterator[str]:
             process.terminate()
 
 
-def _ask_server(address: str, client: int, *, new_tokens: int, prompt_tokens: int, vocab_size: int) -> int:
-    """New tokens of one request."""
-    prompt = np.random.default_rng(client).integers(vocab_size, size=prompt_tokens).tolist()
-    connection = http.client.HTTPConnection(address)
-    body = {"prompt": prompt, "max_tokens": new_tokens, "seed": client, "logit_bias": {"256": -100}}  # 256 ends a text
-    connection.request("POST", "/v1/completions", json.dumps(body))
-    answer = json.loads(connection.getresponse().read())
-    connection.close()
-    if "usage" not in answer:
-        raise MachineError(f"the server refused: {answer['error']['message']}")
-    return answer["usage"]["completion_tokens"]
+def _served_rate(repeat: int, *, clients: int, new_tokens: int, address: str, prompt_tokens: int,
+                 vocab_size: int) -> dict[str, float]:
+    def ask(client: int) -> int:
+        """New tokens of one request."""
+        prompt = np.random.default_rng(client).integers(vocab_size, size=prompt_tokens).tolist()
+        connection = http.client.HTTPConnection(address)
+        never_end = {"256": -100}
+        connection.request("POST", "/v1/completions", json.dumps(
+            {"prompt": prompt, "max_tokens": new_tokens, "seed": client, "logit_bias": never_end}))
+        answer = json.loads(connection.getresponse().read())
+        connection.close()
+        if "usage" not in answer:
+            raise MachineError(f"the server refused: {answer['error']['message']}")
+        return answer["usage"]["completion_tokens"]
 
-
-def _served_rate(ask: Callable[..., int], clients: int, new_tokens: int, repeat: int) -> dict[str, float]:
     with concurrent.futures.ThreadPoolExecutor(clients) as pool:
-        seconds, made = measure.seconds_of(lambda: sum(pool.map(lambda n: ask(n, new_tokens=new_tokens),
-                                                                range(clients))))
+        seconds, made = measure.seconds_of(lambda: sum(pool.map(ask, range(clients))))
     if made != clients * new_tokens:
         raise MachineError(f"the server made {made} tokens instead of {clients * new_tokens}")
     return {"tokens/s": made / seconds}

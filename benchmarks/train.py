@@ -20,7 +20,7 @@ import distributed
 import eval as evaluation
 import sample
 from benchmarks import measure
-from benchmarks.measure import CHECKOUT, CPU, NANOGPT, Figures
+from benchmarks.measure import CHECKOUT, CPU, NANOGPT
 from config import MachineError, ModelConfig, UserError, parse_arguments
 from data.sources import STDLIB
 from model import GPT, padded_vocab_size
@@ -32,6 +32,9 @@ WARMUP_STEPS = 20
 VAL_FRACTION = 0.1  # nanoGPT's, the end of the text
 SCORE_WINDOW = 64  # characters of context that every model is scored with
 NANOGPT_HEADS, NANOGPT_CONTEXT, NANOGPT_BATCH = 4, 64, 12
+NANOGPT_NAMES = {"transformer.wte": "wte", "transformer.wpe": "wpe", "transformer.ln_f": "final_norm",
+                 "transformer.h": "blocks", "ln_1": "attn_norm", "ln_2": "mlp_norm", "attn.c_attn": "attn.qkv",
+                 "attn.c_proj": "attn.proj", "mlp.c_fc": "mlp.fc", "mlp.c_proj": "mlp.proj"}
 
 # Runs a script that leaves `model` in its globals, without its fixed seed; says when it ended, then saves the weights.
 NANOGPT_TRAIN = """
@@ -48,17 +51,16 @@ save_file(tensors, weights_file)
 
 
 def add_to(commands) -> None:
-    parser = measure.command(commands, run, "Speed and loss of train.py, beside nanoGPT.", repeats=1)
+    parser = measure.command(commands, run, "Speed and loss of train.py, beside nanoGPT.", repeats=1, peer=True)
     parser.add_argument("--config", nargs="+", action="append", metavar="WORD",
                         help="FILE.toml and overrides of one contender; may be given again (default: "
                              + "; ".join(" ".join(words) for words in DEFAULT_CONFIGS) + ")")
     parser.add_argument("--data", metavar="SOURCE", help=f"text, all of it used; left out = 1.1 MB of {STDLIB}")
     parser.add_argument("--seeds", nargs="+", type=measure.whole, default=[0, 1, 2], metavar="N", help="default 0 1 2")
     parser.add_argument("--peer-steps", type=measure.count, default=2000, metavar="N", help="nanoGPT's; default 2000")
-    parser.add_argument("--peer", metavar="PATH", help="a checkout of nanoGPT")
 
 
-def run(args: argparse.Namespace, figures: Figures) -> dict:
+def run(args: argparse.Namespace, figures: measure.Figures) -> dict:
     """Every config and the peer, trained once per seed and repeat, timed from outside and scored alike."""
     configs = args.config or [[str(CHECKOUT / "configs" / name), *overrides] for name, *overrides in DEFAULT_CONFIGS]
     words_of = {measure.label(words): words for words in configs}
@@ -107,6 +109,7 @@ def read_text(source: str | None) -> str:
 
 
 def _train_ours(repeat: int, *, words: list[str], seeds: list[int], text_file: Path, val_text: str) -> dict[str, float]:
+    tokens_per_step = parse_arguments(words)[0].train.tokens_per_step
     with tempfile.TemporaryDirectory(dir=text_file.parent) as folder:
         run_dir = Path(folder, "run")
         done = measure.run_to_end(
@@ -115,22 +118,18 @@ def _train_ours(repeat: int, *, words: list[str], seeds: list[int], text_file: P
              f"data.source={text_file}", "data.val_source=[]", f"data.val_fraction={VAL_FRACTION}"], cwd=Path.cwd())
         rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
         model, tokenizer = sample.load_model(run_dir, device=CPU, dtype="float32", note=lambda line: None)
-    rows = _warm([row for row in rows if row["kind"] == "train"])
-    mfu = [100 * row["mfu"] for row in rows if row["mfu"] is not None]
-    return {**_speed([row["seconds"] for row in rows], parse_arguments(words)[0].train.tokens_per_step),
-            **({"mfu %": statistics.median(mfu)} if mfu else {}),
+    return {**_speed([row for row in rows if row["kind"] == "train"], tokens_per_step),
             "wall s": done.seconds, "peak MiB": done.peak_bytes / 2 ** 20,
             "val nats/char": nats_per_character(model, tokenizer.encode(val_text), tokenizer.token_bytes(), val_text)}
 
 
-def _warm(steps: list) -> list:
-    """The steps that are measured: all but the first 20, of a short run at least half."""
-    return steps[min(WARMUP_STEPS, len(steps) // 2):]
-
-
-def _speed(seconds: list[float], tokens_per_step: int) -> dict[str, float]:
-    median = statistics.median(seconds)
-    return {"ms/step": 1e3 * median, "steps/s": 1 / median, "tokens/s": tokens_per_step / median}
+def _speed(steps: list[dict], tokens_per_step: int) -> dict[str, float]:
+    """Medians of all steps but the first 20, of a short run at least half. "seconds" of each, and "mfu" if known."""
+    steps = steps[min(WARMUP_STEPS, len(steps) // 2):]
+    seconds = statistics.median(step["seconds"] for step in steps)
+    mfu = [100 * step["mfu"] for step in steps if step.get("mfu") is not None]
+    return {"ms/step": 1e3 * seconds, "steps/s": 1 / seconds, "tokens/s": tokens_per_step / seconds,
+            **({"mfu %": statistics.median(mfu)} if mfu else {})}
 
 
 def nats_per_character(model: GPT, ids: np.ndarray, token_bytes: np.ndarray, text: str) -> float:
@@ -156,7 +155,7 @@ def _train_nanogpt(repeat: int, *, copy: Path, steps: int, seeds: list[int], alp
     if not steps_ms:
         raise MachineError(f"nanoGPT printed no step times: {measure.last_line(done.output)}")
     model = gpt_from_nanogpt(load_file(weights), n_head=NANOGPT_HEADS)
-    return {**_speed(_warm([float(ms) / 1e3 for ms in steps_ms]), NANOGPT_BATCH * NANOGPT_CONTEXT),
+    return {**_speed([{"seconds": float(ms) / 1e3} for ms in steps_ms], NANOGPT_BATCH * NANOGPT_CONTEXT),
             "wall s": float(re.search(r"ended at ([\d.]+)", done.output)[1]) - done.started,
             "peak MiB": done.peak_bytes / 2 ** 20,
             "val nats/char": nats_per_character(model, *encode_characters(val_text, alphabet), val_text)}
@@ -167,11 +166,6 @@ def encode_characters(text: str, alphabet: list[str]) -> tuple[np.ndarray, np.nd
     places = {character: place for place, character in enumerate(alphabet)}
     return (np.array([places[character] for character in text]),
             np.array([len(character.encode()) for character in alphabet], dtype=np.int32))
-
-
-NANOGPT_NAMES = {"transformer.wte": "wte", "transformer.wpe": "wpe", "transformer.ln_f": "final_norm",
-                 "transformer.h": "blocks", "ln_1": "attn_norm", "ln_2": "mlp_norm", "attn.c_attn": "attn.qkv",
-                 "attn.c_proj": "attn.proj", "mlp.c_fc": "mlp.fc", "mlp.c_proj": "mlp.proj"}
 
 
 def gpt_from_nanogpt(tensors: dict[str, Tensor], *, n_head: int) -> GPT:
