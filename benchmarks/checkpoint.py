@@ -40,33 +40,32 @@ def run(args: argparse.Namespace, figures: measure.Figures) -> dict:
     setting["verify s, load s"] = "every sha256; copying into model and optimizer; the files are in the page cache"
     setting["first, second"] = "which of the two wrote first; a repeat runs both orders, ratios are of the same place"
     with tempfile.TemporaryDirectory(prefix="bench-checkpoint-", dir=args.dir) as folder:
-        contenders = {SAVED: partial(_save_and_load, model=model, optimizer=optimizer, run_dir=Path(folder, "run"),
-                                     size=size),
-                      DD: partial(_write_by_dd, path=Path(folder, "zeros"), size=size)}
-        measure.take_turns(contenders, 2 * args.repeats, figures, by_place=True)
-    for place in measure.PLACES:
+        common = {"folder": Path(folder), "size": size}
+        measure.take_turns({SAVED: partial(_save_and_load, model=model, optimizer=optimizer, **common),
+                            DD: partial(_write_by_dd, **common)}, 2 * args.repeats, figures, by_place=True)
+    for place in ("first", "second"):
         figures.add_ratios(f"{SAVED} / {DD}, both {place}", f"{SAVED}, {place}", f"{DD}, {place}", ("save s",))
     return setting
 
 
-def _save_and_load(repeat: int, *, model: GPT, optimizer: Optimizer, run_dir: Path, size: int) -> dict[str, float]:
+def _save_and_load(repeat: int, *, model: GPT, optimizer: Optimizer, folder: Path, size: int) -> dict[str, float]:
     def load() -> None:
         checkpoint.load_into(model, checkpoint.load_tensors(path, "model"), str(path))
         optimizer.load_state_tensors(checkpoint.load_tensors(path, "optimizer"), updates=0)
 
     os.sync()  # what others left to write is not ours
     save_s, path = measure.seconds_of(lambda: checkpoint.save(
-        run_dir, repeat, model=model.state_dict(), optimizer=optimizer.state_tensors(), state={}, keep=1))
+        folder / "run", repeat, model=model.state_dict(), optimizer=optimizer.state_tensors(), state={}, keep=1))
     verify_s, _ = measure.seconds_of(lambda: checkpoint.resolve(path, cli.note))
     load_s, _ = measure.seconds_of(load)
-    shutil.rmtree(run_dir)
+    shutil.rmtree(folder / "run")
     return {"save s": save_s, "save GB/s": size / 1e9 / save_s, "verify s": verify_s, "load s": load_s}
 
 
-def _write_by_dd(repeat: int, *, path: Path, size: int) -> dict[str, float]:
+def _write_by_dd(repeat: int, *, folder: Path, size: int) -> dict[str, float]:
     blocks = -(-size // 2 ** 20)
     os.sync()
-    done = measure.run_to_end(["dd", "if=/dev/zero", f"of={path}", f"bs={2 ** 20}", f"count={blocks}", "conv=fsync"],
-                              cwd=path.parent)
-    path.unlink()
+    done = measure.run_to_end(["dd", "if=/dev/zero", "of=zeros", f"bs={2 ** 20}", f"count={blocks}", "conv=fsync"],
+                              cwd=folder)
+    (folder / "zeros").unlink()
     return {"save s": done.seconds, "save GB/s": blocks * 2 ** 20 / 1e9 / done.seconds}

@@ -22,7 +22,6 @@ from data.prepare import SMALL_BYTES, prepare
 from data.shards import open_dataset, open_split
 from data.sources import STDLIB, UNIT_BYTES
 from data.tokenizer import GPT2_PATTERN, TIKTOKEN_FILES, train_bpe
-from distributed import World
 from model import GPT
 from optim import LossScale, Optimizer
 from train import train_step
@@ -84,8 +83,7 @@ def run(args: argparse.Namespace, figures: measure.Figures) -> dict:
     setting = measure.describe_machine()
     setting["text"] = (f"{size / 1e6:.2f} MB of {args.source} in {len(texts):,} documents made of "
                        f"{len(source_texts):,}, no validation split")
-    setting["tokenizer"], setting["processes"] = args.tokenizer, workers
-    setting["tiktoken"] = measure.version("tiktoken")
+    setting |= {"tokenizer": args.tokenizer, "processes": workers, "tiktoken": measure.version("tiktoken")}
     setting["MB/s"] = (f"{TIKTOKEN}: encode_to_numpy of documents in memory, all processes together; {PREPARED}: from "
                        "the first encoded unit to the synced index.json, one unit per process left out")
     setting["start-up s"] = (f"{TIKTOKEN}: spawn, imports, tokenizer; {PREPARED}: the same, counting documents and one "
@@ -159,12 +157,11 @@ def _encode_bare(repeat: int, *, folder: Path, workers: int, size: int) -> dict[
 
 
 def _measure_loader(config: Config, folder: Path, args: argparse.Namespace, figures: measure.Figures) -> str:
-    """Steps of a small model, for which loading weighs most: fed by TrainLoader, and with one batch over and over. What
-    was run, in words."""
+    """Steps of a small model, for which loading weighs most, by TrainLoader and with one batch; what was run."""
     prepare([str(folder / "small.jsonl")], folder / "small", tokenizer=config.data.tokenizer or "bytes",
             val_fraction=0.0, note=lambda line: None)
     dtype, _ = distributed.choose_dtype(config.train.dtype, measure.CPU)
-    distributed.prepare_cpu(measure.CPU, World())
+    distributed.prepare_cpu(measure.CPU, distributed.World())
     dataset = open_dataset(folder / "small")
     tokens_per_step, model_config = config.train.tokens_per_step, replace(config.model, vocab_size=dataset.vocab_size)
     loader = TrainLoader(open_split(dataset, "train"), seq_len=model_config.max_seq_len, seed=config.train.seed,

@@ -10,7 +10,6 @@ import argparse
 import ctypes
 import itertools
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -30,12 +29,11 @@ from kernels import reference, self_check
 
 GPT2_WIDTHS = {"124M": 768, "350M": 1024, "1.5B": 1600}
 CONTEXTS = (512, 1024, 2048, 4096, 8192)
-DOCUMENT_TOKENS = 512  # on average
+DOCUMENT_TOKENS = 512  # on average; lengths are distributed geometrically
 VOCAB_SIZE, TABLE_ROWS = 50_257, 50_304
 RATIOS = ("forward ms", "backward ms", "forward + backward ms", "peak memory MiB")  # to the peers', where both have it
 Run = Callable[[], Tensor | tuple[Tensor, ...]]
-# One operation at one shape: its label, the contenders, of which the first is ours, and their quantities that the roof
-# bounds: a copy those in GB/s, a matmul those in TFLOP/s.
+# One operation at one shape: its label, the contenders, ours first, and the quantities that a copy or a matmul bounds.
 Comparison = tuple[str, dict[str, measure.Contender], tuple[str, ...]]
 
 
@@ -62,17 +60,12 @@ def run(args: argparse.Namespace, figures: measure.Figures) -> dict:
     for label, contenders, bounded in comparisons(args.ops, device, dtype, rows=rows):
         ceiling = "copy" if bounded[0].endswith("GB/s") else "matmul"
         bound = f"{ceiling}, beside {label}"
-        reach = partial(_reach, ceilings[ceiling], bounded)
-        measure.take_turns(contenders | {bound: reach}, args.repeats, figures)
+        measure.take_turns(contenders | {bound: partial(ceilings[ceiling], bounded)}, args.repeats, figures)
         ours, *peers = contenders
         for peer in peers:
             figures.add_ratios(f"{ours} / {peer.partition(':')[0]}", ours, peer, RATIOS)
         figures.add_ratios(f"{ours} / {ceiling}", ours, bound, bounded)
     return setting
-
-
-def _reach(ceiling: Callable[[], float], quantities: tuple[str, ...], repeat: int) -> dict[str, float]:
-    return dict.fromkeys(quantities, ceiling())
 
 
 def choose_backends(device: torch.device, dtype: torch.dtype) -> str:
@@ -112,15 +105,19 @@ def comparisons(ops: list[str], device: torch.device, dtype: torch.dtype, *, row
         yield _attention(randn, tokens=rows, T=contexts[-1], H=12, D=64, window=contexts[-1] // 8)
 
 
-def _ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], float]]:
-    """What the device reaches at best, on random data: GB/s read and written by a copy, TFLOP/s of a square matmul."""
+def _ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[..., dict[str, float]]]:
+    """What the device reaches at best, on random data, as each of some quantities: GB/s read and written by a copy,
+    TFLOP/s of a square matmul."""
     size, n = (2 ** 30, 8192) if device.type == "cuda" else (2 ** 27, 2048)
     source = torch.randn(size // 4, device=device)
     target = torch.empty_like(source)
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
 
-    return {"copy": lambda: 2 * size / 1e9 / seconds_per_call(lambda: target.copy_(source)),
-            "matmul": lambda: 2 * n ** 3 / 1e12 / seconds_per_call(lambda: a @ b)}
+    def reach(amount: float, work: Run, quantities: tuple[str, ...], repeat: int) -> dict[str, float]:
+        return dict.fromkeys(quantities, amount / seconds_per_call(work))
+
+    return {"copy": partial(reach, 2 * size / 1e9, lambda: target.copy_(source)),
+            "matmul": partial(reach, 2 * n ** 3 / 1e12, lambda: a @ b)}
 
 
 def _norm(op: str, randn: Callable[..., Tensor], *, rows: int, C: int, residual: bool) -> Comparison:
@@ -154,13 +151,11 @@ def _attention(randn: Callable[..., Tensor], *, tokens: int, T: int, H: int, D: 
     B = tokens // T
     kind = "documents" if documents else "causal" if window is None else f"window {window}"
     q, k, v = (randn(B, T, H, D) for _ in range(3))
-    ids = None
-    if documents:  # lengths uniform from 1 up, of that mean
-        starts = torch.rand(B, T, generator=torch.Generator().manual_seed(0)) < 1 / DOCUMENT_TOKENS
-        ids = starts.cumsum(1).to(q.device)
+    starts = torch.rand(B, T, generator=torch.Generator().manual_seed(0)) < 1 / DOCUMENT_TOKENS
+    ids = starts.cumsum(1).to(q.device) if documents else None
     first_key = kernels.first_visible_key(ids, window, T=T, device=q.device)
     own = torch.arange(T, device=q.device)
-    seen_from = torch.zeros(1, T, device=q.device) if first_key is None else first_key.clamp(min=0)
+    seen_from = torch.zeros_like(own) if first_key is None else first_key.clamp(min=0)
     tflop = 2 * D * H * (own + 1 - seen_from).expand(B, T).sum().item() / 1e12  # of one matmul
     runs = _runs("attention", lambda module: partial(module.attention, q, k, v, first_key=first_key), device=q.device)
     for name, peer in _attention_peers(q, k, v, ids, window).items():
@@ -182,14 +177,13 @@ def _attention_peers(q: Tensor, k: Tensor, v: Tensor, ids: Tensor | None, window
     def heads_first() -> list[Tensor]:
         return [x.transpose(1, 2) for x in (q, k, v)]
 
-    def sdpa(*backends: SDPBackend) -> Tensor:
-        with sdpa_kernel(list(backends)) if backends else nullcontext():
-            return F.scaled_dot_product_attention(*heads_first(), is_causal=True)
+    def sdpa() -> Tensor:
+        return F.scaled_dot_product_attention(*heads_first(), is_causal=True)
 
     if not q.is_cuda:
         return {"PyTorch" if is_causal else "PyTorch, causal": sdpa}
-    peers: dict[str, Run] = {"SDPA flash, causal": partial(sdpa, SDPBackend.FLASH_ATTENTION),
-                                 "SDPA cuDNN, causal": partial(sdpa, SDPBackend.CUDNN_ATTENTION)}
+    peers: dict[str, Run] = {"SDPA flash, causal": sdpa_kernel(SDPBackend.FLASH_ATTENTION)(sdpa),
+                             "SDPA cuDNN, causal": sdpa_kernel(SDPBackend.CUDNN_ATTENTION)(sdpa)}
     if not is_causal:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 

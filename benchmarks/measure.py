@@ -36,7 +36,6 @@ BUSY_PERCENT = 5.0  # of the CPU taken by other processes, from which figures ar
 NANOGPT = "nanoGPT"
 NANOGPT_FILES = ("train.py", "model.py", "configurator.py", "config/train_shakespeare_char.py",
                  "data/shakespeare_char/prepare.py")
-PLACES = ("first", "second")
 Contender = Callable[[int], dict[str, float]]  # number of the repeat -> quantity, whose name ends in its unit: value
 
 
@@ -92,7 +91,7 @@ def take_turns(contenders: dict[str, Contender], repeats: int, figures: Figures,
         first = repeat % len(names)
         for place, name in enumerate(names[first:] + names[:first]):
             values = contenders[name](repeat)
-            subject = f"{name}, {PLACES[place]}" if by_place else name
+            subject = f"{name}, {('first', 'second')[place]}" if by_place else name
             figures.add(subject, values)
             cli.note(f"{repeat + 1}/{repeats} {subject}: " + ", ".join(f"{_text(v)} {q}" for q, v in values.items()))
 
@@ -179,8 +178,7 @@ def cpu_seconds() -> tuple[float, float] | None:
 
 
 def others_percent(since: tuple[float, float] | None, when: str) -> float | None:
-    """Share of all cores that other processes took since cpu_seconds() gave `since`, with a warning if it is large;
-    None where that is not known."""
+    """Share of all cores that others took since cpu_seconds() gave `since`, or None; a warning if it is large."""
     now = cpu_seconds()
     if since is None or now is None:
         return None
@@ -196,8 +194,8 @@ def describe_machine() -> dict:
     before = cpu_seconds()
     time.sleep(WATCHED_S)
     busy = others_percent(before, "before the start")
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    model = re.search(r"^model name\s*: (.+)$", info, re.MULTILINE)
+    info = Path("/proc/cpuinfo")
+    model = re.search(r"^model name\s*: (.+)$", info.read_text() if info.exists() else "", re.MULTILINE)
     return {"cpu": model[1] if model else platform.processor() or platform.machine(), "cores": cores(),
             "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(),
             "commit": commit(CHECKOUT), "load average": [round(load, 2) for load in os.getloadavg()],
@@ -234,8 +232,9 @@ json.dump({"started": started, "ended": ended, "seconds": ended - started, "peak
 
 
 def run_to_end(arguments: list[str], *, cwd: Path) -> SimpleNamespace:
-    """started, ended (on time.monotonic(), which all processes share; just before the interpreter starts), seconds,
-    peak_bytes (resident), output (stdout and stderr). Raises MachineError with the process's last line if it fails."""
+    """When the process started (before its interpreter) and ended, on time.monotonic(), which all processes share; its
+    seconds, peak_bytes (resident) and output (stdout and stderr). Raises MachineError with its last line if it fails.
+    """
     done = subprocess.run([sys.executable, "-I", "-S", "-c", LAUNCHER, *arguments], cwd=cwd, capture_output=True,
                           text=True, errors="replace", env=os.environ | {"PYTHONUTF8": "1"})
     result = json.loads(done.stderr) if done.returncode == 0 else {"status": done.returncode}

@@ -155,8 +155,5 @@ def _peers(config: ModelConfig, dtype: str, nanogpt: Path | None, stack: context
         workers[TRANSFORMERS] = measure.Worker(TRANSFORMERS_GENERATE, description, cwd=measure.CHECKOUT, isolated=True)
     for worker in workers.values():
         stack.enter_context(worker).receive()  # it is ready
-    return {who: partial(_generate_by, worker) for who, worker in workers.items()}
-
-
-def _generate_by(worker: measure.Worker, prompts: list[list[int]], new_tokens: int, top_k: int | None) -> int:
-    return measure.ask(worker, prompts=prompts, new_tokens=new_tokens, top_k=top_k)[0]["tokens"]
+    return {who: lambda prompts, new_tokens, top_k, worker=worker: measure.ask(
+        worker, prompts=prompts, new_tokens=new_tokens, top_k=top_k)[0]["tokens"] for who, worker in workers.items()}

@@ -66,13 +66,13 @@ def _running_server(run_dir: Path, dtype: str) -> Iterator[str]:
                "--dtype", dtype]
     environment = {key: value for key, value in os.environ.items() if key != "FLATGPT_API_KEY"}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
-        lines = []
+        said = ""
         try:
-            while not (lines and lines[-1].startswith("serving ")):
-                lines.append(process.stderr.readline())
-                if not lines[-1]:
-                    raise MachineError(f"serve.py did not start: {measure.last_line(''.join(lines))}")
-            yield re.search(r"127\.0\.0\.1:\d+", lines[-1])[0]
+            while not (started := re.search(r"^serving .*?(127\.0\.0\.1:\d+)", said, re.MULTILINE)):
+                if not (line := process.stderr.readline()):
+                    raise MachineError(f"serve.py did not start: {measure.last_line(said)}")
+                said += line
+            yield started[1]
         finally:
             process.terminate()
 
@@ -83,9 +83,8 @@ def _served_rate(repeat: int, *, clients: int, new_tokens: int, address: str, pr
         """New tokens of one request."""
         prompt = np.random.default_rng(client).integers(vocab_size, size=prompt_tokens).tolist()
         connection = http.client.HTTPConnection(address)
-        never_end = {"256": -100}
-        connection.request("POST", "/v1/completions", json.dumps(
-            {"prompt": prompt, "max_tokens": new_tokens, "seed": client, "logit_bias": never_end}))
+        body = {"prompt": prompt, "max_tokens": new_tokens, "seed": client, "logit_bias": {"256": -100}}  # no end
+        connection.request("POST", "/v1/completions", json.dumps(body))
         answer = json.loads(connection.getresponse().read())
         connection.close()
         if "usage" not in answer:

@@ -148,9 +148,8 @@ def _train_nanogpt(repeat: int, *, copy: Path, steps: int, seeds: list[int], alp
     done = measure.run_to_end(
         [sys.executable, "-c", NANOGPT_TRAIN, str(seeds[repeat % len(seeds)]), str(weights),
          "config/train_shakespeare_char.py", "--device=cpu", "--compile=False", "--eval_iters=20", "--log_interval=1",
-         f"--block_size={NANOGPT_CONTEXT}", f"--batch_size={NANOGPT_BATCH}", "--n_layer=4",
-         f"--n_head={NANOGPT_HEADS}", "--n_embd=128", f"--max_iters={steps}", f"--lr_decay_iters={steps}",
-         "--dropout=0.0"], cwd=copy)
+         f"--block_size={NANOGPT_CONTEXT}", f"--batch_size={NANOGPT_BATCH}", "--n_layer=4", "--n_embd=128",
+         f"--n_head={NANOGPT_HEADS}", f"--max_iters={steps}", f"--lr_decay_iters={steps}", "--dropout=0.0"], cwd=copy)
     steps_ms = re.findall(r"^iter \d+: loss .*?, time ([\d.]+)ms", done.output, re.MULTILINE)
     if not steps_ms:
         raise MachineError(f"nanoGPT printed no step times: {measure.last_line(done.output)}")
