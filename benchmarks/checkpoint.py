@@ -1,0 +1,71 @@
+"""bench.py checkpoint: saving beside dd with fsync; verifying and loading."""
+
+import argparse
+import os
+import shutil
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import checkpoint
+import cli
+from benchmarks import measure
+from config import UserError
+from model import GPT
+from optim import Optimizer
+
+SAVED, DD = "checkpoint", "dd"
+
+
+def add_to(commands) -> None:
+    parser = measure.command(commands, run, "Saving beside dd; loading.", repeats=5, config="gpt2_124m.toml")
+    parser.add_argument("--dir", default=".", help="folder on the disk to measure, left as it was; default: this one")
+
+
+def run(args: argparse.Namespace, figures: measure.Figures) -> dict:
+    """checkpoint.save of weights and moments, and dd of as many bytes, into a new folder below --dir each time. Each
+    repeat runs them in both orders: on some disks whoever writes second is slower, whoever it is."""
+    config = measure.complete_config(args)
+    if not Path(args.dir).is_dir():
+        raise UserError(f"--dir {args.dir!r} is no folder; name one on the disk to measure")
+    model = GPT(config.model)
+    optimizer = Optimizer(model, config.optim)
+    moments = optimizer.state_tensors().values()
+    for tensor in moments:
+        tensor.normal_()  # zeros might be compressed
+    size = sum(t.numel() * t.element_size() for t in (*model.state_dict().values(), *moments))
+    setting = measure.describe_machine()
+    setting["model"] = f"{measure.label(args.config)}, {model.parameter_count():,} parameters and their moments"
+    setting["bytes"] = f"{size:,} in {Path(args.dir).resolve()}"
+    setting["verify s, load s"] = "every sha256; copying into model and optimizer; the files are in the page cache"
+    setting["first, second"] = "which of the two wrote first; a repeat runs both orders, ratios are of the same place"
+    with tempfile.TemporaryDirectory(prefix="bench-checkpoint-", dir=args.dir) as folder:
+        common = {"folder": Path(folder), "size": size}
+        measure.take_turns({SAVED: partial(_save_and_load, model=model, optimizer=optimizer, **common),
+                            DD: partial(_write_by_dd, **common)}, 2 * args.repeats, figures, by_place=True)
+    for place in ("first", "second"):
+        figures.add_ratios(f"{SAVED} / {DD}, both {place}", f"{SAVED}, {place}", f"{DD}, {place}", ("save s",))
+    return setting
+
+
+def _save_and_load(repeat: int, *, model: GPT, optimizer: Optimizer, folder: Path, size: int) -> dict[str, float]:
+    def load() -> None:
+        checkpoint.load_into(model, checkpoint.load_tensors(path, "model"), str(path))
+        optimizer.load_state_tensors(checkpoint.load_tensors(path, "optimizer"), updates=0)
+
+    os.sync()  # what others left to write is not ours
+    save_s, path = measure.seconds_of(lambda: checkpoint.save(
+        folder / "run", repeat, model=model.state_dict(), optimizer=optimizer.state_tensors(), state={}, keep=1))
+    verify_s, _ = measure.seconds_of(lambda: checkpoint.resolve(path, cli.note))
+    load_s, _ = measure.seconds_of(load)
+    shutil.rmtree(folder / "run")
+    return {"save s": save_s, "save GB/s": size / 1e9 / save_s, "verify s": verify_s, "load s": load_s}
+
+
+def _write_by_dd(repeat: int, *, folder: Path, size: int) -> dict[str, float]:
+    blocks = -(-size // 2 ** 20)
+    os.sync()
+    done = measure.run_to_end(["dd", "if=/dev/zero", "of=zeros", f"bs={2 ** 20}", f"count={blocks}", "conv=fsync"],
+                              cwd=folder)
+    (folder / "zeros").unlink()
+    return {"save s": done.seconds, "save GB/s": blocks * 2 ** 20 / 1e9 / done.seconds}

@@ -1,0 +1,280 @@
+"""bench.py kernels: each operation beside PyTorch, torch.compile, FlexAttention, Liger-Kernel and the roofline.
+
+On CUDA at the shapes of GPT-2 in training, in bfloat16 with float32 weights; on the CPU at smaller ones, where the
+plain PyTorch versions are measured. A figure of a repeat is the mean of as many calls as take 0.1 s.
+
+Dims: N rows, C width, V vocabulary; B batch, T sequence, H heads, D head dim.
+"""
+
+import argparse
+import ctypes
+import itertools
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import cli
+import distributed
+import kernels
+import metrics
+import sample
+from benchmarks import measure
+from config import ModelConfig
+from kernels import reference, self_check
+
+GPT2_WIDTHS = {"124M": 768, "350M": 1024, "1.5B": 1600}
+CONTEXTS = (512, 1024, 2048, 4096, 8192)
+DOCUMENT_TOKENS = 512  # on average; lengths are distributed geometrically
+VOCAB_SIZE, TABLE_ROWS = 50_257, 50_304
+RATIOS = ("forward ms", "backward ms", "forward + backward ms", "peak memory MiB")  # to the peers', where both have it
+Run = Callable[[], Tensor | tuple[Tensor, ...]]
+# One operation at one shape: its label, the contenders, ours first, and the quantities that a copy or a matmul bounds.
+Comparison = tuple[str, dict[str, measure.Contender], tuple[str, ...]]
+
+
+def add_to(commands) -> None:
+    parser = measure.command(commands, run, "Each operation of kernels/ beside PyTorch's.", repeats=5)
+    parser.add_argument("--ops", nargs="+", choices=kernels.OPS, default=list(kernels.OPS), help="default: all")
+    parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
+    parser.add_argument("--dtype", choices=sample.DTYPES, help="default bfloat16 on CUDA, float32 on the CPU")
+    parser.add_argument("--rows", type=measure.count, metavar="N", help="default 65,536 on CUDA, 1,024 on the CPU")
+
+
+def run(args: argparse.Namespace, figures: measure.Figures) -> dict:
+    """Each operation beside PyTorch's, and what the machine could reach at best, in turns."""
+    device = distributed.choose_device(args.device, option="--device ")[0]
+    on_cuda = device.type == "cuda"
+    dtype = getattr(torch, args.dtype or ("bfloat16" if on_cuda else "float32"))
+    setting = measure.describe_machine()
+    setting["device"] = torch.cuda.get_device_name(device) if on_cuda else str(device)
+    setting["dtype"] = f"{dtype}, weights float32"
+    setting |= {package: measure.version(package) for package in ("triton", "liger_kernel", "flash_attn") if on_cuda}
+    setting["Triton"] = choose_backends(device, dtype)
+    ceilings = _ceilings(device, dtype)
+    rows = args.rows or (65_536 if on_cuda else 1024)
+    for label, contenders, bounded in comparisons(args.ops, device, dtype, rows=rows):
+        ceiling = "copy" if bounded[0].endswith("GB/s") else "matmul"
+        bound = f"{ceiling}, beside {label}"
+        measure.take_turns(contenders | {bound: partial(ceilings[ceiling], bounded)}, args.repeats, figures)
+        ours, *peers = contenders
+        for peer in peers:
+            figures.add_ratios(f"{ours} / {peer.partition(':')[0]}", ours, peer, RATIOS)
+        figures.add_ratios(f"{ours} / {ceiling}", ours, bound, bounded)
+    return setting
+
+
+def choose_backends(device: torch.device, dtype: torch.dtype) -> str:
+    """Triton for the operations whose kernels pass their check here; in words what was found."""
+    verdicts = {}
+    for norm in ("layernorm", "rmsnorm"):
+        model = ModelConfig(n_embd=768, n_head=12, norm=norm, vocab_size=VOCAB_SIZE)
+        verdicts |= self_check.verdicts("auto", model, table_rows=TABLE_ROWS, dtype=dtype, device=device)
+    kernels.choose_backends(op for op, problem in verdicts.items() if problem is None)
+    return "; ".join(f"{op}: {problem or 'passed its check'}" for op, problem in verdicts.items())
+
+
+def _runs(op: str, by: Callable[[ModuleType], Run], plain: Run | None = None, *,
+          device: torch.device) -> dict[str, Run]:
+    """by(module) of Triton, first, where it was chosen, and of the reference; then plain, and that compiled on CUDA."""
+    runs = {"Triton": by(kernels.triton_module(op))} if kernels.backend(op) == "triton" else {}
+    runs |= {"reference": by(reference)} | ({} if plain is None else {"PyTorch": plain})
+    if plain is not None and device.type == "cuda":
+        torch._dynamo.reset()  # one code object serves all shapes: past 8 of them Dynamo would go on in eager
+        runs["torch.compile"] = torch.compile(plain, dynamic=False)
+    return runs
+
+
+def comparisons(ops: list[str], device: torch.device, dtype: torch.dtype, *, rows: int) -> Iterator[Comparison]:
+    randn = partial(torch.randn, device=device, dtype=dtype, requires_grad=True)
+    for C in GPT2_WIDTHS.values() if device.type == "cuda" else (GPT2_WIDTHS["124M"],):
+        for op, residual in itertools.product([op for op in ops if op.endswith("_norm")], (False, True)):
+            yield _norm(op, randn, rows=rows, C=C, residual=residual)
+        if "linear_cross_entropy" in ops:
+            yield _cross_entropy(randn, rows=rows, C=C)
+    if "attention" in ops:
+        contexts = [T for T in CONTEXTS if T <= rows] if device.type == "cuda" else [min(rows, 1024)]
+        for D, T in itertools.product((64, 128), contexts):
+            yield _attention(randn, tokens=rows, T=T, H=768 // D, D=D)
+        for T in contexts[-2:]:
+            yield _attention(randn, tokens=rows, T=T, H=12, D=64, documents=True)
+        yield _attention(randn, tokens=rows, T=contexts[-1], H=12, D=64, window=contexts[-1] // 8)
+
+
+def _ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[..., dict[str, float]]]:
+    """What the device reaches at best, on random data, as each of some quantities: GB/s read and written by a copy,
+    TFLOP/s of a square matmul."""
+    size, n = (2 ** 30, 8192) if device.type == "cuda" else (2 ** 27, 2048)
+    source = torch.randn(size // 4, device=device)
+    target = torch.empty_like(source)
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+
+    def reach(amount: float, work: Run, quantities: tuple[str, ...], repeat: int) -> dict[str, float]:
+        return dict.fromkeys(quantities, amount / seconds_per_call(work))
+
+    return {"copy": partial(reach, 2 * size / 1e9, lambda: target.copy_(source)),
+            "matmul": partial(reach, 2 * n ** 3 / 1e12, lambda: a @ b)}
+
+
+def _norm(op: str, randn: Callable[..., Tensor], *, rows: int, C: int, residual: bool) -> Comparison:
+    """Bytes: x, y and the gradients once each; with a residual it, the sum and the sum's gradient too."""
+    is_layer = op == "layer_norm"
+    x, more = randn(rows, C), randn(rows, C)
+    weight, bias = (randn(C, dtype=torch.float32) for _ in range(2))
+
+    def by(module: ModuleType) -> Run:
+        norm = partial(module.layer_norm, x, weight, bias) if is_layer else partial(module.rms_norm, x, weight)
+        return partial(norm, eps=1e-5, residual=more if residual else None)
+
+    def plain() -> Tensor | tuple[Tensor, ...]:
+        added, w = x + more if residual else x, weight.to(x.dtype)
+        y = F.layer_norm(added, (C,), w, bias.to(x.dtype), 1e-5) if is_layer else F.rms_norm(added, (C,), w, 1e-5)
+        return (y, added) if residual else y
+
+    runs = _runs(op, by, plain, device=x.device)
+    if is_layer and not residual and x.is_cuda and cli.is_installed("liger_kernel"):
+        from liger_kernel.ops.layer_norm import LigerLayerNormFunction
+        runs["Liger"] = lambda: LigerLayerNormFunction.apply(x, weight, bias, 1e-5)
+    tensor_gb = rows * C * x.element_size() / 1e9
+    return _in_two_phases(f"{op}{' + residual' if residual else ''} {rows} x {C}", runs,
+                          [x, weight] + [bias] * is_layer + [more] * residual, unit="GB/s",
+                          forward=(4 if residual else 2) * tensor_gb, backward=(4 if residual else 3) * tensor_gb)
+
+
+def _attention(randn: Callable[..., Tensor], *, tokens: int, T: int, H: int, D: int, documents: bool = False,
+               window: int | None = None) -> Comparison:
+    """FLOPs: two matmuls of the visible pairs forward, five backward; what is computed and masked does not count."""
+    B = tokens // T
+    kind = "documents" if documents else "causal" if window is None else f"window {window}"
+    q, k, v = (randn(B, T, H, D) for _ in range(3))
+    starts = torch.rand(B, T, generator=torch.Generator().manual_seed(0)) < 1 / DOCUMENT_TOKENS
+    ids = starts.cumsum(1).to(q.device) if documents else None
+    first_key = kernels.first_visible_key(ids, window, T=T, device=q.device)
+    own = torch.arange(T, device=q.device)
+    seen_from = torch.zeros_like(own) if first_key is None else first_key.clamp(min=0)
+    tflop = 2 * D * H * (own + 1 - seen_from).expand(B, T).sum().item() / 1e12  # of one matmul
+    runs = _runs("attention", lambda module: partial(module.attention, q, k, v, first_key=first_key), device=q.device)
+    for name, peer in _attention_peers(q, k, v, ids, window).items():
+        try:
+            peer()
+            runs[name] = peer
+        except RuntimeError as error:  # a backend that this build or this shape lacks
+            cli.note(f"{name} left out: {str(error).splitlines()[0][:160]}")
+    return _in_two_phases(f"attention {kind} {B} x {T} x {H} x {D}", runs, [q, k, v], unit="TFLOP/s",
+                          forward=2 * tflop, backward=5 * tflop)
+
+
+def _attention_peers(q: Tensor, k: Tensor, v: Tensor, ids: Tensor | None, window: int | None) -> dict[str, Run]:
+    """SDPA by backend (causal: it cannot skip documents without a mask that costs it flash), FlexAttention for windows
+    and documents, flash-attn."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    is_causal = ids is None and window is None
+
+    def heads_first() -> list[Tensor]:
+        return [x.transpose(1, 2) for x in (q, k, v)]
+
+    def sdpa() -> Tensor:
+        return F.scaled_dot_product_attention(*heads_first(), is_causal=True)
+
+    if not q.is_cuda:
+        return {"PyTorch" if is_causal else "PyTorch, causal": sdpa}
+    peers: dict[str, Run] = {"SDPA flash, causal": sdpa_kernel(SDPBackend.FLASH_ATTENTION)(sdpa),
+                             "SDPA cuDNN, causal": sdpa_kernel(SDPBackend.CUDNN_ATTENTION)(sdpa)}
+    if not is_causal:
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        def visible(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            seen = key <= query if ids is None else (key <= query) & (ids[b, query] == ids[b, key])
+            return seen if window is None else seen & (key > query - window)
+
+        B, T = q.shape[:2]
+        mask = create_block_mask(visible, B, None, T, T, device=q.device)
+        torch._dynamo.reset()
+        flex = torch.compile(flex_attention, dynamic=False)
+        peers["FlexAttention"] = lambda: flex(*heads_first(), block_mask=mask)
+    if cli.is_installed("flash_attn"):
+        from flash_attn import flash_attn_func
+        size = (-1 if window is None else window - 1, 0)
+        peers["flash-attn" + (", causal" if ids is not None else "")] = partial(
+            flash_attn_func, q, k, v, causal=True, window_size=size)
+    return peers
+
+
+def _cross_entropy(randn: Callable[..., Tensor], *, rows: int, C: int) -> Comparison:
+    """Forward and backward together: ours makes its gradients in the forward pass. FLOPs: three matmuls."""
+    hidden = randn(rows, C)
+    weight = (randn(TABLE_ROWS, C, dtype=torch.float32).detach() / C ** 0.5).requires_grad_()
+    targets = torch.randint(VOCAB_SIZE, (rows,), device=hidden.device)
+
+    def by(module: ModuleType) -> Run:
+        return partial(module.linear_cross_entropy, hidden, weight, targets, vocab_size=VOCAB_SIZE, ignore_index=-100,
+                       reduction="mean", softcap=0.0, z_loss=0.0, chunk_rows=None)
+
+    def plain() -> Tensor:
+        return F.cross_entropy((hidden @ weight.to(hidden.dtype).T)[:, :VOCAB_SIZE].float(), targets)
+
+    runs = _runs("linear_cross_entropy", by, plain, device=hidden.device)
+    if hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        options = torch.nn.LinearCrossEntropyOptions()
+        runs["F.linear_cross_entropy"] = lambda: F.linear_cross_entropy(
+            hidden, weight.to(hidden.dtype)[:VOCAB_SIZE], targets, options=options)
+    if hidden.is_cuda and cli.is_installed("liger_kernel"):
+        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+        runs["Liger"] = lambda: LigerFusedLinearCrossEntropyFunction.apply(
+            hidden, weight.to(hidden.dtype)[:VOCAB_SIZE], targets)[0]
+
+    def measured(run: Run, repeat: int) -> dict[str, float]:
+        def step() -> None:
+            torch.autograd.grad(run(), [hidden, weight])
+        seconds, peak = seconds_per_call(step), peak_growth_bytes(step, hidden.device)
+        return {"forward + backward ms": 1e3 * seconds, "TFLOP/s": 6 * rows * C * TABLE_ROWS / 1e12 / seconds,
+                **({} if peak is None else {"peak memory MiB": peak / 2 ** 20})}
+
+    label = f"linear_cross_entropy {rows} x {C} x {TABLE_ROWS}"
+    return label, {f"{name}: {label}": partial(measured, run) for name, run in runs.items()}, ("TFLOP/s",)
+
+
+def _in_two_phases(label: str, runs: dict[str, Run], inputs: list[Tensor], *, unit: str, forward: float,
+                   backward: float) -> Comparison:
+    """Forward and backward apart; what each moves or computes is given in the unit times seconds."""
+    def measured(run: Run, repeat: int) -> dict[str, float]:
+        outputs = run()
+        outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+        gradients = [torch.randn_like(out) for out in outputs]
+        forward_s = seconds_per_call(run)
+        backward_s = seconds_per_call(lambda: torch.autograd.grad(outputs, inputs, gradients, retain_graph=True))
+        return {"forward ms": 1e3 * forward_s, "backward ms": 1e3 * backward_s,
+                f"forward {unit}": forward / forward_s, f"backward {unit}": backward / backward_s}
+
+    return (label, {f"{name}: {label}": partial(measured, run) for name, run in runs.items()},
+            (f"forward {unit}", f"backward {unit}"))
+
+
+def seconds_per_call(work: Callable[[], object]) -> float:
+    """The mean of as many calls as take 0.1 s together, after one to warm up; waits for CUDA."""
+    from torch.utils.benchmark import Timer  # asks for the device when it is imported
+    timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=0.1).mean
+
+
+def peak_growth_bytes(work: Callable[[], object], device: torch.device) -> int | None:
+    """How far memory rises above what was held before, while work runs; None where that cannot be measured."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what earlier work left in the heap would be used again unseen
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again at what is resident now
+    except (AttributeError, OSError):  # not glibc, not Linux
+        return None
+    before = metrics.peak_memory_bytes(device)
+    work()
+    return metrics.peak_memory_bytes(device) - before

@@ -1,0 +1,320 @@
+"""What all benchmarks share: contenders that take turns, medians and ratios, arguments, the table and the JSON, the
+setting they ran in, processes of their own for what is measured, and text."""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+import cli
+import files
+from config import Config, MachineError, UserError, parse_arguments
+from data.sources import documents, find_files, whole_document_units
+from metrics import format_table
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+WATCHED_S = 1.0  # how long others' work is watched before the start
+BUSY_PERCENT = 5.0  # of the CPU taken by other processes, from which figures are not to be trusted
+NANOGPT = "nanoGPT"
+NANOGPT_FILES = ("train.py", "model.py", "configurator.py", "config/train_shakespeare_char.py",
+                 "data/shakespeare_char/prepare.py")
+Contender = Callable[[int], dict[str, float]]  # number of the repeat -> quantity, whose name ends in its unit: value
+
+
+class Figures:
+    """Samples of each (subject, quantity), one per repeat."""
+
+    def __init__(self) -> None:
+        self.samples: dict[tuple[str, str], list[float]] = {}
+
+    def add(self, subject: str, values: dict[str, float]) -> None:
+        for quantity, value in values.items():
+            self.samples.setdefault((subject, quantity), []).append(value)
+
+    def add_ratios(self, label: str, ours: str, peer: str, quantities: Iterable[str]) -> None:
+        """ours / peer of each repeat as subject `label`, for the quantities that both have."""
+        for quantity in quantities:
+            pair = [self.samples.get((subject, quantity)) for subject in (ours, peer)]
+            if all(pair):
+                self.samples[label, f"ratio of {quantity}"] = [a / b for a, b in zip(*pair, strict=True)]
+
+    def rows(self) -> list[dict]:
+        return [{"subject": subject, "quantity": quantity, "median": statistics.median(samples),
+                 "p10": float(np.percentile(samples, 10)), "p90": float(np.percentile(samples, 90)),
+                 "repeats": len(samples), "samples": samples} for (subject, quantity), samples in self.samples.items()]
+
+    def table(self) -> str:
+        """A line per subject, a column per quantity; subjects of other quantities in a table of their own."""
+        cells: dict[str, dict[str, str]] = {}
+        for row in self.rows():
+            spread = f" ({_text(row['p10'])}-{_text(row['p90'])})" if row["repeats"] > 1 else ""
+            cells.setdefault(row["subject"], {})[row["quantity"]] = _text(row["median"]) + spread
+        tables: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+        for subject, values in cells.items():
+            tables.setdefault(tuple(values), []).append((subject, *values.values()))
+        repeats = " or ".join(map(str, sorted({len(samples) for samples in self.samples.values()})))
+        return "\n\n".join([f"median (p10-p90) of {repeats} repeats",
+                            *(format_table(("", *quantities), rows) for quantities, rows in tables.items())])
+
+
+def _text(value: float) -> str:
+    """Four significant digits, and all digits before the point."""
+    return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def take_turns(contenders: dict[str, Contender], repeats: int, figures: Figures, *, by_place: bool = False) -> None:
+    """Run every contender once per repeat; who begins changes, since the first after a pause finds a cooler machine.
+
+    by_place is for two contenders where whoever comes second finds another machine, say a disk whose burst is spent:
+    "NAME, first" and "NAME, second" are subjects of their own, each in every other repeat.
+    """
+    names = list(contenders)
+    for repeat in range(repeats):
+        first = repeat % len(names)
+        for place, name in enumerate(names[first:] + names[:first]):
+            values = contenders[name](repeat)
+            subject = f"{name}, {('first', 'second')[place]}" if by_place else name
+            figures.add(subject, values)
+            cli.note(f"{repeat + 1}/{repeats} {subject}: " + ", ".join(f"{_text(v)} {q}" for q, v in values.items()))
+
+
+def seconds_of(work: Callable[[], Any]) -> tuple[float, Any]:
+    started = time.perf_counter()
+    result = work()
+    return time.perf_counter() - started, result
+
+
+def command(commands, run: Callable[[argparse.Namespace, Figures], dict], what: str, *, repeats: int,
+            config: str | None = None, lengths: bool = False, peer: bool = False) -> argparse.ArgumentParser:
+    """The parser of a command, named like run's file, with what several of them take. run returns the setting."""
+    name = run.__module__.removeprefix("benchmarks.")
+    parser = commands.add_parser(name, help=what, description=what, allow_abbrev=False)
+    parser.set_defaults(run=run)
+    parser.add_argument("--json", metavar="FILE", help="write setting and figures there too")
+    parser.add_argument("--repeats", type=count, default=repeats, metavar="N", help=f"default {repeats}")
+    if config is not None:
+        parser.add_argument("--config", nargs="+", default=[str(CHECKOUT / "configs" / config)], metavar="WORD",
+                            help=f"FILE.toml and overrides section.key=value; default {config}")
+    if lengths:
+        parser.add_argument("--new-tokens", type=count, default=256, metavar="N", help="default 256")
+        parser.add_argument("--prompt-tokens", type=count, default=16, metavar="N", help="default 16")
+    if peer:
+        parser.add_argument("--peer", metavar="PATH", help="a checkout of nanoGPT")
+    return parser
+
+
+def whole(word: str, minimum: int = 0) -> int:
+    if not word.isdecimal():
+        raise argparse.ArgumentTypeError(f"{word!r} should be a whole number")
+    if int(word) < minimum:
+        raise argparse.ArgumentTypeError(f"{word!r} should be at least {minimum}")
+    return int(word)
+
+
+count = partial(whole, minimum=1)
+
+
+def complete_config(args: argparse.Namespace) -> Config:
+    """--config, of a model that can be built without data and holds the texts that are asked for. Raises UserError."""
+    config = parse_arguments(args.config)[0]
+    if config.model.vocab_size is None:
+        raise UserError(f"the model of {args.config[0]!r} has no vocab_size; add model.vocab_size=50257 to --config")
+    if "new_tokens" in args and args.prompt_tokens + args.new_tokens > config.model.max_seq_len:
+        raise UserError(f"--prompt-tokens {args.prompt_tokens} + --new-tokens {args.new_tokens} exceed "
+                        f"model.max_seq_len = {config.model.max_seq_len}, beyond which contenders differ; lower one")
+    return config
+
+
+def label(words: list[str]) -> str:
+    """What a contender of ours is called: the names of its config files, and its overrides."""
+    return " ".join(["flatgpt", *(word if "=" in word else Path(word).stem for word in words)])
+
+
+def report(argv: list[str], args: argparse.Namespace) -> None:
+    """Run the command that was asked for, print its setting and table, and write both to --json."""
+    if args.json is not None and not Path(args.json).absolute().parent.is_dir():
+        raise UserError(f"--json {args.json!r} lies in a folder that does not exist; make it first")
+    started, figures = cpu_seconds(), Figures()
+    setting = args.run(args, figures)
+    setting["others' CPU % during"] = others_percent(started, "during the measurements")
+    for key, value in setting.items():
+        print(f"{key}: {value}")
+    print(figures.table(), flush=True)
+    if args.json is not None:
+        date = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+        content = {"command": shlex.join(["python", "bench.py", *argv]), "setting": setting, "date": date,
+                   "figures": figures.rows()}
+        with files.disk_errors(Path(args.json)):
+            files.write_whole(Path(args.json), json.dumps(content, indent=1) + "\n")
+
+
+def cpu_seconds() -> tuple[float, float] | None:
+    """Of all cores together, from Linux's /proc/stat: seconds busy for others, and seconds in all; None without it.
+    Processes of ours count as ours once they ended."""
+    try:
+        ticks = [int(word) for word in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    except OSError:
+        return None
+    idle, per_second = ticks[3] + ticks[4], os.sysconf("SC_CLK_TCK")  # idle and iowait
+    return (sum(ticks) - idle) / per_second - sum(os.times()[:4]), sum(ticks) / per_second
+
+
+def others_percent(since: tuple[float, float] | None, when: str) -> float | None:
+    """Share of all cores that others took since cpu_seconds() gave `since`, or None; a warning if it is large."""
+    now = cpu_seconds()
+    if since is None or now is None:
+        return None
+    others, total = (b - a for a, b in zip(since, now, strict=True))
+    percent = round(100.0 * max(0.0, others) / total, 1) if total else 0.0
+    if percent > BUSY_PERCENT:
+        cli.note(f"warning: other processes use {percent:.0f} % of the CPU {when}; do not trust figures taken now")
+    return percent
+
+
+def describe_machine() -> dict:
+    """What every benchmark states first. Takes WATCHED_S."""
+    before = cpu_seconds()
+    time.sleep(WATCHED_S)
+    busy = others_percent(before, "before the start")
+    info = Path("/proc/cpuinfo")
+    model = re.search(r"^model name\s*: (.+)$", info.read_text() if info.exists() else "", re.MULTILINE)
+    return {"cpu": model[1] if model else platform.processor() or platform.machine(), "cores": cores(),
+            "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(),
+            "commit": commit(CHECKOUT), "load average": [round(load, 2) for load in os.getloadavg()],
+            "others' CPU % before": busy}
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def commit(folder: Path) -> str:
+    try:
+        return subprocess.check_output(["git", "-C", str(folder), "describe", "--always", "--dirty"], text=True,
+                                       stderr=subprocess.DEVNULL, timeout=10).strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown (no git, or not a git checkout)"
+
+
+def version(package: str) -> str:
+    return importlib.metadata.version(package) if cli.is_installed(package) else "not installed"
+
+
+# Started by a small process of its own: Linux counts the memory of whoever started a process to its peak.
+LAUNCHER = """
+import json, os, sys, time
+started = time.monotonic()
+pid = os.posix_spawnp(sys.argv[1], sys.argv[1:], os.environ, file_actions=[(os.POSIX_SPAWN_DUP2, 1, 2)])
+_, status, usage = os.wait4(pid, 0)
+ended = time.monotonic()
+unit = 1 if sys.platform == "darwin" else 1024
+json.dump({"started": started, "ended": ended, "seconds": ended - started, "peak_bytes": unit * usage.ru_maxrss,
+           "status": os.waitstatus_to_exitcode(status)}, sys.stderr)
+"""
+
+
+def run_to_end(arguments: list[str], *, cwd: Path) -> SimpleNamespace:
+    """When the process started (before its interpreter) and ended, on time.monotonic(), which all processes share; its
+    seconds, peak_bytes (resident) and output (stdout and stderr). Raises MachineError with its last line if it fails.
+    """
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", LAUNCHER, *arguments], cwd=cwd, capture_output=True,
+                          text=True, errors="replace", env=os.environ | {"PYTHONUTF8": "1"})
+    result = json.loads(done.stderr) if done.returncode == 0 else {"status": done.returncode}
+    if result.pop("status") != 0:
+        short = shlex.join(word if len(word) < 80 else "..." for word in arguments)
+        raise MachineError(f"{short} failed: {last_line(done.stdout or done.stderr)}")
+    return SimpleNamespace(**result, output=done.stdout)
+
+
+def last_line(text: str) -> str:
+    return (text.strip().splitlines() or ["(it printed nothing)"])[-1]
+
+
+# What every worker script begins with. Whatever a peer prints goes to stderr, answers to the real stdout.
+WORKER = """
+import json, os, sys
+answers = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
+
+def answer(value):
+    print(json.dumps(value), file=answers, flush=True)
+
+def serve(work):
+    answer({})
+    for line in sys.stdin:
+        answer(work(**json.loads(line)))
+"""
+
+
+class Worker(subprocess.Popen):
+    """A process that runs `script` once, then answers requests: JSON objects, a line each. Ends with the block."""
+
+    def __init__(self, script: str, *arguments: str, cwd: Path, isolated: bool = False):
+        """isolated: without PYTHONPATH and cwd on its import path. Writes no bytecode beside a peer's files."""
+        self.log = tempfile.TemporaryFile(mode="w+", errors="replace")
+        super().__init__([sys.executable, "-B", *(["-I"] if isolated else []), "-c", WORKER + script, *arguments],
+                         cwd=cwd, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log)
+
+    def __exit__(self, *exception: object) -> None:
+        self.terminate()
+        super().__exit__(*exception)
+        self.log.close()
+
+    def receive(self) -> dict:
+        """The next answer; the first one, {}, says that the process is ready. Raises MachineError if it died."""
+        line = self.stdout.readline()
+        if not line:
+            self.log.seek(0)
+            raise MachineError(f"a process that was measured ended early: {last_line(self.log.read())}")
+        return json.loads(line)
+
+
+def ask(*workers: Worker, **request: object) -> list[dict]:
+    """Every worker's answer to a request. All are asked before the first is heard, so that they work at once."""
+    for worker in workers:
+        print(json.dumps(request), file=worker.stdin, flush=True)
+    return [worker.receive() for worker in workers]
+
+
+def check_nanogpt(path: str) -> Path:
+    """The folder of --peer. Raises UserError if it lacks a file that is run."""
+    missing = [name for name in NANOGPT_FILES if not Path(path, name).is_file()]
+    if missing:
+        raise UserError(f"--peer {path!r} is no nanoGPT checkout, it has no {missing[0]}; name the folder of one")
+    return Path(path).resolve()
+
+
+def read_documents(source: str, *, limit_bytes: float) -> list[str]:
+    """Documents of a SOURCE of data.prepare, in order, until they hold limit_bytes of UTF-8. Raises SourceError."""
+    units = whole_document_units(find_files(source), "train", val_fraction=0.0, unit_bytes=sys.maxsize)
+    texts = take((text for unit in units for text, _ in documents(unit, "text")), size=limit_bytes)
+    if not texts:
+        raise UserError(f"source {source!r} holds no text; name another")
+    return texts
+
+
+def take(texts: Iterator[str], *, size: float) -> list[str]:
+    """The first of the texts, until they hold `size` bytes of UTF-8."""
+    taken = []
+    while size > 0 and (text := next(texts, None)) is not None:
+        taken.append(text)
+        size -= len(text.encode())
+    return taken

@@ -1,0 +1,95 @@
+"""What the benchmarks share: figures and their ratios, turns, other processes' share of the CPU, processes, texts."""
+
+import argparse
+import itertools
+import sys
+
+import pytest
+
+from benchmarks import measure
+from config import MachineError, UserError
+
+
+def test_figures_have_medians_and_spreads_and_ratios_are_paired_by_repeat():
+    figures = measure.Figures()
+    for ours, theirs in ((1.0, 2.0), (2.0, 8.0), (30.0, 30.0)):
+        figures.add("ours", {"wall s": ours, "tokens/s": 1234567.0})
+        figures.add("peer", {"wall s": theirs})
+    figures.add_ratios("ours / peer", "ours", "peer", ("wall s", "tokens/s"))
+    rows = {(row["subject"], row["quantity"]): row for row in figures.rows()}
+    assert rows["ours", "wall s"]["median"] == 2.0 and rows["ours", "wall s"]["repeats"] == 3
+    assert rows["ours", "wall s"]["p10"] == pytest.approx(1.2)  # a fifth of the way from the first to the second
+    assert rows["ours / peer", "ratio of wall s"]["samples"] == [0.5, 0.25, 1.0]
+    assert ("ours / peer", "ratio of tokens/s") not in rows  # the peer has none
+    assert figures.table() == "\n".join([
+        "median (p10-p90) of 3 repeats",
+        "",
+        "            wall s                         tokens/s",
+        "ours  2 (1.2-24.4)  1,234,567 (1,234,567-1,234,567)",
+        "",
+        "            wall s",
+        "peer  8 (3.2-25.6)",
+        "",
+        "             ratio of wall s",
+        "ours / peer    0.5 (0.3-0.9)"])
+
+
+def test_contenders_take_turns_and_begin_in_turn():
+    calls = []
+    contenders = {name: lambda repeat, name=name: calls.append((repeat, name)) or {"s": 1.0} for name in "ab"}
+    figures = measure.Figures()
+    measure.take_turns(contenders, 2, figures)
+    assert calls == [(0, "a"), (0, "b"), (1, "b"), (1, "a")]
+    assert figures.samples == {("a", "s"): [1.0, 1.0], ("b", "s"): [1.0, 1.0]}
+
+
+def test_by_place_first_is_compared_with_first_and_second_with_second():
+    """A disk on which whoever writes second takes twice the time: the ratio at each place is still 3."""
+    turn = itertools.count()
+    contenders = {name: lambda repeat, s=s: {"s": s * (1 + next(turn) % 2)} for name, s in (("a", 3.0), ("b", 1.0))}
+    figures = measure.Figures()
+    measure.take_turns(contenders, 4, figures, by_place=True)
+    assert figures.samples == {("a, first", "s"): [3.0, 3.0], ("b, second", "s"): [2.0, 2.0],
+                               ("b, first", "s"): [1.0, 1.0], ("a, second", "s"): [6.0, 6.0]}
+    for place in ("first", "second"):
+        figures.add_ratios(place, f"a, {place}", f"b, {place}", ("s",))
+        assert figures.samples[place, "ratio of s"] == [3.0, 3.0]
+
+
+def test_json_that_cannot_be_written_leaves_nothing_half_done(tmp_path):
+    args = argparse.Namespace(json=str(tmp_path), run=lambda args, figures: figures.add("a", {"s": 1.0}) or {})
+    with pytest.raises(MachineError, match=f"writing '{tmp_path}' failed: Is a directory"):
+        measure.report(["train"], args)
+    assert list(tmp_path.parent.glob(f".{tmp_path.name}*")) == []
+
+
+def test_cpu_time_of_others_is_what_is_busy_and_not_ours(monkeypatch, capsys):
+    snapshots = iter([(50.0, 1000.0), (56.0, 1020.0)])  # busy for others, in all
+    monkeypatch.setattr(measure, "cpu_seconds", lambda: next(snapshots))
+    assert measure.others_percent(measure.cpu_seconds(), "now") == 30.0
+    assert capsys.readouterr().err == ("warning: other processes use 30 % of the CPU now; do not trust figures taken "
+                                       "now\n")
+    monkeypatch.setattr(measure, "cpu_seconds", lambda: None)
+    assert measure.others_percent((50.0, 1000.0), "now") is None
+
+
+def test_the_peak_memory_of_a_process_is_its_own(tmp_path):
+    done = measure.run_to_end([sys.executable, "-c", "print('done')"], cwd=tmp_path)
+    assert done.output == "done\n" and done.seconds > 0
+    assert done.peak_bytes < 100 * 2 ** 20  # this process, with torch in it, has more
+
+
+def test_a_process_that_fails_is_reported_with_its_last_line(tmp_path):
+    with pytest.raises(MachineError, match="failed: ValueError: no luck"):
+        measure.run_to_end([sys.executable, "-c", "raise ValueError('no luck')"], cwd=tmp_path)
+    with measure.Worker("raise ValueError('no luck')", cwd=tmp_path) as worker:
+        with pytest.raises(MachineError, match="ended early: ValueError: no luck"):
+            worker.receive()
+
+
+def test_documents_are_read_up_to_a_limit(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n{"text": "three"}\n')
+    assert measure.read_documents(str(tmp_path / "rows.jsonl"), limit_bytes=5) == ["one", "two"]
+    (tmp_path / "rows.jsonl").write_text('{"text": ""}\n')
+    with pytest.raises(UserError, match="holds no text"):
+        measure.read_documents(str(tmp_path / "rows.jsonl"), limit_bytes=5)
