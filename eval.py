@@ -28,8 +28,8 @@ from data.loader import IGNORED, MicroBatch, ValLoader
 from data.shards import open_dataset, open_split
 from data.tokenizer import Tokenizer, load_tokenizer
 from distributed import World, sum_over_ranks
-from kernels import self_check
 from files import write_whole
+from kernels import self_check
 from model import GPT
 from tasks import scores, tasks
 

@@ -161,7 +161,7 @@ def _measure_loader(config: Config, folder: Path, args: argparse.Namespace, figu
     prepare([str(folder / "small.jsonl")], folder / "small", tokenizer=config.data.tokenizer or "bytes",
             val_fraction=0.0, note=lambda line: None)
     dtype, _ = distributed.choose_dtype(config.train.dtype, measure.CPU)
-    distributed.prepare_cpu(measure.CPU, distributed.World())
+    distributed.prepare_cpu(distributed.World())
     dataset = open_dataset(folder / "small")
     tokens_per_step, model_config = config.train.tokens_per_step, replace(config.model, vocab_size=dataset.vocab_size)
     loader = TrainLoader(open_split(dataset, "train"), seq_len=model_config.max_seq_len, seed=config.train.seed,

@@ -26,8 +26,8 @@ import torch
 import cli
 import files
 from config import Config, MachineError, UserError, parse_arguments
+from curves import format_table
 from data.sources import documents, find_files, whole_document_units
-from metrics import format_table
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")

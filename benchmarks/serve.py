@@ -47,7 +47,7 @@ def run(args: argparse.Namespace, figures: measure.Figures) -> dict:
         load_tokenizer("bytes").save(folder / "tokenizer.json")  # it knows 257 ids, but texts are asked for by ids
         torch.manual_seed(0)
         weights = dict(GPT(config.model).named_parameters())
-        checkpoint.save(folder, 1, model=weights, optimizer={}, state={}, keep=1)
+        checkpoint.save(folder, 1, tensors={"model": weights}, state={}, keep=1)
         with _running_server(folder, args.dtype) as address:
             rate = partial(_served_rate, address=address, prompt_tokens=args.prompt_tokens,
                            vocab_size=config.model.vocab_size)
