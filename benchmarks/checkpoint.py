@@ -54,8 +54,8 @@ def _save_and_load(repeat: int, *, model: GPT, optimizer: Optimizer, folder: Pat
         optimizer.load_state_tensors(checkpoint.load_tensors(path, "optimizer"), updates=0)
 
     os.sync()  # what others left to write is not ours
-    save_s, path = measure.seconds_of(lambda: checkpoint.save(
-        folder / "run", repeat, tensors={"model": model.state_dict(), "optimizer": optimizer.state_tensors()}, state={}, keep=1))
+    tensors = {"model": model.state_dict(), "optimizer": optimizer.state_tensors()}
+    save_s, path = measure.seconds_of(lambda: checkpoint.save(folder / "run", repeat, tensors=tensors, state={}, keep=1))
     verify_s, _ = measure.seconds_of(lambda: checkpoint.resolve(path, cli.note))
     load_s, _ = measure.seconds_of(load)
     shutil.rmtree(folder / "run")
