@@ -43,7 +43,7 @@ class Packing:
     def settings(self) -> dict:
         """What decides the tokens, as index.json keeps it."""
         template = {"chat_template": template_hash(self.chat_template)} if self.kind == CHAT else {}
-        return {"kind": self.kind, "max_seq_len": self.max_seq_len, "too_long": self.too_long, **template}
+        return {"kind": self.kind, "max_seq_len": self.max_seq_len, "too_long": self.too_long} | template
 
     @property
     def row_tokens(self) -> int:
@@ -163,19 +163,18 @@ def _example(row: dict, packing: Packing, tokenizer: Tokenizer) -> Example | Non
         ids, scored, cut = encode_conversation(tokenizer, packing.chat_template, row["messages"], room)
     else:
         prompt, answer = (row[name] for name in FIELDS[packing.kind])
+        prompt = encode_prompt(tokenizer, prompt)
         answer = tokenizer.encode(f" {answer}" if packing.kind == CLASSIFICATION else answer)
-        response = len(answer) + 1  # and end-of-text
-        ids = np.concatenate([encode_prompt(tokenizer, prompt), answer, [tokenizer.eot]]).astype(np.uint32)
-        scored = np.arange(len(ids)) >= len(ids) - response
-        stay = kept_tokens(tokenizer, ids, room, response=response)
-        ids, scored, cut = ids[stay], scored[stay], len(ids) - len(stay)
+        ids = np.concatenate([prompt, answer, np.array([tokenizer.eot], dtype=np.uint32)])
+        stay = kept_tokens(tokenizer, ids, room, response=len(answer) + 1)
+        ids, scored, cut = ids[stay], stay >= len(prompt), len(ids) - len(stay)
     if len(ids) > packing.row_tokens:
         if packing.too_long == "drop":
             return None
         raise ExampleError(f"has {len(ids)} tokens, {int(scored.argmax())} of them before its response, more than the "
                            f"{packing.row_tokens} that a context of {packing.max_seq_len} takes; shorten it, raise the "
                            "context (model.max_seq_len, --max-seq-len; with train.init_from at most the parent's), or "
-                           "set data.too_long (--too-long) to cut or drop")
+                           "let it be cut or dropped (data.too_long)")
     scored[0] = False  # nothing of the example stands before it
     if not scored.any():
         raise ExampleError("has nothing to learn: no token stands before its response, which is one token")
@@ -183,8 +182,8 @@ def _example(row: dict, packing: Packing, tokenizer: Tokenizer) -> Example | Non
 
 
 def count_lengths(found: Sequence[Example]) -> dict[str, int]:
-    """Of examples, at least one: how many, their tokens, those that the loss counts, the shortest and the longest (with
-    what was cut), how many were cut to fit."""
+    """Of examples: how many, their tokens, those that the loss counts, the shortest and the longest with what was cut,
+    and how many were cut to fit."""
     lengths = [len(example.ids) + example.cut for example in found]
     return {"examples": len(found), "tokens": sum(len(example.ids) for example in found),
             "response_tokens": sum(int(example.scored.sum()) for example in found),

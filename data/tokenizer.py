@@ -25,26 +25,25 @@ import numpy as np
 
 import files
 from config import UserError
+from data.tokenizer_file import (
+    BYTE_OF_CHAR,
+    BYTE_RANKS,
+    CL100K_PATTERN,
+    GPT2_PATTERN,
+    O200K_PATTERN,
+    byte_level_file,
+    bytes_of_token,
+    bytes_of_word,
+    pair_of,
+    ranks_and_pattern,
+    recovered_merges,
+    token_before_text,
+    word_of_bytes,
+)
 
 END_OF_TEXT = "<|endoftext|>"
 OTHER_ENDS = ("<|end_of_text|>", "</s>", "<eos>", "[SEP]")  # what others call it: Llama 3, Llama 2, Gemma, BERT
 TOKENIZER_FILE, TOKENIZER_CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
-
-# The splits into words, in the form that tiktoken runs fastest; bpe:N is trained with GPT-2's.
-GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-CL100K_PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|"
-                  r"\s*[\r\n]|\s+(?!\S)|\s")
-O200K_PATTERN = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|"
-                 r"'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|"
-                 r"'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-FILE_REGEXES = {  # the regex of a Split in a tokenizer.json -> the pattern that splits alike
-    # as save() writes it: to the library's Oniguruma {1,3}+ is "one or more times {1,3}", and {1,3} is the same here
-    CL100K_PATTERN.replace("}+", "}"): CL100K_PATTERN,
-    # Llama 3's and other conversions of cl100k
-    (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
-     r"\s+(?!\S)|\s+"): CL100K_PATTERN,
-    O200K_PATTERN: O200K_PATTERN,
-}
 
 OPENAI = "https://openaipublic.blob.core.windows.net"
 TIKTOKEN_FILES = {  # what tiktoken downloads for a name
@@ -59,14 +58,6 @@ DOWNLOAD_TIMEOUT_S = 5.0  # to find out that there is no network; tiktoken itsel
 CUT = re.compile(r"(?<=[^\W\d_])(?= [^\W\d_])|(?<=\S\n)(?=[^\W_])")
 PIECE_CHARS = 1 << 18  # longer texts are cut; 2^18 blanks stay far below the regex engine's limit
 WINDOW_CHARS = 1 << 14  # of a stretch without a cut; BPE's time per character grows with the length of a pre-token
-
-BYTE_RANKS = {bytes([byte]): byte for byte in range(256)}  # the vocabulary of `bytes`
-# The printable character that stands for each byte in the words of a byte-level vocabulary (GPT-2's encoder.py).
-PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
-BYTE_OF_CHAR = {chr(byte): byte for byte in PRINTABLE} | {chr(256 + n): byte for n, byte in enumerate(OTHERS)}
-CHAR_OF_BYTE = {byte: char for char, byte in BYTE_OF_CHAR.items()}
-
 
 class TokenizerError(UserError):
     """A tokenizer that does not exist, cannot be read, downloaded or trained, or does not know an id."""
@@ -99,7 +90,7 @@ class Tokenizer:
             hf.no_padding()
             vocab = hf.get_vocab(with_added_tokens=True)
             spells_bytes = vocab.keys() >= BYTE_OF_CHAR.keys()
-            spelled = [(_bytes_of_token(token, spells_bytes), i) for token, i in vocab.items()]
+            spelled = [(bytes_of_token(token, spells_bytes), i) for token, i in vocab.items()]
         else:
             spelled = list(ranks.items())
             if pattern is not None:
@@ -198,9 +189,9 @@ class Tokenizer:
     def file_text(self) -> str:
         """What save() writes: a Hugging Face tokenizer.json."""
         if self._file_text is None:
-            vocab = {_word_of_bytes(token): i for token, i in self._ranks.items()}
-            merges = [(_word_of_bytes(a), _word_of_bytes(b)) for a, b in recovered_merges(self._ranks)]
-            return _byte_level_file(vocab, merges, self._pattern, self.special_ids)
+            vocab = {word_of_bytes(token): i for token, i in self._ranks.items()}
+            merges = [(word_of_bytes(a), word_of_bytes(b)) for a, b in recovered_merges(self._ranks)]
+            return byte_level_file(vocab, merges, self._pattern, self.special_ids)
         return self._file_text
 
     @property
@@ -283,7 +274,7 @@ def tokenizer_identity(name_or_path: str) -> str:
     if name_or_path == "bytes" or name_or_path in TIKTOKEN_FILES or name_or_path.startswith("bpe:"):
         return name_or_path
     path = _tokenizer_path(name_or_path)
-    with _reading(path, "", ""):
+    with _reading(path, "cannot be read", "copy it again"):
         name = f"{TOKENIZER_FILE}:{files.sha256(path)[:12]}"
     end = _configured_end(path)
     return name if end in (None, END_OF_TEXT, *OTHER_ENDS) else f"{name}+{end}"
@@ -343,8 +334,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
                              "fewer, or more text")
     model, specials = json.loads(hf.to_str())["model"], {END_OF_TEXT: vocab_size - 1}
     return Tokenizer(f"bpe:{vocab_size}", specials, pattern=GPT2_PATTERN,
-                     ranks={_bytes_of_word(word): i for word, i in model["vocab"].items()},
-                     file_text=_byte_level_file(model["vocab"], map(_pair, model["merges"]), GPT2_PATTERN, specials))
+                     ranks={bytes_of_word(word): i for word, i in model["vocab"].items()},
+                     file_text=byte_level_file(model["vocab"], map(pair_of, model["merges"]), GPT2_PATTERN, specials))
 
 
 def _end_of_text(name: str, specials: dict[str, int], given: str | int | None) -> str:
@@ -377,69 +368,7 @@ def _configured_end(path: Path) -> str | None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Hugging Face's tokenizer.json
-
-def _bytes_of_word(word: str) -> bytes:
-    """The bytes that a word of a byte-level vocabulary stands for. Raises KeyError if it is no such word."""
-    return bytes([BYTE_OF_CHAR[char] for char in word])
-
-
-def _word_of_bytes(token: bytes) -> str:
-    return "".join([CHAR_OF_BYTE[byte] for byte in token])
-
-
-def _bytes_of_token(token: str, spells_bytes: bool) -> bytes:
-    """The text of a token of the `tokenizers` library. Where the vocabulary does not spell bytes, SentencePiece's mark
-    is a space, <0xE4> a byte, ## a continuation."""
-    if spells_bytes and BYTE_OF_CHAR.keys() >= set(token):
-        return _bytes_of_word(token)
-    if re.fullmatch(r"<0x[0-9A-F]{2}>", token):
-        return bytes([int(token[3:5], 16)])
-    return token.removeprefix("##").replace("\u2581", " ").encode()
-
-
-def _pair(merge: str | list[str]) -> list[str]:
-    return merge.split(" ") if isinstance(merge, str) else merge  # up to tokenizers 0.19 "a b", since then ["a", "b"]
-
-
-def recovered_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The merge that makes each token of more than one byte, in the order of their ranks: the pair that remains when
-    the token's bytes are merged by all lower ranks (as in tiktoken's and transformers' conversions)."""
-    merges = []
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        parts = [token[i:i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            candidates = [ranks.get(a + b, rank) for a, b in itertools.pairwise(parts)]
-            i = candidates.index(min(candidates))
-            if candidates[i] >= rank:
-                raise TokenizerError(f"token {token!r} cannot be made by merging two tokens of lower rank")
-            parts[i:i + 2] = [parts[i] + parts[i + 1]]
-        if len(parts) == 2:
-            merges.append((parts[0], parts[1]))
-    return merges
-
-
-def _byte_level_file(vocab: dict[str, int], merges: Iterable[tuple[str, str]], pattern: str | None,
-                     specials: dict[str, int]) -> str:
-    """tokenizer.json of a byte-level BPE. Specials stand in the vocabulary too, which fixes their ids."""
-    by_id = sorted((vocab | specials).items(), key=lambda item: item[1])
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    added = [{"id": i, "content": token, **flags} for token, i in by_id if token in specials]
-    model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-             "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
-             "vocab": dict(by_id), "merges": [f"{a} {b}" for a, b in merges]}
-    splits = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
-              "use_regex": pattern == GPT2_PATTERN}  # ByteLevel's own regex is GPT-2's
-    if pattern not in (None, GPT2_PATTERN):
-        regex = next(regex for regex, equal in FILE_REGEXES.items() if equal == pattern)
-        split = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
-        splits = {"type": "Sequence", "pretokenizers": [split, splits]}
-    file = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
-            "pre_tokenizer": splits, "post_processor": None,
-            "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-            "model": model}
-    return json.dumps(file, ensure_ascii=False, indent=1) + "\n"
-
+# Hugging Face's files
 
 def from_vocab_and_merges(folder: Path, *, end_of_text: int | None = None) -> Tokenizer:
     """GPT-2's tokenizer from its older files: vocab.json, merges.txt and, if there is one, added_tokens.json.
@@ -456,8 +385,8 @@ def from_vocab_and_merges(folder: Path, *, end_of_text: int | None = None) -> To
         merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
         specials = {token: i for token, i in vocab.items() if token == END_OF_TEXT} | specials
         for word in itertools.chain(vocab.keys() - specials.keys(), *merges):
-            _bytes_of_word(word)  # raises KeyError
-        text = _byte_level_file(vocab, merges, GPT2_PATTERN, specials)
+            bytes_of_word(word)  # raises KeyError
+        text = byte_level_file(vocab, merges, GPT2_PATTERN, specials)
         name = f"{TOKENIZER_FILE}:{hashlib.sha256(text.encode()).hexdigest()[:12]}"
         return _from_file_text(text, name, end_of_text=_configured_end(folder / TOKENIZER_FILE) or end_of_text)
 
@@ -466,10 +395,10 @@ def _from_file_text(text: str, name: str, *, end_of_text: str | int | None = Non
     """The tokenizer of a tokenizer.json: encoded by tiktoken if that gives the same ids, else by `tokenizers`."""
     file = json.loads(text)
     specials = {t["content"]: t["id"] for t in file["added_tokens"] if t["special"]}
-    options = {"file_text": text, "bos_token": _token_before_text(file.get("post_processor")),
+    options = {"file_text": text, "bos_token": token_before_text(file.get("post_processor")),
                "end_of_text": end_of_text}
     try:
-        ranks, pattern = _ranks_and_pattern(file, specials)
+        ranks, pattern = ranks_and_pattern(file, specials)
     except KeyError:
         from tokenizers import Tokenizer as HuggingFace
         try:
@@ -478,50 +407,3 @@ def _from_file_text(text: str, name: str, *, end_of_text: str | int | None = Non
             raise ValueError(str(error)) from None
         return Tokenizer(name, specials, hf=hf, **options)
     return Tokenizer(name, specials, ranks=ranks, pattern=pattern, **options)
-
-
-def _ranks_and_pattern(file: dict, specials: dict[str, int]) -> tuple[dict[bytes, int], str | None]:
-    """What tiktoken needs to give the ids of a file. Raises KeyError unless that is byte-level BPE without normalizer,
-    split by a pattern of ours, whose merges make the tokens in the order of their ids."""
-    model = file["model"]
-    options = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
-    if (model.get("type", "BPE") != "BPE" or any(map(model.get, options)) or file["normalizer"] is not None
-            or not all(token["special"] for token in file["added_tokens"])):
-        raise KeyError("model")
-    pattern = _pattern_of(file["pre_tokenizer"])
-    words = {word: i for word, i in model["vocab"].items() if word not in specials}
-    ranks = {_bytes_of_word(word): i for word, i in words.items()}
-    merged = ["".join(_pair(merge)) for merge in model["merges"]]
-    merged = [word for word, _ in itertools.groupby(merged)]  # Llama 3 lists every pair that makes a token
-    if (merged != sorted((word for word in words if len(word) > 1), key=words.get)
-            or not ranks.keys() >= BYTE_RANKS.keys() or (pattern is None and ranks != BYTE_RANKS)
-            or (model.get("ignore_merges") and len(words) < len(model["vocab"]))):  # text could become a special token
-        raise KeyError("vocab")
-    return ranks, pattern
-
-
-def _pattern_of(splits: dict | None) -> str | None:
-    """The pattern of a pre_tokenizer: ByteLevel, alone or behind a Split by a regex that we know. Raises KeyError."""
-    match splits:
-        case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}:
-            return None
-        case {"type": "ByteLevel", "add_prefix_space": False}:
-            return GPT2_PATTERN
-        case {"type": "Sequence", "pretokenizers": [one]}:
-            return _pattern_of(one)
-        case {"type": "Sequence", "pretokenizers": [
-                {"type": "Split", "pattern": {"Regex": regex}, "behavior": behavior, "invert": invert},
-                {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]} if (
-                    behavior, invert) in (("Isolated", False), ("Removed", True)):  # alike: all of a text matches
-            return FILE_REGEXES[regex]
-    raise KeyError("pre_tokenizer")
-
-
-def _token_before_text(processor: dict | None) -> str | None:
-    """The first special token of a TemplateProcessing for one text, also as a step of a Sequence."""
-    match processor:
-        case {"type": "Sequence", "processors": steps}:
-            return next(filter(None, map(_token_before_text, steps)), None)
-        case {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": token}}, *_]}:
-            return token
-    return None

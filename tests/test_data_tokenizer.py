@@ -1,4 +1,4 @@
-"""tokenizer.py against tiktoken and the `tokenizers` library, on a small BPE trained here and on GPT-2's if cached."""
+"""tokenizer.py and tokenizer_file.py against tiktoken and `tokenizers`, on a small BPE trained here and GPT-2's if there."""
 
 import argparse
 import hashlib
@@ -23,19 +23,24 @@ from tokenizers import Tokenizer as HuggingFace
 import files
 from data import tokenizer as module
 from data.tokenizer import (
-    CL100K_PATTERN,
     CUT,
     END_OF_TEXT,
-    FILE_REGEXES,
-    GPT2_PATTERN,
-    O200K_PATTERN,
     TIKTOKEN_FILES,
     TokenizerError,
     load_tokenizer,
     pieces,
-    recovered_merges,
     tokenizer_identity,
     train_bpe,
+)
+from data.tokenizer_file import (
+    CL100K_PATTERN,
+    FILE_REGEXES,
+    GPT2_PATTERN,
+    O200K_PATTERN,
+    bytes_of_word,
+    recovered_merges,
+    token_before_text,
+    word_of_bytes,
 )
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,7 +76,7 @@ def small_ranks(pattern: str, vocab_size: int = 700) -> dict[bytes, int]:
     hf.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
     hf.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False,
                                                        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
-    return {module._bytes_of_word(word): i for word, i in hf.get_vocab().items()}
+    return {bytes_of_word(word): i for word, i in hf.get_vocab().items()}
 
 
 def encoding_of(tokenizer: module.Tokenizer) -> tiktoken.Encoding:
@@ -175,7 +180,7 @@ def test_openai_patterns_survive_saving_with_the_ids_of_the_library_and_of_tikto
 def test_merges_recovered_from_ranks_are_those_of_training(bpe):
     trained = json.loads(bpe.file_text)["model"]["merges"]
     recovered = recovered_merges(bpe._ranks)
-    assert [f"{module._word_of_bytes(a)} {module._word_of_bytes(b)}" for a, b in recovered] == trained
+    assert [f"{word_of_bytes(a)} {word_of_bytes(b)}" for a, b in recovered] == trained
 
 
 def test_lone_surrogates_count_as_the_replacement_character(bpe):
@@ -458,6 +463,20 @@ def test_a_model_goes_to_tiktoken_only_if_its_merges_are_in_the_order_of_ids(cha
     assert_same_ids(tokenizer, hf, [HARD, *CORPUS, *fuzz(300, seed=11)])
 
 
+def test_a_model_without_a_type_is_taken_as_the_library_takes_it(tmp_path):
+    """GPT-2's own file is so."""
+    hf = library_file(tmp_path / "tokenizer.json", pre_tokenizer=byte_level())
+    file = json.loads((tmp_path / "tokenizer.json").read_text())
+    del file["model"]["type"], file["pre_tokenizer"]["use_regex"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(file))
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert tokenizer.byte_level
+    again = HuggingFace.from_file(str(tmp_path / "tokenizer.json"))
+    again.encode_special_tokens = True
+    assert_same_ids(tokenizer, hf, [HARD, *fuzz(100)])
+    assert_same_ids(tokenizer, again, [HARD, *fuzz(100)])
+
+
 def test_dropout_and_added_words_are_the_librarys(tmp_path):
     library_file(tmp_path / "tokenizer.json", pre_tokenizer=byte_level())
     file = json.loads((tmp_path / "tokenizer.json").read_text())
@@ -632,4 +651,4 @@ def test_an_end_of_text_that_is_no_special_token_is_refused(tmp_path):
     ({"type": "Sequence", "processors": [{"type": "ByteLevel"}, {
         "type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<eos>"}}]}]}, "<eos>")], ids=str)
 def test_the_token_before_every_text_is_that_of_the_post_processor(processor, expected):
-    assert module._token_before_text(processor) == expected
+    assert token_before_text(processor) == expected
