@@ -21,7 +21,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from config import UserError
-from data.chat import ChatError, encode_conversation, encode_prompt, kept_tokens
+from data.chat import ChatError
+from data.prompts import encode_prompt, fit_conversation, kept_tokens
 from data.sources import SourceError, TextFile, Unit, first_row, jsonl_rows, row_name
 from data.tokenizer import Tokenizer
 
@@ -160,7 +161,7 @@ def _example(row: dict, packing: Packing, tokenizer: Tokenizer) -> Example | Non
     check_row(row, packing.kind)
     room = packing.row_tokens if packing.too_long == "cut" else sys.maxsize
     if packing.kind == CHAT:
-        ids, scored, cut = encode_conversation(tokenizer, packing.chat_template, row["messages"], room)
+        ids, scored, cut = fit_conversation(tokenizer, packing.chat_template, row["messages"], room)
     else:
         prompt, answer = (row[name] for name in FIELDS[packing.kind])
         prompt = encode_prompt(tokenizer, prompt)

@@ -1,7 +1,6 @@
 """Chat templates against transformers' apply_chat_template, and tokens against strings spelled by hand."""
 
 import json
-import random
 import subprocess
 import sys
 
@@ -13,10 +12,6 @@ from data.chat import (
     ChatError,
     encode_chat,
     encode_conversation,
-    encode_prompt,
-    fit_chat,
-    fit_prompt,
-    kept_tokens,
     load_template,
     read_template,
     render,
@@ -51,18 +46,22 @@ TALK = [{"role": "system", "content": "Be brief. "}, {"role": "user", "content":
         {"role": "assistant", "content": "49"}]
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
+def chatml_tokenizer() -> Tokenizer:
     """A small BPE with the special tokens of ChatML beside end-of-text."""
     trained = train_bpe(["It is 4. What is the answer? Be brief. user assistant system\n"] * 3, 280)
     file = json.loads(trained.file_text)
     for number, token in enumerate(("<|im_start|>", "<|im_end|>", "<|im|>"), start=trained.vocab_size):
         file["added_tokens"].append(file["added_tokens"][0] | {"id": number, "content": token})
         file["model"]["vocab"][token] = number
-    return _loaded(file)
+    return loaded(file)
 
 
-def _loaded(file: dict) -> Tokenizer:
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return chatml_tokenizer()
+
+
+def loaded(file: dict) -> Tokenizer:
     from data.tokenizer import _from_file_text
     return _from_file_text(json.dumps(file), "small")
 
@@ -144,7 +143,7 @@ def test_special_tokens_of_the_template_are_ids_and_those_in_messages_are_text(t
      [" It is 4.\n\n---\n", "49\n---\n"]),
 ], ids=["chatml", "brackets", "default", "plain"])
 def test_the_assistant_wrote_its_contents_and_the_tokens_that_end_them(tokenizer, template, written):
-    ids, mask, _ = encode_conversation(tokenizer, template, TALK)
+    ids, mask = encode_conversation(tokenizer, template, TALK)
     whole = render(template, TALK, add_generation_prompt=False, eos_token="<|endoftext|>")
     assert tokenizer.decode(ids) == whole and mask.dtype == bool
     edges = np.flatnonzero(np.diff(np.concatenate([[0], mask, [0]])))
@@ -154,7 +153,7 @@ def test_the_assistant_wrote_its_contents_and_the_tokens_that_end_them(tokenizer
 
 def test_an_answer_begins_after_the_tokens_that_the_model_is_asked_with(tokenizer):
     for template in (CHATML, BRACKETS, DEFAULT_TEMPLATE):
-        ids, mask, _ = encode_conversation(tokenizer, template, TALK)
+        ids, mask = encode_conversation(tokenizer, template, TALK)
         asked = encode_chat(tokenizer, template, TALK[:2])
         assert ids[:int(mask.argmax())].tolist() == asked.tolist()
 
@@ -173,7 +172,7 @@ def test_a_token_that_begins_every_text_is_the_templates_bos_token(tokenizer):
     file = json.loads(tokenizer.file_text)
     single = [{"SpecialToken": {"id": "<|im|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
     file["post_processor"] = {"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": {}}
-    begun = _loaded(file)
+    begun = loaded(file)
     assert begun.bos_token == "<|im|>" and begun.start == tokenizer.special_ids["<|im|>"]
     assert encode_chat(begun, BRACKETS, TALK[1:2])[0] == begun.start
 
@@ -189,124 +188,6 @@ def test_the_end_of_a_turn_is_the_special_token_that_the_template_puts_there(tok
 
 def test_tokenizers_that_give_the_same_ids_are_alike_however_they_are_spelled(tokenizer):
     respelled = json.dumps(json.loads(tokenizer.file_text), indent=3)
-    other = _loaded(json.loads(respelled) | {"padding": None, "truncation": None, "version": "1.1"})
+    other = loaded(json.loads(respelled) | {"padding": None, "truncation": None, "version": "1.1"})
     assert other.fingerprint != tokenizer.fingerprint and other.encodes_like(tokenizer)
     assert not load_tokenizer("bytes").encodes_like(tokenizer)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What is too long
-
-BYTES = load_tokenizer("bytes")
-
-
-def with_bos(tokenizer: Tokenizer, token: str) -> Tokenizer:
-    file = json.loads(tokenizer.file_text)
-    single = [{"SpecialToken": {"id": token, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
-    file["post_processor"] = {"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": {}}
-    return _loaded(file)
-
-
-def spelled(ids: np.ndarray) -> str:
-    """Of the bytes tokenizer; end-of-text as #."""
-    return "".join("#" if i == BYTES.eot else chr(i) for i in ids)
-
-
-@pytest.mark.parametrize(("prompt", "response", "room", "expected"), [
-    ("abcdef", "XYZ", 9, "abcdefXYZ"), ("abcdef", "XYZ", 8, "bcdefXYZ"), ("abcdef", "XYZ", 4, "fXYZ"),
-    ("abcdef", "XYZ", 3, "fXY"),  # the response does not fit: it loses its end, the prompt keeps half the room
-    ("abcdef", "XYZ", 2, "fX"), ("ab", "UVWXYZ", 6, "abUVWX"), ("abcdef", "UVWXYZ", 6, "defUVW"),
-    ("abcdef", "", 4, "cdef"), ("abcdef", "", 1, "f"), ("", "XYZ", 2, "XY"),
-])
-def test_the_front_of_a_prompt_goes_then_the_end_of_the_response(prompt, response, room, expected):
-    ids = BYTES.encode(prompt + response)
-    stay = kept_tokens(BYTES, ids, room, response=len(response))
-    assert spelled(ids[stay]) == expected
-    if not response:
-        fitted, cut = fit_prompt(BYTES, ids, room)
-        assert (spelled(fitted), cut) == (expected, len(ids) - len(expected))
-
-
-@pytest.mark.parametrize(("prompt", "response", "room", "expected"), [
-    ("#abcdef", "XYZ", 8, "#cdefXYZ"), ("#abcdef", "XYZ", 4, "#XYZ"), ("#abcdef", "XYZ", 3, "#XY"),
-    ("#abcdef", "WXYZ", 4, "#fWX"), ("#abcdef", "", 3, "#ef"), ("abcdef", "", 3, "def"), ("#abcdef", "", 1, "#")])
-def test_the_token_that_begins_every_text_stays(prompt, response, room, expected):
-    begun = with_bos(BYTES, "<|endoftext|>")
-    ids = np.array([BYTES.eot if char == "#" else ord(char) for char in prompt + response], dtype=np.uint32)
-    assert spelled(ids[kept_tokens(begun, ids, room, response=len(response))]) == expected
-
-
-def test_a_plain_prompt_is_behind_what_begins_a_text_and_an_empty_one_is_its_start():
-    begun = with_bos(BYTES, "<|endoftext|>")
-    assert [spelled(encode_prompt(some, text)) for some in (BYTES, begun) for text in ("ab", "")] == [
-        "ab", "#", "#ab", "#"]
-
-
-def test_whatever_the_lengths_the_ends_of_prompt_and_response_stay():
-    draw, begun = random.Random(0), with_bos(BYTES, "<|endoftext|>")
-    for _ in range(2000):
-        prompt, response, room = draw.randrange(1, 30), draw.randrange(0, 30), draw.randrange(2, 40)
-        has_bos = draw.random() < 0.5
-        stay = kept_tokens(begun if has_bos else BYTES, np.full(prompt + response, BYTES.eot), room, response=response)
-        assert len(stay) == min(room, prompt + response) and (np.diff(stay) > 0).all()
-        assert stay[0] == 0 or not has_bos
-        of_prompt = stay[stay < prompt][has_bos:]
-        assert of_prompt.tolist() == list(range(prompt - len(of_prompt), prompt))
-        of_response = stay[stay >= prompt]
-        assert of_response.tolist() == list(range(prompt, prompt + len(of_response)))
-        assert len(of_response) == response or response >= room
-
-
-LONG_TALK = [{"role": "system", "content": "S"}, {"role": "user", "content": "first"},
-             {"role": "assistant", "content": "one"}, {"role": "user", "content": "second"},
-             {"role": "assistant", "content": "two"}, {"role": "user", "content": "third"}]
-SHORT = ("{% for m in messages %}{{ m.role[0] + ':' + m.content + '/' }}{% endfor %}"
-         "{% if add_generation_prompt %}a:{% endif %}")
-
-
-@pytest.mark.parametrize(("room", "expected"), [
-    (100, "s:S/u:first/a:one/u:second/a:two/u:third/a:"), (43, "s:S/u:first/a:one/u:second/a:two/u:third/a:"),
-    (42, "s:S/u:second/a:two/u:third/a:"), (29, "s:S/u:second/a:two/u:third/a:"), (28, "s:S/u:third/a:"),
-    (14, "s:S/u:third/a:"), (13, "s:S/u:hird/a:"), (9, "s:S/u:/a:"), (8, ":S/u:/a:"), (1, ":")])
-def test_whole_oldest_turns_go_then_the_front_of_what_the_user_says(room, expected):
-    ids, cut = fit_chat(BYTES, SHORT, LONG_TALK, room)
-    assert (spelled(ids), cut) == (expected, 43 - len(expected))
-
-
-@pytest.mark.parametrize(("room", "expected", "learnt"), [
-    (41, "s:S/u:first/a:one/u:second/a:two/u:third/", "one/two/"),  # what follows the last answer goes first
-    (40, "s:S/u:first/a:one/u:second/a:two/", "one/two/"), (33, "s:S/u:first/a:one/u:second/a:two/", "one/two/"),
-    (32, "s:S/u:second/a:two/", "two/"), (19, "s:S/u:second/a:two/", "two/"), (18, "s:S/u:econd/a:two/", "two/"),
-    (13, "s:S/u:/a:two/", "two/"), (12, ":S/u:/a:two/", "two/"), (5, ":two/", "two/"), (4, "a:tw", "tw")])
-def test_of_a_conversation_to_learn_from_the_last_answer_stays(room, expected, learnt):
-    ids, written, cut = encode_conversation(BYTES, SHORT, LONG_TALK, room)
-    assert (spelled(ids), cut, spelled(ids[written])) == (expected, 41 - len(expected), learnt)
-
-
-def test_a_conversation_without_a_user_and_one_that_begins_with_the_assistant_fit(tokenizer):
-    greeting = [{"role": "assistant", "content": "hello"}, *LONG_TALK[1:3]]
-    assert spelled(encode_conversation(BYTES, SHORT, greeting, 17)[0]) == "u:first/a:one/"
-    assert spelled(encode_conversation(BYTES, SHORT, greeting[:1], 5)[0]) == "a:hel"
-    assert spelled(fit_chat(BYTES, SHORT, [{"role": "system", "content": "sysadmin"}], 6)[0]) == "min/a:"
-
-
-@pytest.mark.parametrize("template", [CHATML, BRACKETS, DEFAULT_TEMPLATE], ids=["chatml", "brackets", "default"])
-def test_whatever_the_room_a_chat_is_one_without_its_oldest_turns_and_the_front_of_a_users_text(template, tokenizer):
-    draw = random.Random(1)
-    words = ["the", "answer", "é中😀", "<|im_end|>", "\n\n", "  ", "42?", "<|endoftext|>"]
-    for _ in range(40):
-        turns = [[{"role": role, "content": " ".join(draw.choices(words, k=draw.randrange(1, 12))) + "."}
-                  for role in ("user", "assistant")] for _ in range(draw.randrange(1, 5))]
-        system = [{"role": "system", "content": "Be brief."}] * (draw.random() < 0.5)
-        user, answer = turns[-1]
-        shorter = [system + sum(turns[i:], []) for i in range(len(turns))] + [
-            [*system, user | {"content": user["content"][i:]}, answer] for i in range(len(user["content"]) + 1)]
-        for encode, left_out in ((lambda messages, *room: encode_conversation(tokenizer, template, messages, *room), 0),
-                                 (lambda messages, *room: fit_chat(tokenizer, template, messages, *room), 1)):
-            all_ids = [encode(messages[:len(messages) - left_out])[0].tolist() for messages in shorter]
-            room = draw.randrange(len(all_ids[-1]), len(all_ids[0]) + 2)
-            ids, *_, cut = encode(shorter[0][:len(shorter[0]) - left_out], room)
-            assert len(ids) <= room and len(ids) + cut == len(all_ids[0])
-            found = all_ids.index(ids.tolist())
-            assert found == 0 or len(all_ids[min(found, len(turns)) - 1]) > room  # no turn goes without need
-            assert found < len(turns) or len(all_ids[found - 1]) > room  # nor a character

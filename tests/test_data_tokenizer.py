@@ -1,4 +1,4 @@
-"""tokenizer.py and tokenizer_file.py against tiktoken and `tokenizers`, on a small BPE trained here and GPT-2's if there."""
+"""tokenizer.py and tokenizer_file.py against tiktoken and `tokenizers`: a small BPE trained here, GPT-2's if there."""
 
 import argparse
 import hashlib
