@@ -166,7 +166,7 @@ def _example(row: dict, packing: Packing, tokenizer: Tokenizer) -> Example | Non
         prompt, answer = (row[name] for name in FIELDS[packing.kind])
         prompt = encode_prompt(tokenizer, prompt)
         answer = tokenizer.encode(f" {answer}" if packing.kind == CLASSIFICATION else answer)
-        ids = np.concatenate([prompt, answer, np.array([tokenizer.eot], dtype=np.uint32)])
+        ids = np.concatenate([prompt, np.append(answer, np.uint32(tokenizer.eot))])
         stay = kept_tokens(tokenizer, ids, room, response=len(answer) + 1)
         ids, scored, cut = ids[stay], stay >= len(prompt), len(ids) - len(stay)
     if len(ids) > packing.row_tokens:
@@ -175,20 +175,11 @@ def _example(row: dict, packing: Packing, tokenizer: Tokenizer) -> Example | Non
         raise ExampleError(f"has {len(ids)} tokens, {int(scored.argmax())} of them before its response, more than the "
                            f"{packing.row_tokens} that a context of {packing.max_seq_len} takes; shorten it, raise the "
                            "context (model.max_seq_len, --max-seq-len; with train.init_from at most the parent's), or "
-                           "let it be cut or dropped (data.too_long)")
+                           "let it be cut or dropped (--too-long, data.too_long)")
     scored[0] = False  # nothing of the example stands before it
     if not scored.any():
         raise ExampleError("has nothing to learn: no token stands before its response, which is one token")
     return Example(ids, scored, _text_of_row(row, packing.kind), cut)
-
-
-def count_lengths(found: Sequence[Example]) -> dict[str, int]:
-    """Of examples: how many, their tokens, those that the loss counts, the shortest and the longest with what was cut,
-    and how many were cut to fit."""
-    lengths = [len(example.ids) + example.cut for example in found]
-    return {"examples": len(found), "tokens": sum(len(example.ids) for example in found),
-            "response_tokens": sum(int(example.scored.sum()) for example in found),
-            "shortest": min(lengths), "longest": max(lengths), "truncated": sum(example.cut > 0 for example in found)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

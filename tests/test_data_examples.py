@@ -182,7 +182,7 @@ def test_an_example_too_long_is_cut_dropped_or_refused(kind, row, stays, learnt_
     before = int(whole.scored.argmax())
     with pytest.raises(UserError, match=f"in.jsonl' line 2 has {len(whole.ids)} tokens, {before} of them before its "
                                         f"response, more than the {T + 1} that a context of {T} takes; shorten it, "
-                                        "raise the context .* or let it be cut or dropped .data.too_long"):
+                                        "raise the context .* or let it be cut or dropped .--too-long, data.too_long"):
         of_rows(tmp_path, [fits, row], kind, too_long="error")
 
 
