@@ -59,6 +59,7 @@ CUT = re.compile(r"(?<=[^\W\d_])(?= [^\W\d_])|(?<=\S\n)(?=[^\W_])")
 PIECE_CHARS = 1 << 18  # longer texts are cut; 2^18 blanks stay far below the regex engine's limit
 WINDOW_CHARS = 1 << 14  # of a stretch without a cut; BPE's time per character grows with the length of a pre-token
 
+
 class TokenizerError(UserError):
     """A tokenizer that does not exist, cannot be read, downloaded or trained, or does not know an id."""
 
