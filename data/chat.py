@@ -2,18 +2,17 @@
 
 A run that was trained on conversations holds its template as RUN/chat_template.jinja. Special tokens that the template
 itself spells become their ids; what a message holds is plain text, whatever it spells. Templates run in jinja2's
-sandbox: they can change nothing and open nothing. Rows of files and rows of tokens are examples.py's.
+sandbox: they can change nothing and open nothing. What is too long is cut by prompts.py.
 """
 
 import functools
 import json
-import os
 import re
-import tempfile
 from pathlib import Path
 
 import numpy as np
 
+import files
 from config import UserError
 from data.tokenizer import Tokenizer
 
@@ -43,9 +42,6 @@ class ChatError(UserError):
     """Messages or a template that cannot be rendered."""
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The template of a run
-
 def load_template(folder: Path) -> str | None:
     """The chat template of a run, of shards or of a Hugging Face folder; None if there is none. Raises ChatError."""
     path = Path(folder) / TEMPLATE_FILE
@@ -65,21 +61,8 @@ def read_template(path: Path) -> str:
 
 def save_template(folder: Path, template: str) -> None:
     """Write FOLDER/chat_template.jinja, whole or not at all."""
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=TEMPLATE_FILE, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(template.encode())
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp lets nobody else read it
-        os.replace(temporary, Path(folder) / TEMPLATE_FILE)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    files.write_whole(Path(folder) / TEMPLATE_FILE, template)
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Messages -> text
 
 def render(template: str, messages: list[dict], *, add_generation_prompt: bool, bos_token: str = "",
            eos_token: str = "") -> str:
@@ -121,19 +104,22 @@ def _compiled(template: str):
 # ----------------------------------------------------------------------------------------------------------------------
 # Messages -> tokens
 
-def encode_chat(tokenizer: Tokenizer, template: str, messages: list[dict], *,
-                add_generation_prompt: bool = True) -> np.ndarray:
+def encode_chat(tokenizer: Tokenizer, template: str, messages: list[dict]) -> np.ndarray:
     """Ids of a rendered conversation, uint32 (n,): what a model is given to answer it. Raises ChatError."""
     guard = _Guard(tokenizer, template, messages)
-    return guard.encode(guard.render(messages, add_generation_prompt=add_generation_prompt))
+    return guard.encode(guard.render(messages, add_generation_prompt=True))
 
 
 def turn_end(tokenizer: Tokenizer, template: str) -> int:
     """The id that ends the assistant's turns: the special token that the template puts there, else end-of-text."""
-    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    ids, written = encode_conversation(tokenizer, template, talk)
-    last = int(ids[written][-1])
-    return last if last in tokenizer.special_ids.values() else tokenizer.eot
+    guard = _Guard(tokenizer, template, [])
+    talk = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": guard.mark}]
+    try:
+        after = guard.render(talk, add_generation_prompt=False).partition(guard.mark)[2]
+    except ChatError:  # a template that wants other messages
+        return tokenizer.eot
+    ending = guard.pattern.search(after)
+    return tokenizer.special_ids[ending[0]] if ending else tokenizer.eot
 
 
 def encode_conversation(tokenizer: Tokenizer, template: str, messages: list[dict]) -> tuple[np.ndarray, np.ndarray]:
@@ -145,7 +131,7 @@ def encode_conversation(tokenizer: Tokenizer, template: str, messages: list[dict
     """
     guard = _Guard(tokenizer, template, messages)
     whole = guard.render(messages, add_generation_prompt=False)
-    ids, written, done = [], [], 0
+    parts, done = [], 0  # (text, the assistant wrote it)
     for number, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
@@ -155,14 +141,12 @@ def encode_conversation(tokenizer: Tokenizer, template: str, messages: list[dict
             raise ChatError(f"the chat template renders the first {number + 1} messages otherwise when others follow, "
                             "or its generation prompt otherwise than a turn; training needs one that does not "
                             "(--chat-template, data.chat_template)")
-        start, end = guard.written(after[len(before):], message["content"])
-        start, end = len(before) + start, len(before) + end
-        for text, is_written in ((whole[done:start], False), (whole[start:end], True)):
-            ids.append(guard.encode(text))
-            written.append(np.full(len(ids[-1]), is_written))
+        start, end = (len(before) + place for place in guard.written(after[len(before):], message["content"]))
+        parts += [(whole[done:start], False), (whole[start:end], True)]
         done = end
-    ids.append(guard.encode(whole[done:]))
-    written.append(np.zeros(len(ids[-1]), dtype=bool))
+    parts.append((whole[done:], False))
+    ids = [guard.encode(text) for text, _ in parts]
+    written = [np.full(len(some), is_written) for some, (_, is_written) in zip(ids, parts, strict=True)]
     return np.concatenate(ids), np.concatenate(written)
 
 
@@ -192,8 +176,7 @@ class _Guard:
         """Ids of (a part of) a rendering."""
         ids, start = [np.empty(0, dtype=np.uint32)], 0
         for match in self.pattern.finditer(text):
-            ids.append(self._plain(text[start:match.start()]))
-            ids.append(np.array([self.tokenizer.special_ids[match[0]]], dtype=np.uint32))
+            ids += [self._plain(text[start:match.start()]), np.array([self.tokenizer.special_ids[match[0]]], np.uint32)]
             start = match.end()
         return np.concatenate([*ids, self._plain(text[start:])])
 

@@ -3,7 +3,7 @@
 The kind of a file is seen from its fields: prompt/response {"prompt", "response"}, classification {"text", "label"}
 (the response is " " + label), chat {"messages": [{"role", "content"}, ...]}; {"text"} alone is plain text, which is not
 this file's. A prompt is encoded alone, then its response, then end-of-text, so that a prompt has the tokens in training
-that it has when it is asked. The loss counts responses only.
+that it has when it is asked. The loss counts responses only. A row too long is cut, dropped or refused (data.too_long).
 
 A row holds max_seq_len + 1 tokens: whole examples, then end-of-text without loss. Examples are packed best-fit
 decreasing (Johnson 1973) within a unit of sources.py, about 1 MB of rows, so that packing needs no state between units
@@ -13,6 +13,7 @@ and the number of worker processes changes nothing.
 import bisect
 import hashlib
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from config import UserError
-from data.chat import ChatError, encode_conversation
+from data.chat import ChatError
+from data.prompts import encode_prompt, fit_conversation, kept_tokens
 from data.sources import SourceError, TextFile, Unit, first_row, jsonl_rows, row_name
 from data.tokenizer import Tokenizer
 
@@ -36,12 +38,13 @@ class Packing:
     kind: str
     max_seq_len: int
     chat_template: str = ""  # of kind chat
+    too_long: str = "cut"  # an example longer than a row; or drop, error
 
     @property
     def settings(self) -> dict:
         """What decides the tokens, as index.json keeps it."""
         template = {"chat_template": template_hash(self.chat_template)} if self.kind == CHAT else {}
-        return {"kind": self.kind, "max_seq_len": self.max_seq_len, **template}
+        return {"kind": self.kind, "max_seq_len": self.max_seq_len, "too_long": self.too_long} | template
 
     @property
     def row_tokens(self) -> int:
@@ -53,7 +56,7 @@ class Example:
     ids: np.ndarray  # (n,) uint32, n <= row_tokens
     scored: np.ndarray  # (n,) bool: the loss counts predicting this token
     text: str  # what the row says, as one string: its hash chooses the split
-    cut: int  # tokens beyond the row, left out
+    cut: int  # tokens left out to fit into a row
 
 
 def template_hash(template: str) -> str:
@@ -90,8 +93,9 @@ def find_kind(files: Sequence[TextFile], text_field: str) -> str:
     return next(iter(kinds), TEXT)
 
 
-def examples(unit: Unit, packing: Packing, tokenizer: Tokenizer) -> Iterator[tuple[Example, int]]:
-    """(example, invalid UTF-8 sequences replaced in it) of each row of a unit. Raises ExampleError naming the row."""
+def examples(unit: Unit, packing: Packing, tokenizer: Tokenizer) -> Iterator[tuple[Example | None, int]]:
+    """(example, invalid UTF-8 sequences replaced in it) of each row of a unit; None for one dropped as too long. Raises
+    ExampleError naming the row."""
     for number, row, invalid in jsonl_rows(unit):
         with _naming(unit, number):
             yield _example(row, packing, tokenizer), invalid
@@ -153,27 +157,29 @@ def _check_messages(messages: object) -> None:
                            "remove the row or mend its roles")
 
 
-def _example(row: dict, packing: Packing, tokenizer: Tokenizer) -> Example:
+def _example(row: dict, packing: Packing, tokenizer: Tokenizer) -> Example | None:
     check_row(row, packing.kind)
+    room = packing.row_tokens if packing.too_long == "cut" else sys.maxsize
     if packing.kind == CHAT:
-        ids, scored = encode_conversation(tokenizer, packing.chat_template, row["messages"])
+        ids, scored, cut = fit_conversation(tokenizer, packing.chat_template, row["messages"], room)
     else:
         prompt, answer = (row[name] for name in FIELDS[packing.kind])
-        answer = f" {answer}" if packing.kind == CLASSIFICATION else answer
-        prompt = tokenizer.encode(prompt)
-        if tokenizer.bos_token is not None or not len(prompt):  # where sampling starts, too
-            prompt = np.insert(prompt, 0, tokenizer.start)
-        response = np.append(tokenizer.encode(answer), np.uint32(tokenizer.eot))
-        ids = np.concatenate([prompt, response])
-        scored = np.arange(len(ids)) >= len(prompt)
+        prompt = encode_prompt(tokenizer, prompt)
+        answer = tokenizer.encode(f" {answer}" if packing.kind == CLASSIFICATION else answer)
+        ids = np.concatenate([prompt, np.append(answer, np.uint32(tokenizer.eot))])
+        stay = kept_tokens(tokenizer, ids, room, response=len(answer) + 1)
+        ids, scored, cut = ids[stay], stay >= len(prompt), len(ids) - len(stay)
+    if len(ids) > packing.row_tokens:
+        if packing.too_long == "drop":
+            return None
+        raise ExampleError(f"has {len(ids)} tokens, {int(scored.argmax())} of them before its response, more than the "
+                           f"{packing.row_tokens} that a context of {packing.max_seq_len} takes; shorten it, raise the "
+                           "context (model.max_seq_len, --max-seq-len; with train.init_from at most the parent's), or "
+                           "let it be cut or dropped (--too-long, data.too_long)")
     scored[0] = False  # nothing of the example stands before it
-    kept = packing.row_tokens
-    if not scored[:kept].any():
-        before = int(scored.argmax()) if scored.any() else len(ids)
-        raise ExampleError(f"has {before} tokens before its response, which leaves none of it in a context of "
-                           f"{packing.max_seq_len}; shorten the prompt or raise the context (model.max_seq_len, "
-                           "--max-seq-len; with train.init_from at most the parent's)")
-    return Example(ids[:kept], scored[:kept], _text_of_row(row, packing.kind), max(0, len(ids) - kept))
+    if not scored.any():
+        raise ExampleError("has nothing to learn: no token stands before its response, which is one token")
+    return Example(ids, scored, _text_of_row(row, packing.kind), cut)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -46,18 +46,22 @@ TALK = [{"role": "system", "content": "Be brief. "}, {"role": "user", "content":
         {"role": "assistant", "content": "49"}]
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
+def chatml_tokenizer() -> Tokenizer:
     """A small BPE with the special tokens of ChatML beside end-of-text."""
     trained = train_bpe(["It is 4. What is the answer? Be brief. user assistant system\n"] * 3, 280)
     file = json.loads(trained.file_text)
     for number, token in enumerate(("<|im_start|>", "<|im_end|>", "<|im|>"), start=trained.vocab_size):
         file["added_tokens"].append(file["added_tokens"][0] | {"id": number, "content": token})
         file["model"]["vocab"][token] = number
-    return _loaded(file)
+    return loaded(file)
 
 
-def _loaded(file: dict) -> Tokenizer:
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return chatml_tokenizer()
+
+
+def loaded(file: dict) -> Tokenizer:
     from data.tokenizer import _from_file_text
     return _from_file_text(json.dumps(file), "small")
 
@@ -168,7 +172,7 @@ def test_a_token_that_begins_every_text_is_the_templates_bos_token(tokenizer):
     file = json.loads(tokenizer.file_text)
     single = [{"SpecialToken": {"id": "<|im|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
     file["post_processor"] = {"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": {}}
-    begun = _loaded(file)
+    begun = loaded(file)
     assert begun.bos_token == "<|im|>" and begun.start == tokenizer.special_ids["<|im|>"]
     assert encode_chat(begun, BRACKETS, TALK[1:2])[0] == begun.start
 
@@ -177,10 +181,13 @@ def test_the_end_of_a_turn_is_the_special_token_that_the_template_puts_there(tok
     assert turn_end(tokenizer, CHATML) == tokenizer.special_ids["<|im_end|>"]
     assert turn_end(tokenizer, DEFAULT_TEMPLATE) == turn_end(tokenizer, BRACKETS) == tokenizer.eot
     assert turn_end(tokenizer, "{% for m in messages %}{{ m.content + '--' }}{% endfor %}") == tokenizer.eot
+    assert turn_end(tokenizer, "{{ raise_exception('no') }}") == tokenizer.eot
+    headed = "{% for m in messages %}<|im_start|>{{ m.content }}<|im|>\n<|im_end|>{% endfor %}<|im_start|>"
+    assert turn_end(tokenizer, headed) == tokenizer.special_ids["<|im|>"]
 
 
 def test_tokenizers_that_give_the_same_ids_are_alike_however_they_are_spelled(tokenizer):
     respelled = json.dumps(json.loads(tokenizer.file_text), indent=3)
-    other = _loaded(json.loads(respelled) | {"padding": None, "truncation": None, "version": "1.1"})
+    other = loaded(json.loads(respelled) | {"padding": None, "truncation": None, "version": "1.1"})
     assert other.fingerprint != tokenizer.fingerprint and other.encodes_like(tokenizer)
     assert not load_tokenizer("bytes").encodes_like(tokenizer)

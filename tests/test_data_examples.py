@@ -14,12 +14,15 @@ import pytest
 from config import UserError
 from data import sources
 from data.chat import DEFAULT_TEMPLATE
-from data.examples import pack
+from data.examples import Packing, examples, pack
 from data.loader import IGNORED, TrainLoader, ValLoader
 from data.prepare import prepare
 from data.shards import ShardError, ShardWriter, open_dataset, open_split, verify
+from data.sources import Unit
+from data.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
+BYTES = load_tokenizer("bytes")
 EOT = 256  # of the bytes tokenizer
 T = 23  # odd on purpose; a row is T + 1 tokens
 
@@ -96,7 +99,6 @@ def test_prompt_and_response_are_encoded_apart(tmp_path):
     tokenizer = str(tmp_path / "tokenizer.json")
     prepared(write(tmp_path / "a.jsonl", [{"prompt": "th", "response": "e cat"}] * 4), tmp_path / "out",
              tokenizer=tokenizer)
-    from data.tokenizer import load_tokenizer
     encoded = load_tokenizer(tokenizer)
     apart = [*encoded.encode("th"), *encoded.encode("e cat"), encoded.eot]
     assert apart[:-1] != encoded.encode("the cat").tolist()
@@ -143,13 +145,72 @@ def test_a_row_ends_in_end_of_text_without_loss(tmp_path):
         assert (tokens[rest] == EOT).all() and not loss[rest].any()
 
 
-def test_an_example_too_long_loses_its_end_and_is_counted(tmp_path):
-    rows = [{"prompt": "p" * 20, "response": "abcdefgh"}, {"prompt": "p", "response": "q"}]
-    index = prepared(write(tmp_path / "a.jsonl", rows), tmp_path / "out", val_fraction=0.0)
-    ids, loss = spelled("p" * 20, "abcdefgh")
-    assert examples_in(tmp_path / "out")[0] == (ids[:T + 1], loss[:T + 1])
-    assert index["examples"]["train"] == {"examples": 2, "tokens": 27, "response_tokens": 6, "shortest": 3,
-                                          "longest": 29, "truncated": 1}
+def of_rows(folder: Path, rows: list, kind: str, **settings) -> list:
+    """What examples() yields for the rows of a file, with the bytes tokenizer."""
+    path = write(folder / "in.jsonl", rows)
+    size = os.path.getsize(path)
+    packing = Packing(kind, **{"max_seq_len": T, "chat_template": TALK_TEMPLATE} | settings)
+    return [example for example, _ in examples(Unit("jsonl", path, size, start=0, end=size), packing, BYTES)]
+
+
+TALK_TEMPLATE = "{% for m in messages %}{{ m.role[0] + m.content + eos_token }}{% endfor %}"
+TOO_LONG = [  # kind, a row of more than T + 1 = 24 tokens, what stays (~ is end-of-text), from where the loss counts
+    ("prompt/response", {"prompt": "0123456789" * 2, "response": "abcdefgh"}, "567890123456789abcdefgh~"[-24:], 15),
+    ("prompt/response", {"prompt": "0123", "response": "abcdefghijklmnopqrstuvwxyz"}, "0123abcdefghijklmnopqrst", 4),
+    ("prompt/response", {"prompt": "0123456789" * 9, "response": "x" * 99}, "890123456789" + "x" * 12, 12),
+    ("classification", {"text": "0123456789" * 3, "label": "good"}, "234567890123456789 good~", 18),
+    ("chat", {"messages": [{"role": "system", "content": "S"}, {"role": "user", "content": "one"},
+                           {"role": "assistant", "content": "A"}, {"role": "user", "content": "two"},
+                           {"role": "assistant", "content": "B" * 9}]}, "sS~utwo~a" + "B" * 9 + "~", 9),
+    ("chat", {"messages": [{"role": "user", "content": "0123456789" * 3}, {"role": "assistant", "content": "B" * 9}]},
+     "u" + "901234567890123456789"[-11:] + "~a" + "B" * 9 + "~", 14)]
+
+
+@pytest.mark.parametrize(("kind", "row", "stays", "learnt_from"), TOO_LONG)
+def test_an_example_too_long_is_cut_dropped_or_refused(kind, row, stays, learnt_from, tmp_path):
+    fits = {"prompt/response": {"prompt": "p", "response": "q"}, "classification": {"text": "t", "label": "l"},
+            "chat": {"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]}}[kind]
+    whole = of_rows(tmp_path, [row], kind, max_seq_len=1000)[0]
+    cut, other = of_rows(tmp_path, [row, fits], kind)
+    assert cut.ids.tolist() == [EOT if char == "~" else ord(char) for char in stays] and len(cut.ids) <= T + 1
+    assert cut.scored.tolist() == [i >= learnt_from for i in range(len(stays))]
+    assert (cut.cut, other.cut, whole.cut, cut.text) == (len(whole.ids) - len(cut.ids), 0, 0, whole.text)
+    for setting in ("drop", "error"):
+        assert of_rows(tmp_path, [row], kind, max_seq_len=len(whole.ids) - 1, too_long=setting)[0].cut == 0  # it fits
+    dropped, other = of_rows(tmp_path, [row, fits], kind, too_long="drop")
+    assert dropped is None and other.cut == 0
+    before = int(whole.scored.argmax())
+    with pytest.raises(UserError, match=f"in.jsonl' line 2 has {len(whole.ids)} tokens, {before} of them before its "
+                                        f"response, more than the {T + 1} that a context of {T} takes; shorten it, "
+                                        "raise the context .* or let it be cut or dropped .--too-long, data.too_long"):
+        of_rows(tmp_path, [fits, row], kind, too_long="error")
+
+
+def test_a_cut_prompt_keeps_the_token_that_begins_every_text(tmp_path):
+    file = json.loads(BYTES.file_text)
+    single = [{"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    file["post_processor"] = {"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": {}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(file))
+    rows = [{"prompt": "0123456789" * 3, "response": "abc"}]
+    prepared(write(tmp_path / "a.jsonl", rows), tmp_path / "out", val_fraction=0.0,
+             tokenizer=str(tmp_path / "tokenizer.json"))
+    assert rows_of(tmp_path / "out")[0].tolist() == [[EOT, *b"1234567890123456789"[-19:], *b"abc", EOT]]
+
+
+def test_many_rows_of_which_some_are_too_long_are_prepared_and_counted(tmp_path):
+    rows = [{"text": "x" * (200 if i % 10 == 0 else 5) + str(i), "label": "good"} for i in range(300)]
+    notes = []
+    index = prepared(write(tmp_path / "a.jsonl", rows), tmp_path / "out", val_fraction=0.0, note=notes.append)
+    counts = index["examples"]["train"]
+    assert (counts["examples"], counts["truncated"], counts["longest"]) == (300, 30, 200 + 3 + 5 + 1)
+    assert "300 examples of 12 to 209 tokens" in notes[-1] and "30 cut" in notes[-1]
+    assert max(len(ids) for ids, _ in examples_in(tmp_path / "out")) == T + 1
+
+
+def test_what_decides_the_tokens_is_among_the_settings():
+    assert Packing("prompt/response", 9, too_long="drop").settings == {
+        "kind": "prompt/response", "max_seq_len": 9, "too_long": "drop"}
+    assert Packing("chat", 9, "x").settings.keys() == {"kind", "max_seq_len", "too_long", "chat_template"}
 
 
 def test_what_is_reported_is_what_is_there(tmp_path):
@@ -240,7 +301,6 @@ def test_stopped_anywhere_the_same_call_goes_on_to_the_same_bytes(stop_at, tmp_p
 def test_a_bpe_is_trained_on_what_the_training_examples_say(tmp_path):
     rows = [{"messages": [{"role": "user", "content": "zebra zebra"}, {"role": "assistant", "content": "okapi"}]}] * 9
     prepared(write(tmp_path / "a.jsonl", rows), tmp_path / "out", tokenizer="bpe:262", max_seq_len=60)
-    from data.tokenizer import load_tokenizer
     tokenizer = load_tokenizer(str(tmp_path / "out"))
     assert len(tokenizer.encode("zebra")) < 5 and len(tokenizer.encode("User:\n")) == 6  # not on the template
 
@@ -259,7 +319,7 @@ def test_batches_hold_rows_with_targets_masked_and_examples_apart(tmp_path):
         ids = loader.window_ids(step)
         batches = loader.batch(step)
         assert [len(b.tokens) for b in batches] == [4, 2]
-        for name, wanted in (("tokens", tokens[ids, :-1]), ("documents", start[ids, :-1].cumsum(axis=1) - 1),
+        for name, wanted in (("tokens", tokens[ids, :-1]), ("document_ids", start[ids, :-1].cumsum(axis=1) - 1),
                              ("targets", np.where(loss[ids, 1:] == 1, tokens[ids, 1:].astype(int), IGNORED))):
             found = np.concatenate([getattr(b, name).numpy() for b in batches])
             np.testing.assert_array_equal(found, wanted)
@@ -324,7 +384,6 @@ GOOD = {"prompt": "a", "response": "b"}
     ({"prompt": "a", "response": " \n"}, "has an empty response"),
     ({"prompt": "a", "response": None}, "has null as its response; it should be text"),
     ({"prompt": ["a"], "response": "b"}, 'has ["a"] as its prompt'),
-    ({"prompt": "p" * (T + 1), "response": "b"}, f"has {T + 1} tokens before its response"),
     ({"prompt": "a"}, "is not prompt/response, as the first row is: it should have prompt and response but has only "
                       "prompt"),
     ({"text": "a", "label": "b"}, "is not prompt/response"),

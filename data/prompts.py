@@ -1,0 +1,101 @@
+"""Prompts to tokens, as many as there is room for: the one place that cuts, for training, evaluation and sampling.
+
+The front of a plain prompt goes. Of a chat whole oldest turns go, then the front of what the user says; a system
+message, the template's own text and a response to learn from stay.
+"""
+
+import sys
+from bisect import bisect_left
+from collections.abc import Callable
+
+import numpy as np
+
+from data.chat import encode_chat, encode_conversation
+from data.tokenizer import Tokenizer
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """Ids of a plain prompt, uint32 (n,): behind bos_token if the tokenizer has one; of an empty one end-of-text."""
+    ids = tokenizer.encode(text)
+    return ids if len(ids) and tokenizer.bos_token is None else np.insert(ids, 0, tokenizer.start)
+
+
+def fit_prompt(tokenizer: Tokenizer, ids: np.ndarray, room: int) -> tuple[np.ndarray, int]:
+    """The ids of a plain prompt that stay where there is room for fewer, at least one, and how many were cut."""
+    stay = kept_tokens(tokenizer, ids, room)
+    return ids[stay], len(ids) - len(stay)
+
+
+def kept_tokens(tokenizer: Tokenizer, ids: np.ndarray, room: int, *, response: int = 0) -> np.ndarray:
+    """Which tokens of a prompt and its response, the last `response` of the ids, stay: min(n, room) indices, in order.
+
+    The front of the prompt goes, but for bos_token; the response stays. A response that does not fit by itself loses
+    its end, and its prompt only what is more than half the room. room: at least 1, with a response 2.
+    """
+    prompt = len(ids) - response
+    excess = max(0, prompt - _prompt_room(room, response))
+    bos = int(tokenizer.bos_token is not None and prompt > excess and ids[0] == tokenizer.start)
+    return np.delete(np.arange(len(ids)), slice(bos, bos + excess))[:room]
+
+
+def _prompt_room(room: int, response: int) -> int:
+    return room - response if response < room else room // 2
+
+
+def fit_chat(tokenizer: Tokenizer, template: str, messages: list[dict], room: int) -> tuple[np.ndarray, int]:
+    """Ids, uint32 (n <= room,), of what a model is given to answer a conversation, and how many tokens were cut. Raises
+    ChatError."""
+    def encode(some: list[dict]) -> tuple[np.ndarray, np.ndarray]:
+        ids = encode_chat(tokenizer, template, some)
+        return ids, np.zeros(len(ids), dtype=bool)
+
+    ids, _, cut = _fit(tokenizer, messages, encode, room)
+    return ids, cut
+
+
+def fit_conversation(tokenizer: Tokenizer, template: str, messages: list[dict],
+                     room: int = sys.maxsize) -> tuple[np.ndarray, np.ndarray, int]:
+    """Ids, uint32 (n <= room,), of a conversation to learn from, which of them the assistant wrote, bool (n,), and how
+    many tokens were cut; what follows the last answer goes first. Raises ChatError (see encode_conversation)."""
+    def encode(some: list[dict]) -> tuple[np.ndarray, np.ndarray]:
+        return encode_conversation(tokenizer, template, some)
+
+    ids, written = encode(messages)
+    if len(ids) <= room:
+        return ids, written, 0
+    last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=len(messages))
+    fitted, written, _ = _fit(tokenizer, messages[:last + 1], encode, room)
+    return fitted, written, len(ids) - len(fitted)
+
+
+def _fit(tokenizer: Tokenizer, messages: list[dict], encode: Callable[[list[dict]], tuple[np.ndarray, np.ndarray]],
+         room: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """What encode gives of messages that fit, ids and which of them the assistant wrote, and how many tokens were cut.
+
+    Messages before the first turn, the system's, stay. Whole oldest turns go, so that a user's comes first again; then
+    the front of what the user says in the last exchange; what is still too long is cut as by kept_tokens.
+    """
+    ids, written = encode(messages)
+    tokens = len(ids)
+    roles = [message["role"] for message in messages]
+    first = next((i for i, role in enumerate(roles) if role in ("user", "assistant")), len(roles))
+    starts = [i for i in range(first, len(roles)) if roles[i] == "user"]
+
+    def shorter(step: int) -> list[dict]:
+        start, cut = (starts[step], 0) if step < len(starts) else (starts[-1], step - len(starts) + 1)
+        user = messages[start] | {"content": messages[start]["content"][cut:]}
+        return [*messages[:first], user, *messages[start + 1:]]
+
+    if tokens > room and starts:
+        response = _response(encode(shorter(len(starts) - 1))[1])
+        limit = response + _prompt_room(room, response)  # of tokens: room, unless the response does not fit by itself
+        steps = range(len(starts) + len(messages[starts[-1]]["content"]))
+        step = bisect_left(steps, True, hi=len(steps) - 1, key=lambda step: len(encode(shorter(step))[0]) <= limit)
+        ids, written = encode(shorter(step))
+    stay = kept_tokens(tokenizer, ids, room, response=_response(written))
+    return ids[stay], written[stay], tokens - len(stay)
+
+
+def _response(written: np.ndarray) -> int:
+    """How many tokens there are from the first that the assistant wrote."""
+    return len(written) - int(written.argmax()) if written.any() else 0

@@ -1,0 +1,131 @@
+"""Prompts and chats cut to fit: against texts put together by hand, and all shorter versions of random chats."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+
+from data.chat import DEFAULT_TEMPLATE
+from data.prompts import encode_prompt, fit_chat, fit_conversation, fit_prompt, kept_tokens
+from data.tokenizer import Tokenizer, load_tokenizer
+from tests.test_data_chat import BRACKETS, CHATML, chatml_tokenizer, loaded
+
+BYTES = load_tokenizer("bytes")
+
+
+def with_bos(plain: Tokenizer, token: str) -> Tokenizer:
+    file = json.loads(plain.file_text)
+    single = [{"SpecialToken": {"id": token, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    file["post_processor"] = {"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": {}}
+    return loaded(file)
+
+
+def spelled(ids: np.ndarray) -> str:
+    """Of the bytes tokenizer; end-of-text as #."""
+    return "".join("#" if i == BYTES.eot else chr(i) for i in ids)
+
+
+@pytest.mark.parametrize(("prompt", "response", "room", "expected"), [
+    ("abcdef", "XYZ", 9, "abcdefXYZ"), ("abcdef", "XYZ", 8, "bcdefXYZ"), ("abcdef", "XYZ", 4, "fXYZ"),
+    ("abcdef", "XYZ", 3, "fXY"),  # the response does not fit: it loses its end, the prompt keeps half the room
+    ("abcdef", "XYZ", 2, "fX"), ("ab", "UVWXYZ", 6, "abUVWX"), ("abcdef", "UVWXYZ", 6, "defUVW"),
+    ("abcdef", "", 4, "cdef"), ("abcdef", "", 1, "f"), ("", "XYZ", 2, "XY"),
+])
+def test_the_front_of_a_prompt_goes_then_the_end_of_the_response(prompt, response, room, expected):
+    ids = BYTES.encode(prompt + response)
+    stay = kept_tokens(BYTES, ids, room, response=len(response))
+    assert spelled(ids[stay]) == expected
+    if not response:
+        fitted, cut = fit_prompt(BYTES, ids, room)
+        assert (spelled(fitted), cut) == (expected, len(ids) - len(expected))
+
+
+@pytest.mark.parametrize(("prompt", "response", "room", "expected"), [
+    ("#abcdef", "XYZ", 8, "#cdefXYZ"), ("#abcdef", "XYZ", 4, "#XYZ"), ("#abcdef", "XYZ", 3, "#XY"),
+    ("#abcdef", "WXYZ", 4, "#fWX"), ("#abcdef", "", 3, "#ef"), ("abcdef", "", 3, "def"), ("#abcdef", "", 1, "#")])
+def test_the_token_that_begins_every_text_stays(prompt, response, room, expected):
+    begun = with_bos(BYTES, "<|endoftext|>")
+    ids = np.array([BYTES.eot if char == "#" else ord(char) for char in prompt + response], dtype=np.uint32)
+    assert spelled(ids[kept_tokens(begun, ids, room, response=len(response))]) == expected
+
+
+def test_a_plain_prompt_is_behind_what_begins_a_text_and_an_empty_one_is_its_start():
+    begun = with_bos(BYTES, "<|endoftext|>")
+    assert [spelled(encode_prompt(some, text)) for some in (BYTES, begun) for text in ("ab", "")] == [
+        "ab", "#", "#ab", "#"]
+
+
+def test_whatever_the_lengths_the_ends_of_prompt_and_response_stay():
+    draw, begun = random.Random(0), with_bos(BYTES, "<|endoftext|>")
+    for _ in range(2000):
+        prompt, response, room = draw.randrange(1, 30), draw.randrange(0, 30), draw.randrange(2, 40)
+        has_bos = draw.random() < 0.5
+        stay = kept_tokens(begun if has_bos else BYTES, np.full(prompt + response, BYTES.eot), room, response=response)
+        assert len(stay) == min(room, prompt + response) and (np.diff(stay) > 0).all()
+        assert stay[0] == 0 or not has_bos
+        of_prompt = stay[stay < prompt][has_bos:]
+        assert of_prompt.tolist() == list(range(prompt - len(of_prompt), prompt))
+        of_response = stay[stay >= prompt]
+        assert of_response.tolist() == list(range(prompt, prompt + len(of_response)))
+        assert len(of_response) == response or response >= room
+
+
+LONG_TALK = [{"role": "system", "content": "S"}, {"role": "user", "content": "first"},
+             {"role": "assistant", "content": "one"}, {"role": "user", "content": "second"},
+             {"role": "assistant", "content": "two"}, {"role": "user", "content": "third"}]
+SHORT = ("{% for m in messages %}{{ m.role[0] + ':' + m.content + '/' }}{% endfor %}"
+         "{% if add_generation_prompt %}a:{% endif %}")
+
+
+@pytest.mark.parametrize(("room", "expected"), [
+    (100, "s:S/u:first/a:one/u:second/a:two/u:third/a:"), (43, "s:S/u:first/a:one/u:second/a:two/u:third/a:"),
+    (42, "s:S/u:second/a:two/u:third/a:"), (29, "s:S/u:second/a:two/u:third/a:"), (28, "s:S/u:third/a:"),
+    (14, "s:S/u:third/a:"), (13, "s:S/u:hird/a:"), (9, "s:S/u:/a:"), (8, ":S/u:/a:"), (1, ":")])
+def test_whole_oldest_turns_go_then_the_front_of_what_the_user_says(room, expected):
+    ids, cut = fit_chat(BYTES, SHORT, LONG_TALK, room)
+    assert (spelled(ids), cut) == (expected, 43 - len(expected))
+
+
+@pytest.mark.parametrize(("room", "expected", "learnt"), [
+    (41, "s:S/u:first/a:one/u:second/a:two/u:third/", "one/two/"),  # what follows the last answer goes first
+    (40, "s:S/u:first/a:one/u:second/a:two/", "one/two/"), (33, "s:S/u:first/a:one/u:second/a:two/", "one/two/"),
+    (32, "s:S/u:second/a:two/", "two/"), (19, "s:S/u:second/a:two/", "two/"), (18, "s:S/u:econd/a:two/", "two/"),
+    (13, "s:S/u:/a:two/", "two/"), (12, ":S/u:/a:two/", "two/"), (5, ":two/", "two/"), (4, "a:tw", "tw")])
+def test_of_a_conversation_to_learn_from_the_last_answer_stays(room, expected, learnt):
+    ids, written, cut = fit_conversation(BYTES, SHORT, LONG_TALK, room)
+    assert (spelled(ids), cut, spelled(ids[written])) == (expected, 41 - len(expected), learnt)
+
+
+def test_a_conversation_without_a_user_and_one_that_begins_with_the_assistant_fit():
+    greeting = [{"role": "assistant", "content": "hello"}, *LONG_TALK[1:3]]
+    assert spelled(fit_conversation(BYTES, SHORT, greeting, 17)[0]) == "u:first/a:one/"
+    assert spelled(fit_conversation(BYTES, SHORT, greeting[:1], 5)[0]) == "a:hel"
+    assert spelled(fit_chat(BYTES, SHORT, [{"role": "system", "content": "sysadmin"}], 6)[0]) == "min/a:"
+
+
+@pytest.mark.parametrize("template", [CHATML, BRACKETS, DEFAULT_TEMPLATE], ids=["chatml", "brackets", "default"])
+def test_whatever_the_room_a_chat_is_one_without_its_oldest_turns_and_the_front_of_a_users_text(template):
+    def to_learn(messages: list[dict], room: int = 10**6) -> tuple:
+        return fit_conversation(tokenizer, template, messages, room)
+
+    def to_answer(messages: list[dict], room: int = 10**6) -> tuple:
+        return fit_chat(tokenizer, template, messages[:-1], room)
+
+    draw, tokenizer = random.Random(1), chatml_tokenizer()
+    words = ["the", "answer", "é中😀", "<|im_end|>", "\n\n", "  ", "42?", "<|endoftext|>"]
+    for _ in range(40):
+        turns = [[{"role": role, "content": " ".join(draw.choices(words, k=draw.randrange(1, 12))) + "."}
+                  for role in ("user", "assistant")] for _ in range(draw.randrange(1, 5))]
+        system = [{"role": "system", "content": "Be brief."}] * (draw.random() < 0.5)
+        user, answer = turns[-1]
+        shorter = [system + sum(turns[i:], []) for i in range(len(turns))] + [
+            [*system, user | {"content": user["content"][i:]}, answer] for i in range(len(user["content"]) + 1)]
+        for encode in (to_learn, to_answer):
+            all_ids = [encode(messages)[0].tolist() for messages in shorter]
+            room = draw.randrange(len(all_ids[-1]), len(all_ids[0]) + 2)
+            ids, *_, cut = encode(shorter[0], room)
+            assert len(ids) <= room and len(ids) + cut == len(all_ids[0])
+            found = all_ids.index(ids.tolist())
+            assert found == 0 or len(all_ids[min(found, len(turns)) - 1]) > room  # no turn goes without need
+            assert found < len(turns) or len(all_ids[found - 1]) > room  # nor a character
