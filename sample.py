@@ -1,10 +1,10 @@
 """Text from a trained model: generate() with a KV cache, the text layer on top of it, and a command line.
 
 `python sample.py RUN --prompt TEXT` streams the prompt and its continuation to stdout. Three layers: tokens (generate),
-the choice of one token from logits (choose and its filters), text (generate_text, which never emits half a character or
+the choice of one token from logits (pick and its filters), text (generate_text, which never emits half a character or
 half a stop text). It trains nothing and evaluates nothing.
 
-Dims: B rows of a batch, T tokens of a prompt, V vocabulary.
+Dims: B rows of a batch, T tokens of a prompt, C width, V vocabulary.
 """
 
 import argparse
@@ -20,13 +20,17 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 import checkpoint
-from config import UserError, exit_cleanly, load_config
-from data.chat import encode_chat, load_template, turn_end
-from data.tokenizer import Tokenizer, load_tokenizer
-from model import GPT, KVCache, Linear
+import cli
+import distributed
+from config import UserError, exit_cleanly
+from data.chat import encode_chat, turn_end
+from data.tokenizer import Tokenizer
+from finetune.runs import SavedRun, read_run
+from kernels.cpu import pack_for_decoding
+from model import GPT, KVCache
 
 DTYPES = ("float32", "bfloat16", "float16")
 NOT_FINITE = "the model's logits are not finite; try --dtype float32, or an earlier checkpoint"
@@ -60,31 +64,32 @@ class Sampling:
 # ----------------------------------------------------------------------------------------------------------------------
 # Tokens
 
-def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int, sampling: Sampling = Sampling(),  # noqa: B008
-             use_cache: bool = True) -> Iterator[list[int]]:
+@torch.inference_mode()
+def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int,
+             sampling: Sampling = Sampling()) -> Iterator[list[int]]:  # noqa: B008
     """Continue each prompt (at least one token); yields the next token of every row, max_new_tokens times.
 
     A row's tokens depend on its prompt, the seed and its number only: not on the other rows or their count (but for the
     rounding of batched matmuls). There is no stop token: the batch is static, so the caller stops listening. A context
     that has outgrown max_seq_len is cut to its last max_seq_len / 2 tokens (prompts too), at positions from 0 again.
-    use_cache=False computes every step from scratch, row by row, to check the cache against. Raises SampleError.
+    Raises SampleError.
     """
     if not all(prompts):
         raise SampleError("a prompt has no tokens; start from the tokenizer's end-of-text token")
-    contexts = [list(prompt) for prompt in prompts]
+    contexts, max_seq_len = [list(prompt) for prompt in prompts], model.config.max_seq_len
     generators = [row_generator(sampling.seed, row) for row in range(len(prompts))]
     cache = None
     for step in range(max_new_tokens):
-        if not use_cache:
-            logits = _logits_from_scratch(model, contexts)
-        elif cache is None or cache.length == model.config.max_seq_len:
-            for context in contexts:
-                cut_to_fit(context, model.config.max_seq_len)
+        if cache is None or cache.length == max_seq_len:
+            contexts = [context if len(context) <= max_seq_len else context[-max(1, max_seq_len // 2):]
+                        for context in contexts]
             hidden, cache = prefill(model, contexts, new_tokens=max_new_tokens - step)
-            logits = last_logits(model, hidden)
+            logits = model.logits(hidden[:, -1])
         else:
             logits = decode(model, cache, [context[-1] for context in contexts])
-        tokens = choose(logits, sampling, generators)
+        tokens = pick(logits, sampling, generators).tolist()  # one transfer from the device
+        if -1 in tokens:
+            raise SampleError(NOT_FINITE)
         for context, token in zip(contexts, tokens, strict=True):
             context.append(token)
         yield tokens
@@ -94,16 +99,14 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int, sampl
 def prefill(model: GPT, contexts: list[list[int]], *, new_tokens: int) -> tuple[Tensor, KVCache]:
     """What model.hidden makes of the contexts, (B, T, C), and the cache that now holds them, with room for new_tokens.
 
-    Contexts, none longer than max_seq_len, stand right-aligned behind padding, so that all rows write the same slot
-    next.
+    No context is longer than max_seq_len. They stand right-aligned behind padding: all rows write the same slot next.
     """
-    T = max(len(context) for context in contexts)
-    padding = [T - len(context) for context in contexts]
-    device = model.wte.weight.device
-    tokens = torch.tensor([[0] * pad + context for pad, context in zip(padding, contexts, strict=True)], device=device)
+    device, T = model.wte.weight.device, max(map(len, contexts))
+    tokens = torch.tensor([[0] * (T - len(context)) + context for context in contexts], device=device)
+    padding = torch.tensor([T - len(context) for context in contexts], device=device)
     cache = KVCache(model.config, batch=len(contexts), dtype=cache_dtype(model), device=device,
                     slots=min(model.config.max_seq_len, T + new_tokens),
-                    padding=torch.tensor(padding, device=device) if any(padding) else None)
+                    padding=padding if min(map(len, contexts)) < T else None)
     return model.hidden(tokens, cache=cache), cache
 
 
@@ -113,49 +116,18 @@ def cache_dtype(model: GPT) -> torch.dtype:
 
 
 @torch.inference_mode()
-def last_logits(model: GPT, hidden: Tensor) -> Tensor:
-    """Logits (B, V) of the last position of hidden (B, T, C)."""
-    return model.logits(hidden[:, -1])
-
-
-@torch.inference_mode()
 def decode(model: GPT, cache: KVCache, tokens: list[int]) -> Tensor:
     """Logits (B, V) after one more token per row."""
     column = torch.tensor(tokens, device=model.wte.weight.device)[:, None]  # (B, 1)
-    return last_logits(model, model.hidden(column, cache=cache))
-
-
-@torch.inference_mode()
-def _logits_from_scratch(model: GPT, contexts: list[list[int]]) -> Tensor:
-    """The last logits of prefill, without cache, padding or batch."""
-    rows = []
-    for context in contexts:
-        cut_to_fit(context, model.config.max_seq_len)
-        tokens = torch.tensor([context], device=model.wte.weight.device)
-        rows.append(model.logits(model.hidden(tokens)[:, -1]))
-    return torch.cat(rows)
-
-
-def cut_to_fit(context: list[int], max_seq_len: int) -> None:
-    """In place: a context longer than max_seq_len keeps its last max_seq_len / 2 tokens, at least one."""
-    if len(context) > max_seq_len:
-        del context[:-max(1, max_seq_len // 2)]
+    return model.logits(model.hidden(column, cache=cache)[:, -1])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The choice of a token
 
-def choose(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> list[int]:
-    """One token id per row of logits (B, V), float32. Raises SampleError if a row has no finite maximum."""
-    chosen = pick(logits, sampling, generators).tolist()  # one transfer from the device
-    if -1 in chosen:
-        raise SampleError(NOT_FINITE)
-    return chosen
-
-
 @torch.inference_mode()
 def pick(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> Tensor:
-    """choose() left on the device: a token id per row (B,), -1 where a row of logits (B, V) has no finite maximum."""
+    """A token id per row (B,), on the logits' device; -1 where a row of logits (B, V) has no finite maximum."""
     if sampling.temperature == 0.0:
         tokens = logits.argmax(dim=-1)  # the first of equals
     else:
@@ -171,45 +143,21 @@ def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
     Order: temperature, top_k, top_p, min_p; each sees the probabilities that those before it left. Every filter is a
     threshold: tokens as likely as the last one that stays, stay too.
     """
-    logits = scale(logits, sampling.temperature)
+    # without the maximum a small temperature overflows
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
-        logits = keep_top_k(logits, sampling.top_k)
+        logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[:, -1:], -math.inf)
     if sampling.top_p < 1.0:
-        logits = keep_top_p(logits, sampling.top_p)
-    return keep_min_p(logits, sampling.min_p) if sampling.min_p > 0.0 else logits
-
-
-def scale(logits: Tensor, temperature: float) -> Tensor:
-    """(logits - maximum) / temperature, (B, V): without the maximum a small temperature overflows."""
-    return (logits - logits.amax(dim=-1, keepdim=True)) / temperature
-
-
-def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """Keep the k <= V largest of each row (B, V), and those equal to the smallest of them."""
-    return _keep_from(logits, logits.topk(k).values[:, -1:])
-
-
-def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """Keep the fewest largest of each row (B, V) that reach probability p together, and those equal to the smallest."""
-    falling = _sort_falling(logits)
-    mass_before = F.pad(falling.softmax(dim=-1).cumsum(dim=-1)[:, :-1], (1, 0))
-    kept = (mass_before < p).sum(dim=-1, keepdim=True).clamp(min=1)
-    return _keep_from(logits, falling.gather(-1, kept - 1))
-
-
-def keep_min_p(logits: Tensor, p: float) -> Tensor:
-    """Keep what is at least p times as likely as the largest of each row (B, V)."""
-    return _keep_from(logits, logits.amax(dim=-1, keepdim=True) + math.log(p))
-
-
-def _keep_from(logits: Tensor, threshold: Tensor) -> Tensor:
-    return logits.masked_fill(logits < threshold, -math.inf)
-
-
-def _sort_falling(logits: Tensor) -> Tensor:
-    if logits.device.type == "cpu":  # numpy sorts with vector instructions: 0.1 ms for GPT-2's vocabulary, torch 3 ms
-        return torch.from_numpy(np.sort(logits.numpy())).flip(-1)
-    return logits.sort(dim=-1, descending=True).values
+        if logits.device.type == "cpu":  # numpy sorts with vector instructions: 0.1 ms for GPT-2's vocabulary, torch 3
+            falling = torch.from_numpy(np.sort(logits.numpy())).flip(-1)
+        else:
+            falling = logits.sort(dim=-1, descending=True).values
+        mass_before = F.pad(falling.softmax(dim=-1).cumsum(dim=-1)[:, :-1], (1, 0))
+        kept = (mass_before < sampling.top_p).sum(dim=-1, keepdim=True).clamp(min=1)
+        logits = logits.masked_fill(logits < falling.gather(-1, kept - 1), -math.inf)
+    if sampling.min_p > 0.0:
+        logits = logits.masked_fill(logits < logits.amax(dim=-1, keepdim=True) + math.log(sampling.min_p), -math.inf)
+    return logits
 
 
 def draw(logits: Tensor, uniform: Tensor) -> Tensor:
@@ -244,37 +192,28 @@ class Piece:
 
 def generate_text(model: GPT, tokenizer: Tokenizer, prompts: list[str], *, max_new_tokens: int,
                   sampling: Sampling = Sampling(), stop: tuple[str, ...] = (),  # noqa: B008
-                  use_cache: bool = True, chat_template: str | None = None) -> Iterator[Piece]:
+                  chat_template: str | None = None) -> Iterator[Piece]:
     """Continue each prompt as text, piece by piece, until end-of-text, a stop text (neither is emitted) or the length.
     With a chat_template each prompt is what the user says, and the end of the assistant's turn is the end.
 
-    Every row ends with a piece whose finish is set; ended rows emit no more. Raises SampleError, at once.
+    Every row ends with a piece whose finish is set; ended rows emit no more. Raises SampleError, ChatError, at once.
     """
-    if max_new_tokens < 1:
-        raise SampleError(f"max_new_tokens = {max_new_tokens} should be at least 1")
     contexts = [encode_prompt(tokenizer, prompt, model.config.vocab_size, chat_template) for prompt in prompts]
-    ends = {tokenizer.eot} | ({turn_end(tokenizer, chat_template)} if chat_template is not None else set())
-    streams = {row: TextStream(tokenizer, context, stop) for row, context in enumerate(contexts)}
-    steps = generate(model, contexts, max_new_tokens=max_new_tokens, sampling=sampling, use_cache=use_cache)
-    return _pieces(steps, streams, ends=ends, max_new_tokens=max_new_tokens)
+    ends = end_tokens(tokenizer, chat_template)
+    streams = {row: TextStream(tokenizer, context, stop, ends) for row, context in enumerate(contexts)}
+    steps = generate(model, contexts, max_new_tokens=max_new_tokens, sampling=sampling)
 
+    def pieces() -> Iterator[Piece]:
+        for count, tokens in enumerate(steps, start=1):
+            for row, stream in list(streams.items()):
+                text = stream.add(tokens[row], is_last=count == max_new_tokens)
+                if stream.finish is not None:
+                    del streams[row]
+                yield Piece(row, text, count, stream.finish)
+            if not streams:
+                return
 
-def _pieces(steps: Iterator[list[int]], streams: dict[int, "TextStream"], *, ends: set[int],
-            max_new_tokens: int) -> Iterator[Piece]:
-    """The pieces of generate_text; streams holds the rows that have not ended."""
-    for count, tokens in enumerate(steps, start=1):
-        is_last = count == max_new_tokens
-        for row, stream in list(streams.items()):
-            is_eot = tokens[row] in ends
-            text = "" if is_eot else stream.add(tokens[row])
-            if is_eot or is_last:
-                text += stream.end()
-            finish = "stop" if is_eot or stream.stopped else "length" if is_last else None
-            if finish is not None:
-                del streams[row]
-            yield Piece(row, text, count, finish)
-        if not streams:
-            return
+    return pieces()
 
 
 def sample_text(model: GPT, tokenizer: Tokenizer, prompt: str, *, max_new_tokens: int, temperature: float = 1.0,
@@ -306,17 +245,48 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str, vocab_size: int, chat_templ
     return ids
 
 
-class Detokenizer:
-    """Turns the tokens that follow `context` into text, whole characters only; what is not UTF-8 becomes U+FFFD."""
+def end_tokens(tokenizer: Tokenizer, chat_template: str | None) -> frozenset[int]:
+    """The tokens that end a text: end-of-text, and in a chat what ends the assistant's turns. Raises ChatError."""
+    return frozenset({tokenizer.eot} if chat_template is None else {tokenizer.eot, turn_end(tokenizer, chat_template)})
 
-    def __init__(self, tokenizer: Tokenizer, context: list[int]):
-        self._tokenizer = tokenizer
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._ids = list(context)  # not byte-level: ids whose text is out, then those whose text is not
-        self._out = len(context)
 
-    def add(self, token: int) -> str:
-        """The text that became certain with one more token."""
+class TextStream:
+    """One row's tokens -> text in whole characters (what is not UTF-8 becomes U+FFFD), up to a token that ends it, a
+    stop text (neither is emitted) or the last token. Of several stop texts the one that is complete first counts."""
+
+    def __init__(self, tokenizer: Tokenizer, context: list[int], stop: tuple[str, ...] = (),
+                 ends: frozenset[int] = frozenset()):
+        if "" in stop:
+            raise SampleError("a stop text is empty; leave it out")
+        self.finish: str | None = None  # once the text has ended: "stop" (a token of ends or a stop text) or "length"
+        self.stopped = False  # by a stop text
+        self.decoded = 0  # characters so far, those held back included
+        self._tokenizer, self._stop, self._ends = tokenizer, stop, ends
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")  # of a byte-level tokenizer; of others:
+        self._ids, self._out = list(context), len(context)  # ids whose text is out, so many, and those whose is not
+        self._held = ""  # perhaps the start of a stop text
+
+    def add(self, token: int, *, is_last: bool = False) -> str:
+        """The text that became certain with one more token: all of it if that is the last one or ends the text."""
+        is_end = token in self._ends
+        if not is_end:
+            text = self._decode(token)
+            self.decoded += len(text)
+            self._held += text
+        text = self.end() if is_end or is_last else self._release(keep_begun=True)
+        if is_end or self.stopped:
+            self.finish = "stop"
+        return text
+
+    def end(self) -> str:
+        """The rest: no more tokens come."""
+        self._held += self._utf8.decode(b"", final=True) if self._tokenizer.byte_level else self._pending()
+        text = self._release(keep_begun=False)
+        self.finish = "stop" if self.stopped else "length"
+        return text
+
+    def _decode(self, token: int) -> str:
+        """The characters that became certain with one more token."""
         if token >= self._tokenizer.vocab_size:
             return ""  # a row of the model's table that stands for nothing
         if self._tokenizer.byte_level:
@@ -328,58 +298,20 @@ class Detokenizer:
         self._ids, self._out = self._ids[self._out:], len(self._ids) - self._out
         return text
 
-    def end(self) -> str:
-        """The rest: no more tokens come."""
-        return self._utf8.decode(b"", final=True) if self._tokenizer.byte_level else self._pending()
-
     def _pending(self) -> str:
         """Text of the ids that are not out yet. Whether a word starts with a space shows only beside its neighbours."""
         before, after = (self._tokenizer.decode_bytes(ids).decode() for ids in (self._ids[:self._out], self._ids))
         return after[len(before):]
 
-
-class TextStream:
-    """One row's tokens -> text, without any part of a stop text.
-
-    Of several stop texts the one that is complete first ends the text, wherever tokens begin and end.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, context: list[int], stop: tuple[str, ...] = ()):
-        if "" in stop:
-            raise SampleError("a stop text is empty; leave it out")
-        self.stopped = False
-        self.decoded = 0  # characters so far, those held back included
-        self._detokenizer = Detokenizer(tokenizer, context)
-        self._stop = stop
-        self._held = ""  # perhaps the start of a stop text
-
-    def add(self, token: int) -> str:
-        """The text that became certain with one more token."""
-        text = self._detokenizer.add(token)
-        self.decoded += len(text)
-        self._held += text
-        return self._release(self._possible_stop_length())
-
-    def end(self) -> str:
-        """The rest: no more tokens come."""
-        self._held += self._detokenizer.end()
-        return self._release(0)
-
-    def _release(self, keep: int) -> str:
-        """The held text up to a stop text, with which it then begins for good; or all but its last keep characters."""
-        ends = [(start + len(stop), start) for stop in self._stop if (start := self._held.find(stop)) >= 0]
+    def _release(self, *, keep_begun: bool) -> str:
+        """The held text up to a stop text, which then stays; without one all of it, but for a stop text's beginning."""
+        held = self._held
+        ends = [(start + len(stop), start) for stop in self._stop if (start := held.find(stop)) >= 0]
+        begun = [n for stop in self._stop for n in range(1, min(len(stop), len(held) + 1)) if held.endswith(stop[:n])]
         self.stopped = bool(ends)
-        cut = min(ends)[1] if ends else len(self._held) - keep
-        text, self._held = self._held[:cut], self._held[cut:]
-        return text
-
-    def _possible_stop_length(self) -> int:
-        """Characters at the end of the held text with which a stop text begins."""
-        longest = max((len(stop) for stop in self._stop), default=1) - 1
-        for length in range(min(longest, len(self._held)), 0, -1):
-            if any(stop.startswith(self._held[-length:]) for stop in self._stop):
-                return length
-        return 0
+        cut = min(ends)[1] if ends else len(held) - max(begun, default=0) * keep_begun
+        self._held = held[cut:]
+        return held[:cut]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -387,119 +319,46 @@ class TextStream:
 
 def load_model(run: str | Path, *, device: torch.device, dtype: str,
                note: Callable[[str], None]) -> tuple[GPT, Tokenizer]:
-    """The model (in eval mode) and tokenizer of a run folder or of one checkpoint in it.
-
-    dtype, one of DTYPES, is that of weights and matmuls. note receives lines for the user. Raises CheckpointError,
-    ConfigError, SampleError.
-    """
-    if dtype not in DTYPES:
-        raise SampleError(f"dtype {dtype!r} should be one of {', '.join(DTYPES)}")
-    folder = checkpoint.resolve(run, note)
-    run_dir = checkpoint.run_dir_of(folder)
-    config = load_config(run_dir / "config.toml").model
-    tokenizer = load_tokenizer(run_dir)
-    model = GPT(config, compute_dtype=getattr(torch, dtype))
-    checkpoint.load_into(model, checkpoint.load_tensors(folder, "model"), str(folder))
-    note(f"model: {folder}, {model.parameter_count():,} parameters, {dtype} on {device.type}")
-    return model.to(device, getattr(torch, dtype)).eval(), tokenizer
+    """The model of RUN as build_model makes it, and the tokenizer. Raises CheckpointError, ConfigError."""
+    saved = read_run(run, note)
+    return build_model(saved, device=device, dtype=dtype, note=note), saved.tokenizer
 
 
-def choose_device(wanted: str) -> torch.device:
-    """auto = cuda, then mps, then cpu. Raises SampleError if the wanted one is not there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    kind = next(kind for kind in there if there[kind]) if wanted == "auto" else wanted
-    if not there[kind]:
-        raise SampleError(f"device {kind!r} is not there in this PyTorch; use --device auto or cpu")
-    return torch.device(kind)
-
-
-class PackedLinear(nn.Module):
-    """A linear layer for inputs of one dtype whose weight oneDNN has laid out. CPU, inference only, never saved.
-
-    From 1 row to 256 it is as fast as F.linear or up to three times faster (docs/BENCHMARKS.md).
-    """
-
-    ROWS = 16  # the layout is chosen for this many; that of 1 is no faster on 1 row and half as fast on 2 or more
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype):
-        super().__init__()
-        # Private operators of PyTorch: packing_works() tells whether they are there and compute what they should.
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype), self.ROWS)
-        self.bias = None if bias is None else bias.detach().to(dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
-
-
-def pack_for_decoding(model: GPT) -> str:
-    """Replace the model's linear layers, head included, by packed ones where that works; returns what was done and why.
-
-    For a model that will only generate: afterwards it can neither train nor be saved. A tied head is held twice.
-    """
-    dtype = model.compute_dtype
-    if model.wte.weight.device.type != "cpu":
-        return "weights: as they are (packing is for the CPU)"
-    if not packing_works(dtype):
-        return f"weights: as they are (this PyTorch or CPU does not pack {dtype})"
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, Linear):
-                setattr(module, name, PackedLinear(child.weight, child.bias, dtype))
-    if model.lm_head is None:
-        model.lm_head = PackedLinear(model.wte.weight, None, dtype)
-    return "weights: packed by oneDNN"
-
-
-@torch.inference_mode()
-def packing_works(dtype: torch.dtype) -> bool:
-    """Whether PackedLinear computes what F.linear does, tried on a small layer."""
-    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-            and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
-        return False
-    generator = torch.Generator().manual_seed(0)
-    weight, bias, x = (torch.randn(shape, generator=generator).to(dtype) for shape in ((96, 64), (96,), (1, 3, 64)))
-    try:
-        packed = PackedLinear(weight, bias, dtype)(x)
-    except RuntimeError:
-        return False
-    expected = F.linear(x.double(), weight.double(), bias.double())
-    tolerance = 8 * torch.finfo(dtype).eps  # values up to about 30, sums of 64 products kept in float32
-    return torch.allclose(packed.double(), expected, rtol=tolerance, atol=64 * tolerance)
+def build_model(saved: SavedRun, *, device: torch.device, dtype: str, note: Callable[[str], None]) -> GPT:
+    """The model of a run, in eval mode. dtype, one of DTYPES, is that of weights and matmuls; note receives a line for
+    the user. Raises CheckpointError."""
+    model = GPT(saved.config.model, compute_dtype=getattr(torch, dtype))
+    checkpoint.load_into(model, saved.weights(), str(saved.checkpoint))
+    note(f"model: {saved.checkpoint}, {model.parameter_count():,} parameters, {dtype} on {device.type}")
+    return model.to(device, getattr(torch, dtype)).eval()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Command line
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise SampleError(f"{message}; python sample.py --help lists the arguments")
-
-
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = _Parser(prog="sample.py", description="Continue a prompt with a trained model.",
-                     epilog="Without a prompt the model starts a text of its own.")
-    parser.add_argument("run", metavar="RUN", help="run folder (its newest checkpoint) or one checkpoint inside it")
+    parser = cli.Parser(prog="python sample.py", description="Continue a prompt with a trained model.",
+                        epilog="Without a prompt the model starts a text of its own.")
+    add = parser.add_argument
+    add("run", metavar="RUN", help="run folder (its newest checkpoint) or one checkpoint inside it")
     prompts = parser.add_mutually_exclusive_group()
     prompts.add_argument("-", dest="stdin", action="store_true", help="read the prompt from stdin")
     prompts.add_argument("--prompt", metavar="TEXT")
     prompts.add_argument("--prompt-file", metavar="FILE", help="the whole file is one prompt")
-    parser.add_argument("--chat", action="store_true",
-                        help="the prompt is what a user says, in the run's chat template")
-    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="default 256")
-    parser.add_argument("--temperature", type=float, default=1.0, metavar="X",
-                        help="0 = always the likeliest token; default 1")
-    parser.add_argument("--top-k", type=int, metavar="N", help="draw from the N likeliest tokens; left out = from all")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="X",
-                        help="draw from the fewest likeliest tokens that reach this probability; default 1 = all")
-    parser.add_argument("--min-p", type=float, default=0.0, metavar="X",
-                        help="draw from tokens of at least this share of the likeliest one's probability; default 0")
-    parser.add_argument("--stop", nargs="+", action="extend", default=[], metavar="TEXT",
-                        help="end the text before any of these")
-    parser.add_argument("--num-samples", type=int, default=1, metavar="N", help="samples, generated as one batch")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same text; default 0")
-    parser.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
-    parser.add_argument("--dtype", default="float32", choices=DTYPES,
-                        help="of weights and matmuls; default float32; bfloat16 is about twice as fast where native")
+    add("--chat", action="store_true", help="the prompt is what a user says, in the run's chat template")
+    add("--max-new-tokens", type=int, default=256, metavar="N", help="default 256")
+    add("--temperature", type=float, default=1.0, metavar="X", help="0 = always the likeliest token; default 1")
+    add("--top-k", type=int, metavar="N", help="draw from the N likeliest tokens; left out = from all")
+    add("--top-p", type=float, default=1.0, metavar="X",
+        help="draw from the fewest likeliest tokens that reach this probability; default 1 = all")
+    add("--min-p", type=float, default=0.0, metavar="X",
+        help="draw from tokens of at least this share of the likeliest one's probability; default 0")
+    add("--stop", nargs="+", action="extend", default=[], metavar="TEXT", help="end the text before any of these")
+    add("--num-samples", type=int, default=1, metavar="N", help="samples, generated as one batch")
+    add("--seed", type=int, default=0, metavar="N", help="same seed, same text; default 0")
+    add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
+    add("--dtype", default="float32", choices=DTYPES,
+        help="of weights and matmuls; default float32; bfloat16 is about twice as fast where native")
     args = parser.parse_args(argv)
     for name in ("max_new_tokens", "num_samples"):
         if getattr(args, name) < 1:
@@ -513,79 +372,64 @@ def main(argv: list[str]) -> None:
     args = _parse(argv)
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.seed)
     prompt = _read_prompt(args)
-    model, tokenizer = load_model(args.run, device=choose_device(args.device), dtype=args.dtype, note=_note)
-    template = _chat_template(args.run) if args.chat else None
-    _note(pack_for_decoding(model))
-    context = encode_prompt(tokenizer, prompt, model.config.vocab_size, template)
+    device, _ = distributed.choose_device(args.device, option="--device ")
+    run = read_run(args.run, cli.note)
+    if args.chat and run.chat_template is None:
+        raise SampleError(f"run {args.run!r} holds no chat_template.jinja, it was not trained on conversations; leave "
+                          "out --chat")
+    template = run.chat_template if args.chat else None
+    model = build_model(run, device=device, dtype=args.dtype, note=cli.note)
+    cli.note(pack_for_decoding(model))
+    context = encode_prompt(run.tokenizer, prompt, model.config.vocab_size, template)
     _check_length(len(context), model.config.max_seq_len, is_chat=args.chat)
-    pieces = generate_text(model, tokenizer, [prompt] * args.num_samples, max_new_tokens=args.max_new_tokens,
+    pieces = generate_text(model, run.tokenizer, [prompt] * args.num_samples, max_new_tokens=args.max_new_tokens,
                            sampling=sampling, stop=tuple(args.stop), chat_template=template)
     sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows ? instead
-    try:
-        _print_samples(prompt + "\n" if args.chat else prompt, pieces, args.num_samples)
-    except KeyboardInterrupt:
-        print(flush=True)
-        raise
-
-
-def _chat_template(run: str) -> str:
-    """The template of a run. Raises SampleError if it was not trained on conversations."""
-    path = Path(run)
-    template = load_template(path if (path / "config.toml").exists() else checkpoint.run_dir_of(path))
-    if template is None:
-        raise SampleError(f"run {run!r} holds no chat_template.jinja, it was not trained on conversations; leave out "
-                          "--chat")
-    return template
+    _print_samples(prompt + "\n" if args.chat else prompt, pieces, args.num_samples)
 
 
 def _print_samples(prompt: str, pieces: Iterator[Piece], num_samples: int) -> None:
     """The first sample as it arrives, then the others; a tokens/s line on stderr."""
-    texts = [[] for _ in range(num_samples)]
-    lengths = [0] * num_samples
+    texts, lengths = [""] * num_samples, [0] * num_samples
     print(prompt, end="", flush=True)
-    start = first = time.perf_counter()
-    for piece in pieces:
-        if not any(lengths):
-            first = time.perf_counter()
-        if piece.row == 0:
-            print(piece.text, end="", flush=True)
-        texts[piece.row].append(piece.text)
-        lengths[piece.row] = piece.tokens
-    seconds = time.perf_counter() - first
-    print()
+    start, first = time.perf_counter(), None
+    try:
+        for piece in pieces:
+            first = first or time.perf_counter()
+            if piece.row == 0:
+                print(piece.text, end="", flush=True)
+            texts[piece.row] += piece.text
+            lengths[piece.row] = piece.tokens
+        seconds = time.perf_counter() - first
+    finally:
+        print(flush=True)  # after Ctrl-C too
     for text in texts[1:]:
-        print("---", prompt + "".join(text), sep="\n")
+        print("---", prompt + text, sep="\n")
     sys.stdout.flush()
     rate = f", then {(sum(lengths) - num_samples) / seconds:.1f} tokens/s" if max(lengths) > 1 else ""
-    _note(f"{sum(lengths)} new tokens; prompt read in {first - start:.2f} s{rate}")
+    cli.note(f"{sum(lengths)} new tokens; prompt read in {first - start:.2f} s{rate}")
 
 
 def _read_prompt(args: argparse.Namespace) -> str:
     """The prompt's text, exactly as given: a final newline in a file counts. Raises SampleError."""
     if not args.stdin and args.prompt_file is None:
         return args.prompt or ""
+    name = "stdin" if args.stdin else f"prompt file {args.prompt_file!r}"
     try:
-        data = sys.stdin.buffer.read() if args.stdin else Path(args.prompt_file).read_bytes()
-        return data.decode("utf-8")
+        return (sys.stdin.buffer.read() if args.stdin else Path(args.prompt_file).read_bytes()).decode("utf-8")
     except OSError as error:
-        raise SampleError(f"prompt file {args.prompt_file!r} cannot be read: {error.strerror}") from None
+        raise SampleError(f"{name} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        name = "stdin" if args.stdin else f"prompt file {args.prompt_file!r}"
         raise SampleError(f"{name} is not valid UTF-8 at byte {error.start}; convert it first") from None
 
 
 def _check_length(tokens: int, max_seq_len: int, *, is_chat: bool) -> None:
     """Note that a text is cut on the left; raise SampleError for a chat, which would lose its template's beginning."""
+    too_long = f"has {tokens:,} tokens, more than the context of {max_seq_len:,}"
     if tokens > max_seq_len and is_chat:
-        raise SampleError(f"the conversation has {tokens:,} tokens, more than the context of {max_seq_len:,}; shorten "
-                          "the prompt")
+        raise SampleError(f"the conversation {too_long}; shorten the prompt")
     if tokens > max_seq_len:
-        _note(f"the prompt has {tokens:,} tokens, more than the context of {max_seq_len:,}: its last "
-              f"{max(1, max_seq_len // 2):,} are used")
-
-
-def _note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+        cli.note(f"the prompt {too_long}: its last {max(1, max_seq_len // 2):,} are used")
 
 
 if __name__ == "__main__":
