@@ -337,7 +337,7 @@ class Batcher:
             self._changed.notify()
 
     def close(self, grace_s: float) -> None:
-        """Take no more rows, drop those that wait, end those that run after grace_s at the latest. join() waits for it."""
+        """Take no more rows, drop those that wait, end those that run after grace_s at the latest. join() waits."""
         with self._changed:
             self._closes_at = time.monotonic() + grace_s
             self._changed.notify()

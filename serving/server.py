@@ -14,21 +14,21 @@ import asyncio
 import contextlib
 import errno
 import hmac
-import importlib.util
 import ipaddress
 import json
 import os
 import signal
 import socket
-import sys
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import checkpoint
-import sample
-from config import UserError, exit_cleanly
-from data import chat
+import cli
+import distributed
+from config import UserError
+from finetune.runs import read_run
+from kernels.cpu import pack_for_decoding
+from sample import DTYPES, build_model
 from serving.batching import Batch, Batcher, Closed, Part, Parts, QueueFull
 from serving.openai_api import (
     ApiError,
@@ -38,8 +38,7 @@ from serving.openai_api import (
     chunk,
     merged,
     no_such_model,
-    parse_chat,
-    parse_completion,
+    parse,
     usage_chunk,
     wrong,
 )
@@ -53,21 +52,21 @@ MAX_BODY_BYTES = 4 * 2 ** 20  # 64 prompts of 1,024 token ids are 0.4 MB
 BODY_TIMEOUT_S = 30.0  # for a client to send its request
 KEEP_ALIVE_S = 75  # longer than clients keep idle connections, or one might be closed as it is used again
 GRACE_S = 5.0  # after SIGTERM or SIGINT: texts that run may go on for so long
-RETRY_AFTER_S = 1
+RETRY = {"Retry-After": "1"}  # seconds
 # The page needs nothing from elsewhere, and gets nothing.
 PAGE_POLICY = ("default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; "
                "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
 
 
 class ServeError(UserError):
-    """An address that cannot be listened on, a package that is missing, a setting that makes no sense."""
+    """An address that cannot be listened on, a setting that makes no sense."""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The application
 
 def make_app(served: Served, batcher: Batcher, *, api_key: str | None = None) -> "FastAPI":
-    """batcher must deliver through hand_out() in the event loop that runs the application."""
+    """batcher must deliver in the event loop that runs the application."""
     from fastapi import APIRouter, Depends, FastAPI, Request, Response
 
     def check_key(request: Request) -> None:
@@ -86,7 +85,7 @@ def make_app(served: Served, batcher: Batcher, *, api_key: str | None = None) ->
     @app.get("/health")
     async def health() -> Response:
         state = {"status": "stopping" if batcher.is_closing else "ok", "running": len(batcher.batch.running),
-                 "waiting": batcher.waiting}
+                 "waiting": len(batcher.waiting)}
         return as_response(state, 503 if batcher.is_closing else 200)
 
     @router.get("/v1/models")
@@ -101,11 +100,11 @@ def make_app(served: Served, batcher: Batcher, *, api_key: str | None = None) ->
 
     @router.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        return await generate(request, parse_completion, served, batcher)
+        return await generate(request, served, batcher, is_chat=False)
 
     @router.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
-        return await generate(request, parse_chat, served, batcher)
+        return await generate(request, served, batcher, is_chat=True)
 
     add_tokenizer_routes(router, served)
     app.include_router(router)
@@ -148,9 +147,7 @@ def add_error_handlers(app: "FastAPI") -> None:
 
     @app.exception_handler(ApiError)
     async def refused(request: Request, error: ApiError) -> Response:
-        headers = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
-        if error.status == 401:
-            headers["WWW-Authenticate"] = "Bearer"
+        headers = {401: {"WWW-Authenticate": "Bearer"}, 429: RETRY, 503: RETRY}.get(error.status)
         return as_response(error.as_json(), error.status, headers)
 
     @app.exception_handler(HTTPException)
@@ -177,24 +174,25 @@ class _Gone(Exception):
     """The client hung up."""
 
 
-async def generate(request: "Request", parse: Callable[..., Asked], served: Served, batcher: Batcher) -> "Response":
+async def generate(request: "Request", served: Served, batcher: Batcher, *, is_chat: bool) -> "Response":
     """The answer to a request for texts, whole or streamed. Raises ApiError."""
     from fastapi.responses import Response, StreamingResponse
     body = await read_object(request)
     inbox: asyncio.Queue = asyncio.Queue()
     # in a thread: encoding megabytes takes a while, and others are being streamed to
-    asked = await asyncio.to_thread(parse, body, served, lambda number, part: inbox.put_nowait((number, part)))
+    asked = await asyncio.to_thread(parse, body, served, lambda number, part: inbox.put_nowait((number, part)),
+                                    is_chat=is_chat)
     answers = answer_parts(request, asked, inbox, batcher)
     try:
         if not asked.stream:
             parts: list[list[Part]] = [[] for _ in asked.rows]
             async for number, part in answers:
                 parts[number].append(part)
-            return as_response(answer(asked, [merged(row) for row in parts], served.tokenizer))
+            return as_response(answer(asked, [merged(row) for row in parts]))
         first = await anext(answers)  # what cannot begin gets a status of its own
     except _Gone:
         return Response(status_code=499)  # nobody reads it
-    return StreamingResponse(stream(asked, first, answers, served), media_type="text/event-stream",
+    return StreamingResponse(stream(asked, first, answers), media_type="text/event-stream",
                              headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
 
 
@@ -230,10 +228,10 @@ async def answer_parts(request: "Request", asked: Asked, inbox: asyncio.Queue,
     try:
         batcher.submit(asked.rows)
     except QueueFull:
-        raise ApiError(429, f"{batcher.waiting} texts wait and the queue holds {batcher.max_waiting}; try again later",
-                       code="queue_full", retry_after_s=RETRY_AFTER_S) from None
+        raise ApiError(429, f"{len(batcher.waiting)} texts wait and the queue holds {batcher.max_waiting}; try again "
+                       "later", code="queue_full") from None
     except Closed:
-        raise ApiError(503, "the server is shutting down", code="shutting_down", retry_after_s=RETRY_AFTER_S) from None
+        raise ApiError(503, "the server is shutting down", code="shutting_down") from None
 
     async def watch() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -249,7 +247,7 @@ async def answer_parts(request: "Request", asked: Asked, inbox: asyncio.Queue,
                 raise _Gone
             number, part = item
             if part.finish == "dropped":
-                raise ApiError(503, part.error, code="dropped", retry_after_s=RETRY_AFTER_S)
+                raise ApiError(503, part.error, code="dropped")
             if part.finish == "error":
                 raise ApiError(500, part.error, code="model_failed")
             if part.finish is not None:
@@ -261,42 +259,31 @@ async def answer_parts(request: "Request", asked: Asked, inbox: asyncio.Queue,
             batcher.cancel([asked.rows[number] for number in running])
 
 
-async def stream(asked: Asked, first: tuple[int, Part], answers: AsyncIterator[tuple[int, Part]],
-                 served: Served) -> AsyncIterator[str]:
-    """Server-sent events: a chunk per part, the usage if wanted, [DONE]."""
+async def stream(asked: Asked, item: tuple[int, Part] | None,
+                 answers: AsyncIterator[tuple[int, Part]]) -> AsyncIterator[str]:
+    """Server-sent events: a chunk per part, of which item is the first, the usage if wanted, [DONE]."""
+    def event(content: dict) -> str:
+        return f"data: {json.dumps(content, allow_nan=False)}\n\n"
+
     made, begun = [0] * len(asked.rows), set()
-
-    async def all_parts() -> AsyncIterator[tuple[int, Part]]:
-        yield first
-        async for item in answers:
-            yield item
-
     async with contextlib.aclosing(answers):  # also if the client hangs up
         try:
-            async for number, part in all_parts():
+            while item is not None:
+                number, part = item
                 made[number] = part.made
-                piece = chunk(asked, number, part, served.tokenizer, is_first=number not in begun)
+                piece = chunk(asked, number, part, is_first=number not in begun)
                 if piece is not None:
                     begun.add(number)
-                    yield _event(piece)
+                    yield event(piece)
+                item = await anext(answers, None)
         except _Gone:
             return
         except ApiError as error:  # too late for a status
-            yield _event(error.as_json())
+            yield event(error.as_json())
             return
     if asked.include_usage:
-        yield _event(usage_chunk(asked, made))
+        yield event(usage_chunk(asked, made))
     yield "data: [DONE]\n\n"
-
-
-def _event(content: dict) -> str:
-    return f"data: {json.dumps(content, allow_nan=False)}\n\n"
-
-
-def hand_out(parts: Parts) -> None:
-    """In the event loop: each part to whoever waits for it."""
-    for row, part in parts:
-        row.deliver(part)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -306,6 +293,11 @@ async def run(served: Served, batch: Batch, listener: socket.socket, *, api_key:
     """Serve until SIGTERM or SIGINT; then let running texts end for GRACE_S while new requests are refused."""
     import uvicorn
     loop = asyncio.get_running_loop()
+
+    def hand_out(parts: Parts) -> None:
+        for row, part in parts:
+            row.deliver(part)
+
     batcher = Batcher(batch, lambda parts: loop.call_soon_threadsafe(hand_out, parts), max_waiting=max_waiting)
     app = make_app(served, batcher, api_key=api_key)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off",
@@ -355,35 +347,26 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def run_dir_of(run: str) -> Path:
-    path = Path(run).resolve()
-    return path if (path / "config.toml").exists() else checkpoint.run_dir_of(path)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Command line
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise ServeError(f"{message}; python serve.py --help lists the arguments")
-
-
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = _Parser(prog="serve.py", description="Serve a trained model with OpenAI's API, and a page to try it.",
-                     epilog=f"With {KEY_VARIABLE} set, clients must send it as their API key.")
-    parser.add_argument("run", metavar="RUN", help="run folder (its newest checkpoint) or one checkpoint inside it")
-    parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS",
-                        help="default 127.0.0.1: this machine alone; 0.0.0.0: all that reach it")
-    parser.add_argument("--port", type=int, default=8000, metavar="N", help="default 8000; 0 = any free one")
-    parser.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
-    parser.add_argument("--dtype", default="float32", choices=sample.DTYPES,
-                        help="of weights and matmuls; default float32; bfloat16 is about twice as fast where native")
-    parser.add_argument("--batch-size", type=int, default=16, metavar="N",
-                        help="texts generated at a time, each with a context of cache; default 16")
-    parser.add_argument("--queue", type=int, default=256, metavar="N",
-                        help="texts that may wait, and that one request may ask for; default 256")
-    parser.add_argument("--time-limit", type=float, default=600.0, metavar="SECONDS",
-                        help="a text that takes longer ends there, as at its max_tokens; default 600")
+    parser = cli.Parser(prog="python serve.py", description="Serve a trained model with OpenAI's API, and a page to "
+                        "try it.", epilog=f"With {KEY_VARIABLE} set, clients must send it as their API key.")
+    add = parser.add_argument
+    add("run", metavar="RUN", help="run folder (its newest checkpoint) or one checkpoint inside it")
+    add("--host", default="127.0.0.1", metavar="ADDRESS",
+        help="default 127.0.0.1: this machine alone; 0.0.0.0: all that reach it")
+    add("--port", type=int, default=8000, metavar="N", help="default 8000; 0 = any free one")
+    add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
+    add("--dtype", default="float32", choices=DTYPES,
+        help="of weights and matmuls; default float32; bfloat16 is about twice as fast where native")
+    add("--batch-size", type=int, default=16, metavar="N",
+        help="texts generated at a time, each with a context of cache; default 16")
+    add("--queue", type=int, default=256, metavar="N",
+        help="texts that may wait, and that one request may ask for; default 256")
+    add("--time-limit", type=float, default=600.0, metavar="SECONDS",
+        help="a text that takes longer ends there, as at its max_tokens; default 600")
     args = parser.parse_args(argv)
     if not 0 <= args.port <= 65535:
         raise ServeError(f"--port {args.port} should lie in 0 to 65535")
@@ -395,52 +378,39 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def _check_packages() -> None:
-    missing = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ServeError(f"serve.py needs {' and '.join(missing)}; pip install fastapi uvicorn")
-
-
 def _api_key(host: str) -> str | None:
     key = os.environ.get(KEY_VARIABLE)
     if key is not None and (not key.strip() or key != key.strip() or not key.isascii()):
         raise ServeError(f"{KEY_VARIABLE} should be ASCII characters without blanks around them; unset it to serve "
                          "without a key")
-    if key is None and not _is_loopback(host):
+    try:
+        is_loopback = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        is_loopback = host == "localhost"
+    if key is None and not is_loopback:
         note(f"warning: whoever reaches {host} may use the model; set {KEY_VARIABLE} to ask for a key")
     return key
 
 
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 def note(text: str) -> None:
     with contextlib.suppress(OSError):  # whoever read stderr may be gone; the server goes on
-        print(text, file=sys.stderr, flush=True)
+        cli.note(text)
 
 
 def main(argv: list[str]) -> None:
     args = _parse(argv)
-    _check_packages()
+    cli.require("serve.py", "fastapi", "uvicorn")
     api_key = _api_key(args.host)
     with listen(args.host, args.port) as listener:
-        model, tokenizer = sample.load_model(args.run, device=sample.choose_device(args.device), dtype=args.dtype,
-                                             note=note)
-        note(sample.pack_for_decoding(model))
-        run_dir = run_dir_of(args.run)
-        name, template = run_dir.name, chat.load_template(run_dir)
-        served = Served(name, model.config, tokenizer, template, max_rows=args.queue, time_limit_s=args.time_limit)
-        batch = Batch(model, tokenizer, max_rows=args.batch_size)
+        device, _ = distributed.choose_device(args.device, option="--device ")
+        saved = read_run(args.run, note)
+        model = build_model(saved, device=device, dtype=args.dtype, note=note)
+        note(pack_for_decoding(model))
+        served = Served(saved.dir.name, model.config, saved.tokenizer, saved.chat_template, max_rows=args.queue,
+                        time_limit_s=args.time_limit)
+        batch = Batch(model, saved.tokenizer, max_rows=args.batch_size)
         listener.listen(1024)
         host = f"[{args.host}]" if ":" in args.host else args.host
-        note(f"serving {name!r}{'' if template is None else ' with chat'} at http://{host}:"
+        note(f"serving {served.name!r}{'' if served.template is None else ' with chat'} at http://{host}:"
              f"{listener.getsockname()[1]} (API under /v1{', with a key' if api_key else ''}); Ctrl-C stops")
         asyncio.run(run(served, batch, listener, api_key=api_key, max_waiting=args.queue))
-
-
-if __name__ == "__main__":
-    exit_cleanly(main)

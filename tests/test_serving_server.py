@@ -475,7 +475,7 @@ def test_a_port_in_use_is_one_line_before_anything_is_loaded(tmp_path):
 def test_missing_packages_are_named_with_the_command_that_installs_them(monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "uvicorn" else find(name))
-    with pytest.raises(UserError, match=r"^serve.py needs uvicorn; pip install fastapi uvicorn$"):
+    with pytest.raises(UserError, match="^serve.py needs the package uvicorn, which is not installed; pip install uvicorn$"):
         serve.main(["RUN"])
 
 
