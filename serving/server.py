@@ -29,22 +29,12 @@ from config import UserError
 from finetune.runs import read_run
 from kernels.cpu import pack_for_decoding
 from sample import DTYPES, build_model
+from serving import openai_api
 from serving.batching import Batch, Batcher, Closed, Part, Parts, QueueFull
-from serving.openai_api import (
-    ApiError,
-    Asked,
-    Served,
-    answer,
-    chunk,
-    merged,
-    no_such_model,
-    parse,
-    usage_chunk,
-    wrong,
-)
+from serving.openai_api import ApiError, Asked, Served
 
 if TYPE_CHECKING:
-    from fastapi import APIRouter, FastAPI, Request, Response
+    from fastapi import FastAPI, Request, Response
 
 PAGE = Path(__file__).with_name("page.html")
 KEY_VARIABLE = "FLATGPT_API_KEY"
@@ -58,16 +48,13 @@ PAGE_POLICY = ("default-src 'none'; script-src 'unsafe-inline'; style-src 'unsaf
                "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
 
 
-class ServeError(UserError):
-    """An address that cannot be listened on, a setting that makes no sense."""
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The application
 
 def make_app(served: Served, batcher: Batcher, *, api_key: str | None = None) -> "FastAPI":
     """batcher must deliver in the event loop that runs the application."""
     from fastapi import APIRouter, Depends, FastAPI, Request, Response
+    from starlette.exceptions import HTTPException
 
     def check_key(request: Request) -> None:
         given = request.headers.get("authorization", "").encode()
@@ -75,8 +62,10 @@ def make_app(served: Served, batcher: Batcher, *, api_key: str | None = None) ->
             raise ApiError(401, "the API key is missing or wrong; send it as the header Authorization: Bearer KEY",
                            code="invalid_api_key")
 
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)  # their pages load scripts from elsewhere
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None,  # their pages load scripts from elsewhere
+                  exception_handlers={ApiError: as_error, HTTPException: as_error, Exception: as_error})
     router = APIRouter(dependencies=[Depends(check_key)])
+    tokenizer = served.tokenizer
 
     @app.get("/")
     async def page() -> Response:
@@ -95,7 +84,7 @@ def make_app(served: Served, batcher: Batcher, *, api_key: str | None = None) ->
     @router.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
         if name != served.name:
-            raise no_such_model(name, served)
+            raise openai_api.no_such_model(name, served)
         return as_response(served.as_json())
 
     @router.post("/v1/completions")
@@ -106,17 +95,6 @@ def make_app(served: Served, batcher: Batcher, *, api_key: str | None = None) ->
     async def chat_completions(request: Request) -> Response:
         return await generate(request, served, batcher, is_chat=True)
 
-    add_tokenizer_routes(router, served)
-    app.include_router(router)
-    add_error_handlers(app)
-    return app
-
-
-def add_tokenizer_routes(router: "APIRouter", served: Served) -> None:
-    """vLLM's routes to the tokenizer."""
-    from fastapi import Request, Response
-    tokenizer = served.tokenizer
-
     @router.get("/tokenizer_info")
     async def tokenizer_info() -> Response:
         template = {} if served.template is None else {"chat_template": served.template}
@@ -126,7 +104,7 @@ def add_tokenizer_routes(router: "APIRouter", served: Served) -> None:
     async def tokenize(request: Request) -> Response:
         prompt = (await read_object(request)).get("prompt")
         if not isinstance(prompt, str):
-            raise wrong("prompt", prompt, "a text")
+            raise openai_api.wrong("prompt", prompt, "a text")
         # lm-evaluation-harness learns the id of end-of-text from its spelling; inside a text it is plain text
         special = tokenizer.special_ids.get(prompt)
         ids = [special] if special is not None else (await asyncio.to_thread(tokenizer.encode, prompt)).tolist()
@@ -136,29 +114,25 @@ def add_tokenizer_routes(router: "APIRouter", served: Served) -> None:
     async def detokenize(request: Request) -> Response:
         ids = (await read_object(request)).get("tokens")
         if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < tokenizer.vocab_size for i in ids):
-            raise wrong("tokens", ids, f"a list of token ids below {tokenizer.vocab_size}")
+            raise openai_api.wrong("tokens", ids, f"a list of token ids below {tokenizer.vocab_size}")
         return as_response({"prompt": await asyncio.to_thread(tokenizer.decode, ids)})
 
+    app.include_router(router)
+    return app
 
-def add_error_handlers(app: "FastAPI") -> None:
+
+async def as_error(request: "Request", error: Exception) -> "Response":
     """Every error is OpenAI's error object."""
-    from fastapi import Request, Response
     from starlette.exceptions import HTTPException
-
-    @app.exception_handler(ApiError)
-    async def refused(request: Request, error: ApiError) -> Response:
+    headers = None
+    if isinstance(error, HTTPException):  # no such address or method
+        headers = error.headers
+        error = ApiError(error.status_code, f"{request.method} {request.url.path[:100]}: {error.detail}")
+    elif isinstance(error, ApiError):
         headers = {401: {"WWW-Authenticate": "Bearer"}, 429: RETRY, 503: RETRY}.get(error.status)
-        return as_response(error.as_json(), error.status, headers)
-
-    @app.exception_handler(HTTPException)
-    async def not_here(request: Request, error: HTTPException) -> Response:
-        message = f"{request.method} {request.url.path[:100]}: {error.detail}"
-        return as_response(ApiError(error.status_code, message).as_json(), error.status_code, error.headers)
-
-    @app.exception_handler(Exception)
-    async def failed(request: Request, error: Exception) -> Response:
-        message = f"the server failed ({type(error).__name__}); its log says more"
-        return as_response(ApiError(500, message).as_json(), 500)
+    else:
+        error = ApiError(500, f"the server failed ({type(error).__name__}); its log says more")
+    return as_response(error.as_json(), error.status, headers)
 
 
 def as_response(content: dict, status: int = 200, headers: Mapping[str, str] | None = None) -> "Response":
@@ -180,15 +154,15 @@ async def generate(request: "Request", served: Served, batcher: Batcher, *, is_c
     body = await read_object(request)
     inbox: asyncio.Queue = asyncio.Queue()
     # in a thread: encoding megabytes takes a while, and others are being streamed to
-    asked = await asyncio.to_thread(parse, body, served, lambda number, part: inbox.put_nowait((number, part)),
-                                    is_chat=is_chat)
+    asked = await asyncio.to_thread(openai_api.parse, body, served,
+                                    lambda number, part: inbox.put_nowait((number, part)), is_chat=is_chat)
     answers = answer_parts(request, asked, inbox, batcher)
     try:
         if not asked.stream:
             parts: list[list[Part]] = [[] for _ in asked.rows]
             async for number, part in answers:
                 parts[number].append(part)
-            return as_response(answer(asked, [merged(row) for row in parts]))
+            return as_response(openai_api.answer(asked, [openai_api.merged(row) for row in parts]))
         first = await anext(answers)  # what cannot begin gets a status of its own
     except _Gone:
         return Response(status_code=499)  # nobody reads it
@@ -271,7 +245,7 @@ async def stream(asked: Asked, item: tuple[int, Part] | None,
             while item is not None:
                 number, part = item
                 made[number] = part.made
-                piece = chunk(asked, number, part, is_first=number not in begun)
+                piece = openai_api.chunk(asked, number, part, is_first=number not in begun)
                 if piece is not None:
                     begun.add(number)
                     yield event(piece)
@@ -282,7 +256,7 @@ async def stream(asked: Asked, item: tuple[int, Part] | None,
             yield event(error.as_json())
             return
     if asked.include_usage:
-        yield event(usage_chunk(asked, made))
+        yield event(openai_api.usage_chunk(asked, made))
     yield "data: [DONE]\n\n"
 
 
@@ -327,12 +301,12 @@ async def run(served: Served, batch: Batch, listener: socket.socket, *, api_key:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket bound to the address; nobody can connect before it listens. Raises ServeError."""
+    """A socket bound to the address; nobody can connect before it listens. Raises UserError."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except (socket.gaierror, UnicodeError):
-        raise ServeError(f"--host {host!r} is not an address of this machine; 127.0.0.1 is for this machine alone, "
-                         "0.0.0.0 for all that reach it") from None
+        raise UserError(f"--host {host!r} is not an address of this machine; 127.0.0.1 is for this machine alone, "
+                        "0.0.0.0 for all that reach it") from None
     listener = socket.socket(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -343,7 +317,7 @@ def listen(host: str, port: int) -> socket.socket:
                     errno.EACCES: "ports below 1024 are not for everyone; choose another with --port",
                     errno.EADDRNOTAVAIL: "this machine does not have that address; choose another with --host"}
         why = ways_out.get(error.errno, error.strerror)
-        raise ServeError(f"port {port} of {host} cannot be listened on: {why}") from None
+        raise UserError(f"port {port} of {host} cannot be listened on: {why}") from None
     return listener
 
 
@@ -369,20 +343,20 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         help="a text that takes longer ends there, as at its max_tokens; default 600")
     args = parser.parse_args(argv)
     if not 0 <= args.port <= 65535:
-        raise ServeError(f"--port {args.port} should lie in 0 to 65535")
+        raise UserError(f"--port {args.port} should lie in 0 to 65535")
     for name in ("batch_size", "queue"):
         if getattr(args, name) < 1:
-            raise ServeError(f"--{name.replace('_', '-')} {getattr(args, name)} should be at least 1")
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} should be at least 1")
     if not args.time_limit > 0:
-        raise ServeError(f"--time-limit {args.time_limit} should be above 0 seconds")
+        raise UserError(f"--time-limit {args.time_limit} should be above 0 seconds")
     return args
 
 
 def _api_key(host: str) -> str | None:
     key = os.environ.get(KEY_VARIABLE)
     if key is not None and (not key.strip() or key != key.strip() or not key.isascii()):
-        raise ServeError(f"{KEY_VARIABLE} should be ASCII characters without blanks around them; unset it to serve "
-                         "without a key")
+        raise UserError(f"{KEY_VARIABLE} should be ASCII characters without blanks around them; unset it to serve "
+                        "without a key")
     try:
         is_loopback = ipaddress.ip_address(host).is_loopback
     except ValueError:

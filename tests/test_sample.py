@@ -17,6 +17,7 @@ import torch
 import checkpoint
 import sample
 from config import Config, ModelConfig, TrainConfig, UserError, to_toml
+from data import chat
 from data.tokenizer import load_tokenizer
 from kernels.cpu import pack_for_decoding
 from model import GPT
@@ -28,15 +29,28 @@ EOT = BYTES.eot
 GREEDY = Sampling(temperature=0.0)
 
 
-def make_model(seed: int = 0, **settings) -> GPT:
+def make_model(seed: int = 0, *, std: float = 0.3, **settings) -> GPT:
     """A small model in eval mode whose weights are large enough for every token of the context to matter."""
     torch.manual_seed(seed)
     defaults = {"n_layer": 2, "n_head": 4, "n_embd": 24, "head_dim": 6, "vocab_size": 257, "max_seq_len": 32}
     model = GPT(ModelConfig(**defaults | settings)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.normal_(std=0.3)
+            parameter.normal_(std=std)
     return model
+
+
+def save_run(folder: Path, model: GPT, *, steps: tuple[int, ...] = (1,), template: str | None = None) -> Path:
+    """A run folder of a model over bytes, with a checkpoint of each of the steps."""
+    folder.mkdir()
+    config = replace(Config(), model=model.config, train=TrainConfig(tokens_per_step=model.config.max_seq_len))
+    (folder / "config.toml").write_text(to_toml(config))
+    BYTES.save(folder / "tokenizer.json")
+    if template is not None:
+        chat.save_template(folder, template)
+    for step in steps:
+        checkpoint.save(folder, step, model=dict(model.named_parameters()), optimizer={}, state={}, keep=len(steps))
+    return folder
 
 
 def all_tokens(model: GPT, prompts: list[list[int]], **arguments) -> list[list[int]]:
@@ -384,15 +398,7 @@ def test_sample_text_leaves_the_model_in_its_mode_and_ignores_dropout(training):
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory) -> Path:
     """A run folder with two checkpoints of one untrained model."""
-    folder = tmp_path_factory.mktemp("sample") / "run"
-    folder.mkdir()
-    model = make_model()
-    config = replace(Config(), model=model.config, train=TrainConfig(tokens_per_step=model.config.max_seq_len))
-    (folder / "config.toml").write_text(to_toml(config))
-    BYTES.save(folder / "tokenizer.json")
-    for step in (1, 2):
-        checkpoint.save(folder, step, model=dict(model.named_parameters()), optimizer={}, state={}, keep=5)
-    return folder
+    return save_run(tmp_path_factory.mktemp("sample") / "run", make_model(), steps=(1, 2))
 
 
 def run_main(capsys, *argv: object) -> tuple[str, str]:
@@ -473,6 +479,20 @@ def test_a_prompt_longer_than_the_context_is_noted(run_dir, capsys):
 
 def test_bfloat16_is_a_choice(run_dir, capsys):
     assert "bfloat16" in run_main(capsys, run_dir, "--dtype", "bfloat16", "--max-new-tokens", 3)[1]
+
+
+TURNS = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+
+
+def test_a_chat_continues_the_template_and_needs_one(run_dir, tmp_path, capsys):
+    run = save_run(tmp_path / "chat", make_model(), template=TURNS)
+    out, _ = run_main(capsys, run, "--chat", "--prompt", "Hi<|endoftext|>", "--max-new-tokens", 9, "--temperature", 0)
+    [expected] = expected_text("[Hi<|endoftext|>]", max_new_tokens=9, sampling=GREEDY)
+    assert out == "Hi<|endoftext|>\n" + expected.removeprefix("[Hi<|endoftext|>]") + "\n"
+    with pytest.raises(SampleError, match="the conversation has 33 tokens, more than the context of 32; shorten"):
+        run_main(capsys, run, "--chat", "--prompt", "x" * 31)
+    with pytest.raises(SampleError, match="holds no chat_template.jinja, it was not trained on conversations"):
+        run_main(capsys, run_dir, "--chat", "--prompt", "Hi")
 
 
 @pytest.mark.parametrize("argv, message", [
