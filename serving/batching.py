@@ -4,7 +4,7 @@ Batch holds the model's state and is driven step by step; Batcher is the thread 
 front. A row's tokens do not depend on the rows beside it (but for the rounding of batched matmuls): it has its own
 random numbers, and in the cache it sees its own slots only. Nothing here knows HTTP.
 
-Dims: B rows of the batch, T tokens of the longest prompt, V vocabulary.
+Dims: B rows of the batch, T tokens of the longest prompt, C width, V vocabulary.
 """
 
 import collections
@@ -94,68 +94,61 @@ class BatchCache(KVCache):
     def __init__(self, config: ModelConfig, *, batch: int, dtype: torch.dtype, device: torch.device):
         # empty, not zeros: on the CPU memory that no row has reached then costs nothing
         shape = (batch, config.kv_heads, config.max_seq_len, config.dim_per_head)  # see KVCache
-        self.keys, self.values = ([torch.empty(shape, dtype=dtype, device=device).transpose(1, 2)
-                                   for _ in range(config.n_layer)] for _ in range(2))
+        self._buffers = [torch.empty(shape, dtype=dtype, device=device).transpose(1, 2)
+                         for _ in range(2 * config.n_layer)]  # keys of each layer, then values
         self.slots = config.max_seq_len
+        self.clear()
+
+    def clear(self) -> None:
         self.starts: list[int] = []  # first slot of each row
-        self.padding, self.length = None, 0
+        self.length = 0
+        self._show_rows()
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        rows, end = len(self.starts), self.length + k.shape[1]
-        keys, values = self.keys[layer][:rows], self.values[layer][:rows]
-        keys[:, self.length:end] = k
-        values[:, self.length:end] = v
-        return keys[:, :end], values[:, :end]
-
-    @torch.inference_mode()
     def join(self, other: KVCache, row: int) -> None:
         """Take over a row of another cache, as the last one."""
         first = 0 if other.padding is None else int(other.padding[row])
         count = other.length - first
-        self._move(max(0, count - self.length))
-        new = len(self.starts)
-        self.starts.append(self.length - count)
-        for mine, theirs in zip(self.keys + self.values, other.keys + other.values, strict=True):
-            mine[new, :self.length - count] = 0.0
-            mine[new, self.length - count:self.length] = theirs[row, first:other.length]
-        self._set_padding()
+        if count > self.length:
+            self._move(count - self.length)
+        new, start = len(self.starts), self.length - count
+        for mine, theirs in zip(self._buffers, other.keys + other.values, strict=True):
+            mine[new, :start] = 0.0
+            mine[new, start:self.length] = theirs[row, first:other.length]
+        self.starts.append(start)
+        self._show_rows()
 
-    @torch.inference_mode()
     def leave(self, row: int) -> None:
         """Free a row; the last one takes its place."""
         start = self.starts.pop()
         if row < len(self.starts):
-            for buffer in self.keys + self.values:
+            for buffer in self._buffers:
                 buffer[row, :self.length] = buffer[len(self.starts), :self.length]
             self.starts[row] = start
         if not self.starts:
             self.length = 0
-        self._set_padding()
+        self._show_rows()
 
-    def clear(self) -> None:
-        self.starts, self.padding, self.length = [], None, 0
-
-    @torch.inference_mode()
     def make_room(self) -> None:
         """Drop the slots that every row skips, once there is no other room or they are half of what attention reads."""
         unused = min(self.starts)
-        if self.length == self.slots or unused > self.length // 2:
+        if unused > 0 and (self.length == self.slots or unused > self.length // 2):
             self._move(-unused)
-            self._set_padding()
+            self._show_rows()
 
     def _move(self, by: int) -> None:
         """All rows by that many slots, to the right if positive."""
-        if by == 0:
-            return
         rows, first = len(self.starts), min(self.starts, default=self.length)
-        for buffer in self.keys + self.values:
+        for buffer in self._buffers:
             buffer[:rows, first + by:self.length + by] = buffer[:rows, first:self.length].clone()
             buffer[:rows, first:first + by] = 0.0  # slots that became free, if it was to the right
         self.starts = [start + by for start in self.starts]
         self.length += by
 
-    def _set_padding(self) -> None:
-        self.padding = torch.tensor(self.starts, device=self.keys[0].device) if any(self.starts) else None
+    def _show_rows(self) -> None:
+        """Set what the model reads: the rows in use, and where they start."""
+        rows, layers = [buffer[:len(self.starts)] for buffer in self._buffers], len(self._buffers) // 2
+        self.keys, self.values = rows[:layers], rows[layers:]
+        self.padding = torch.tensor(self.starts, device=rows[0].device) if any(self.starts) else None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -167,57 +160,43 @@ class _Running:
     def __init__(self, row: Row, tokenizer: Tokenizer):
         self.row = row
         self.generator = sample.row_generator(row.sampling.seed, row.number)
+        self.deadline = row.deadline  # from then on the next token is the last
+        self.changes_logits = bool(row.presence_penalty or row.frequency_penalty or row.logit_bias)
         self.last_token = -1  # made, not read yet
         self.made = 0
-        self._stream = TextStream(tokenizer, row.prompt, row.stop)
+        self._stream = TextStream(tokenizer, row.prompt, row.stop, row.stop_tokens)
         self._out = 0  # characters delivered
         self._held: list[Scored] = []  # tokens that begin beyond them
-        self._counts: dict[int, int] = {}  # of new tokens, if a penalty needs them
-
-    def changes_logits(self) -> bool:
-        return bool(self.row.presence_penalty or self.row.frequency_penalty or self.row.logit_bias)
+        self._counts: collections.Counter[int] = collections.Counter()  # of new tokens, if a penalty needs them
 
     def adjust(self, logits: Tensor) -> None:
         """Penalties and biases onto the logits (V,), in place."""
         added = dict(self.row.logit_bias)
         for token, count in self._counts.items():
-            penalty = self.row.presence_penalty + self.row.frequency_penalty * count
-            added[token] = added.get(token, 0.0) - penalty
+            added[token] = added.get(token, 0.0) - (self.row.presence_penalty + self.row.frequency_penalty * count)
         if added:
             tokens = torch.tensor(list(added), device=logits.device)
             logits.index_add_(0, tokens, torch.tensor(list(added.values()), device=logits.device))
 
-    def add(self, token: int, logprob: float | None, top: tuple[tuple[int, float], ...], is_late: bool) -> Part:
-        """What one more token makes certain; is_late ends the text whatever its length."""
+    def add(self, token: int, logprob: float | None, top: tuple[tuple[int, float], ...]) -> Part:
+        """What one more token makes certain."""
         self.made += 1
         self.last_token = token
-        if self.changes_logits():
-            self._counts[token] = self._counts.get(token, 0) + 1
+        if self.changes_logits:
+            self._counts[token] += 1
         self._held.append(Scored(token, self._stream.decoded, logprob, top))
-        is_end, is_last = token in self.row.stop_tokens, self.made >= self.row.max_new_tokens or is_late
-        text = "" if is_end else self._stream.add(token)
-        if (is_end or is_last) and not self._stream.stopped:
-            text += self._stream.end()
-        finish = "stop" if is_end or self._stream.stopped else "length" if is_last else None
-        return Part(text, self._release(text, finish), self.made, finish)
-
-    def end(self) -> Part:
-        """The part that ends the text here."""
-        text = self._stream.end()
-        finish = "stop" if self._stream.stopped else "length"
-        return Part(text, self._release(text, finish), self.made, finish)
-
-    def _release(self, text: str, finish: str | None) -> tuple[Scored, ...]:
-        """The held tokens that begin in the text so far; at the end all but those of a stop text, which are dropped."""
+        is_last = self.made >= self.row.max_new_tokens or time.monotonic() >= self.deadline
+        text = self._stream.add(token, is_last=is_last)
+        # Tokens are told that begin in the text so far; at its end all others too, but for those of a stop text.
         self._out += len(text)
-        takes_all = finish is not None and not self._stream.stopped
-        out = [scored for scored in self._held if takes_all or scored.offset < self._out]
+        takes_all = self._stream.finish is not None and not self._stream.stopped
+        out = tuple(scored for scored in self._held if takes_all or scored.offset < self._out)
         self._held = self._held[len(out):]
-        return tuple(out)
+        return Part(text, out, self.made, self._stream.finish)
 
 
 class Batch:
-    """Rows that are generated together, at most max_rows. Driven by one thread: join(), step(), drop()."""
+    """Rows that are generated together, at most max_rows. Driven by one thread: join(), step()."""
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, *, max_rows: int):
         """Raises MachineError if the cache does not fit into memory."""
@@ -230,16 +209,17 @@ class Batch:
             raise MachineError(f"the cache of {max_rows} rows does not fit into the memory of {device.type} "
                                f"({str(error).splitlines()[0]}); lower --batch-size") from None
 
+    @torch.inference_mode()
     def join(self, rows: list[Row]) -> Parts:
         """Read the prompts, and make their first tokens."""
         hidden, cache = sample.prefill(self.model, [row.prompt for row in rows], new_tokens=0)
-        prompts = [self._score_prompt(row, h) for row, h in zip(rows, hidden, strict=True)]
-        parts = [(row, Part(prompt=prompt, finish="length" if row.max_new_tokens == 0 else None))
-                 for row, prompt in zip(rows, prompts, strict=True) if row.scores_prompt or row.max_new_tokens == 0]
+        parts = [(row, Part(prompt=self._score_prompt(row, h) if row.scores_prompt else (),
+                            finish="length" if row.max_new_tokens == 0 else None))
+                 for row, h in zip(rows, hidden, strict=True) if row.scores_prompt or row.max_new_tokens == 0]
         starting = [number for number, row in enumerate(rows) if row.max_new_tokens > 0]
         if starting:
             running = [_Running(rows[number], self.tokenizer) for number in starting]
-            first = self._advance(running, sample.last_logits(self.model, hidden[starting]))
+            first = self._advance(running, self.model.logits(hidden[starting, -1]))
             parts += first
             for number, one, (_, part) in zip(starting, running, first, strict=True):
                 if part.finish is None:
@@ -247,19 +227,17 @@ class Batch:
                     self.running.append(one)
         return parts
 
+    @torch.inference_mode()
     def step(self) -> Parts:
         """One more token of every running row."""
         self._cache.make_room()
         logits = sample.decode(self.model, self._cache, [one.last_token for one in self.running])
         parts = self._advance(self.running, logits)
-        self._remove({number for number, (_, part) in enumerate(parts) if part.finish is not None})
-        return parts
-
-    def end(self, rows: set[Row]) -> Parts:
-        """End the texts of these rows here, of those that are running."""
-        ended = {number for number, one in enumerate(self.running) if one.row in rows}
-        parts = [(self.running[number].row, self.running[number].end()) for number in sorted(ended)]
-        self._remove(ended)
+        for number in reversed(range(len(parts))):  # from the end, so that the row that moves up stays
+            if parts[number][1].finish is not None:
+                self._cache.leave(number)
+                self.running[number] = self.running[-1]
+                self.running.pop()
         return parts
 
     def clear(self) -> None:
@@ -267,13 +245,6 @@ class Batch:
         self.running.clear()
         self._cache.clear()
 
-    def _remove(self, numbers: set[int]) -> None:
-        for number in sorted(numbers, reverse=True):  # from the end, so that the row that moves up stays
-            self._cache.leave(number)
-            self.running[number] = self.running[-1]
-            self.running.pop()
-
-    @torch.inference_mode()
     def _advance(self, running: list[_Running], logits: Tensor) -> Parts:
         """Choose a token of each row from its logits (B, V), which may be overwritten."""
         asking = [number for number, one in enumerate(running) if one.row.top_logprobs is not None]
@@ -281,13 +252,12 @@ class Batch:
         tokens = self._pick(running, logits)
         tops = [running[number].row.top_logprobs for number in asking]
         scores = dict(zip(asking, score(own, tokens[asking], tops), strict=True))
-        now, parts = time.monotonic(), []
+        parts = []
         for number, (one, token) in enumerate(zip(running, tokens.tolist(), strict=True)):
             if token < 0:
                 part = Part(made=one.made, finish="error", error=sample.NOT_FINITE)
             else:
-                logprob, top = scores.get(number, (None, ()))
-                part = one.add(token, logprob, top, is_late=now >= one.row.deadline)
+                part = one.add(token, *scores.get(number, (None, ())))
             parts.append((one.row, part))
         return parts
 
@@ -295,29 +265,25 @@ class Batch:
         """A token per row (B,), -1 where its logits are not finite; rows of equal settings are picked together."""
         alike: dict[Sampling, list[int]] = {}
         for number, one in enumerate(running):
-            if one.changes_logits():
+            if one.changes_logits:
                 one.adjust(logits[number])
             alike.setdefault(replace(one.row.sampling, seed=0), []).append(number)
         tokens = torch.empty(len(running), dtype=torch.long, device=logits.device)
         for sampling, numbers in alike.items():
-            generators = [running[number].generator for number in numbers]
             rows = logits if len(numbers) == len(running) else logits[numbers]
-            tokens[numbers] = sample.pick(rows, sampling, generators)
+            tokens[numbers] = sample.pick(rows, sampling, [running[number].generator for number in numbers])
         return tokens
 
-    @torch.inference_mode()
     def _score_prompt(self, row: Row, hidden: Tensor) -> tuple[Scored, ...]:
         """The prompt's tokens, each scored from what precedes it. hidden (T, C) of the padded prompt."""
-        if not row.scores_prompt:
-            return ()
         scored = [Scored(row.prompt[0], 0)]
         hidden = hidden[-len(row.prompt):-1]  # (n - 1, C): each predicts the token after it
         following = torch.tensor(row.prompt[1:], device=hidden.device)
         chunk = max(1, SCORED_LOGITS // self.model.config.vocab_size)
         for h, tokens in zip(hidden.split(chunk), following.split(chunk), strict=True):
             logprobs = self.model.logits(h).log_softmax(dim=-1)
-            scores = score(logprobs, tokens, [row.top_logprobs or 0] * len(tokens))
-            scored += [Scored(token, 0, *one) for token, one in zip(tokens.tolist(), scores, strict=True)]
+            each = score(logprobs, tokens, [row.top_logprobs or 0] * len(tokens))
+            scored += [Scored(token, 0, *one) for token, one in zip(tokens.tolist(), each, strict=True)]
         return tuple(scored)
 
 
@@ -343,29 +309,25 @@ class Batcher:
     def __init__(self, batch: Batch, deliver: Callable[[Parts], None], *, max_waiting: int):
         self.batch, self.max_waiting = batch, max_waiting
         self._deliver = deliver
-        self._waiting: collections.deque[Row] = collections.deque()
+        self.waiting: collections.deque[Row] = collections.deque()
         self._cancelled: set[Row] = set()
-        self._closes_at: float | None = None  # time.monotonic() from which nothing runs any more
+        self._closes_at = math.inf  # time.monotonic() from which nothing runs any more
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="batcher", daemon=True)
         self._thread.start()
 
     @property
-    def waiting(self) -> int:
-        return len(self._waiting)
-
-    @property
     def is_closing(self) -> bool:
-        return self._closes_at is not None
+        return self._closes_at < math.inf
 
     def submit(self, rows: list[Row]) -> None:
         """Queue the rows of one request, all or none. Raises QueueFull or Closed."""
         with self._changed:
             if self.is_closing:
                 raise Closed
-            if len(self._waiting) + len(rows) > self.max_waiting:
+            if len(self.waiting) + len(rows) > self.max_waiting:
                 raise QueueFull
-            self._waiting.extend(rows)
+            self.waiting.extend(rows)
             self._changed.notify()
 
     def cancel(self, rows: list[Row]) -> None:
@@ -375,8 +337,7 @@ class Batcher:
             self._changed.notify()
 
     def close(self, grace_s: float) -> None:
-        """Take no more rows, drop those that wait, and end those that run after grace_s at the latest. Returns at once;
-        join() waits."""
+        """Take no more rows, drop those that wait, end those that run after grace_s at the latest. join() waits."""
         with self._changed:
             self._closes_at = time.monotonic() + grace_s
             self._changed.notify()
@@ -386,7 +347,7 @@ class Batcher:
 
     def _run(self) -> None:
         while (arriving := self._arriving()) is not None:
-            parts = self._end_what_must(arriving)
+            parts: Parts = []
             try:
                 if arriving:
                     parts += self.batch.join(arriving)
@@ -403,38 +364,29 @@ class Batcher:
             self._deliver(parts)
 
     def _arriving(self) -> list[Row] | None:
-        """Rows to join now, perhaps none, as soon as there is something to do; None = the end."""
+        """Rows to join now, perhaps none, as soon as there is something to do; None = the end. What need not go on is
+        dropped if it has not begun, else it gets one more token."""
         with self._changed:
-            while not (self._waiting or self.batch.running or self.is_closing):
+            while not (self.waiting or self.batch.running or self.is_closing):
                 self._cancelled.clear()
                 self._changed.wait()
             now = time.monotonic()
-            dropped = [(row, self._dropped(row)) for row in self._waiting
+            why = "the server is shutting down" if self.is_closing else \
+                "the request waited for too long; try again later"
+            dropped = [(row, Part(finish="dropped", error=why)) for row in self.waiting
                        if row in self._cancelled or self.is_closing or row.deadline <= now]
             for row, _ in dropped:
-                self._waiting.remove(row)
+                self.waiting.remove(row)
             arriving: list[Row] = []
-            while self._waiting and self._fits(arriving, self._waiting[0]):
-                arriving.append(self._waiting.popleft())
+            while self.waiting and len(self.batch.running) + len(arriving) < self.batch.max_rows:
+                longest = max(len(row.prompt) for row in [*arriving, self.waiting[0]])
+                if arriving and longest * (len(arriving) + 1) > PREFILL_TOKENS:
+                    break
+                arriving.append(self.waiting.popleft())
+            for one in self.batch.running:
+                if now >= self._closes_at or one.row in self._cancelled:
+                    one.deadline = now
+            self._cancelled &= set(arriving)  # they run at the next step
         if dropped:
             self._deliver(dropped)
         return arriving if arriving or self.batch.running or not self.is_closing else None
-
-    def _fits(self, arriving: list[Row], row: Row) -> bool:
-        """Whether the row may be read with those that arrive already."""
-        if len(self.batch.running) + len(arriving) >= self.batch.max_rows:
-            return False
-        longest = max(len(other.prompt) for other in [*arriving, row])
-        return not arriving or longest * (len(arriving) + 1) <= PREFILL_TOKENS
-
-    def _dropped(self, row: Row) -> Part:
-        why = "the server is shutting down" if self.is_closing else "the request waited for too long; try again later"
-        return Part(finish="dropped", error=why)
-
-    def _end_what_must(self, arriving: list[Row]) -> Parts:
-        """End what nobody waits for, and at the end of the grace everything."""
-        with self._changed:
-            is_over = self._closes_at is not None and time.monotonic() >= self._closes_at
-            rows = {one.row for one in self.batch.running if is_over or one.row in self._cancelled}
-            self._cancelled &= set(arriving)  # they run at the next step
-        return self.batch.end(rows)

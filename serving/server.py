@@ -14,38 +14,27 @@ import asyncio
 import contextlib
 import errno
 import hmac
-import importlib.util
 import ipaddress
 import json
 import os
 import signal
 import socket
-import sys
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import checkpoint
-import sample
-from config import UserError, exit_cleanly
-from data import chat
+import cli
+import distributed
+from config import UserError
+from finetune.runs import read_run
+from kernels.cpu import pack_for_decoding
+from sample import DTYPES, build_model
+from serving import openai_api
 from serving.batching import Batch, Batcher, Closed, Part, Parts, QueueFull
-from serving.openai_api import (
-    ApiError,
-    Asked,
-    Served,
-    answer,
-    chunk,
-    merged,
-    no_such_model,
-    parse_chat,
-    parse_completion,
-    usage_chunk,
-    wrong,
-)
+from serving.openai_api import ApiError, Asked, Served
 
 if TYPE_CHECKING:
-    from fastapi import APIRouter, FastAPI, Request, Response
+    from fastapi import FastAPI, Request, Response
 
 PAGE = Path(__file__).with_name("page.html")
 KEY_VARIABLE = "FLATGPT_API_KEY"
@@ -53,22 +42,19 @@ MAX_BODY_BYTES = 4 * 2 ** 20  # 64 prompts of 1,024 token ids are 0.4 MB
 BODY_TIMEOUT_S = 30.0  # for a client to send its request
 KEEP_ALIVE_S = 75  # longer than clients keep idle connections, or one might be closed as it is used again
 GRACE_S = 5.0  # after SIGTERM or SIGINT: texts that run may go on for so long
-RETRY_AFTER_S = 1
+RETRY = {"Retry-After": "1"}  # seconds
 # The page needs nothing from elsewhere, and gets nothing.
 PAGE_POLICY = ("default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; "
                "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
-
-
-class ServeError(UserError):
-    """An address that cannot be listened on, a package that is missing, a setting that makes no sense."""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The application
 
 def make_app(served: Served, batcher: Batcher, *, api_key: str | None = None) -> "FastAPI":
-    """batcher must deliver through hand_out() in the event loop that runs the application."""
+    """batcher must deliver in the event loop that runs the application."""
     from fastapi import APIRouter, Depends, FastAPI, Request, Response
+    from starlette.exceptions import HTTPException
 
     def check_key(request: Request) -> None:
         given = request.headers.get("authorization", "").encode()
@@ -76,8 +62,10 @@ def make_app(served: Served, batcher: Batcher, *, api_key: str | None = None) ->
             raise ApiError(401, "the API key is missing or wrong; send it as the header Authorization: Bearer KEY",
                            code="invalid_api_key")
 
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)  # their pages load scripts from elsewhere
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None,  # their pages load scripts from elsewhere
+                  exception_handlers={ApiError: as_error, HTTPException: as_error, Exception: as_error})
     router = APIRouter(dependencies=[Depends(check_key)])
+    tokenizer = served.tokenizer
 
     @app.get("/")
     async def page() -> Response:
@@ -86,7 +74,7 @@ def make_app(served: Served, batcher: Batcher, *, api_key: str | None = None) ->
     @app.get("/health")
     async def health() -> Response:
         state = {"status": "stopping" if batcher.is_closing else "ok", "running": len(batcher.batch.running),
-                 "waiting": batcher.waiting}
+                 "waiting": len(batcher.waiting)}
         return as_response(state, 503 if batcher.is_closing else 200)
 
     @router.get("/v1/models")
@@ -96,27 +84,16 @@ def make_app(served: Served, batcher: Batcher, *, api_key: str | None = None) ->
     @router.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
         if name != served.name:
-            raise no_such_model(name, served)
+            raise openai_api.no_such_model(name, served)
         return as_response(served.as_json())
 
     @router.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        return await generate(request, parse_completion, served, batcher)
+        return await generate(request, served, batcher, is_chat=False)
 
     @router.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
-        return await generate(request, parse_chat, served, batcher)
-
-    add_tokenizer_routes(router, served)
-    app.include_router(router)
-    add_error_handlers(app)
-    return app
-
-
-def add_tokenizer_routes(router: "APIRouter", served: Served) -> None:
-    """vLLM's routes to the tokenizer."""
-    from fastapi import Request, Response
-    tokenizer = served.tokenizer
+        return await generate(request, served, batcher, is_chat=True)
 
     @router.get("/tokenizer_info")
     async def tokenizer_info() -> Response:
@@ -127,7 +104,7 @@ def add_tokenizer_routes(router: "APIRouter", served: Served) -> None:
     async def tokenize(request: Request) -> Response:
         prompt = (await read_object(request)).get("prompt")
         if not isinstance(prompt, str):
-            raise wrong("prompt", prompt, "a text")
+            raise openai_api.wrong("prompt", prompt, "a text")
         # lm-evaluation-harness learns the id of end-of-text from its spelling; inside a text it is plain text
         special = tokenizer.special_ids.get(prompt)
         ids = [special] if special is not None else (await asyncio.to_thread(tokenizer.encode, prompt)).tolist()
@@ -137,31 +114,25 @@ def add_tokenizer_routes(router: "APIRouter", served: Served) -> None:
     async def detokenize(request: Request) -> Response:
         ids = (await read_object(request)).get("tokens")
         if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < tokenizer.vocab_size for i in ids):
-            raise wrong("tokens", ids, f"a list of token ids below {tokenizer.vocab_size}")
+            raise openai_api.wrong("tokens", ids, f"a list of token ids below {tokenizer.vocab_size}")
         return as_response({"prompt": await asyncio.to_thread(tokenizer.decode, ids)})
 
+    app.include_router(router)
+    return app
 
-def add_error_handlers(app: "FastAPI") -> None:
+
+async def as_error(request: "Request", error: Exception) -> "Response":
     """Every error is OpenAI's error object."""
-    from fastapi import Request, Response
     from starlette.exceptions import HTTPException
-
-    @app.exception_handler(ApiError)
-    async def refused(request: Request, error: ApiError) -> Response:
-        headers = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
-        if error.status == 401:
-            headers["WWW-Authenticate"] = "Bearer"
-        return as_response(error.as_json(), error.status, headers)
-
-    @app.exception_handler(HTTPException)
-    async def not_here(request: Request, error: HTTPException) -> Response:
-        message = f"{request.method} {request.url.path[:100]}: {error.detail}"
-        return as_response(ApiError(error.status_code, message).as_json(), error.status_code, error.headers)
-
-    @app.exception_handler(Exception)
-    async def failed(request: Request, error: Exception) -> Response:
-        message = f"the server failed ({type(error).__name__}); its log says more"
-        return as_response(ApiError(500, message).as_json(), 500)
+    headers = None
+    if isinstance(error, HTTPException):  # no such address or method
+        headers = error.headers
+        error = ApiError(error.status_code, f"{request.method} {request.url.path[:100]}: {error.detail}")
+    elif isinstance(error, ApiError):
+        headers = {401: {"WWW-Authenticate": "Bearer"}, 429: RETRY, 503: RETRY}.get(error.status)
+    else:
+        error = ApiError(500, f"the server failed ({type(error).__name__}); its log says more")
+    return as_response(error.as_json(), error.status, headers)
 
 
 def as_response(content: dict, status: int = 200, headers: Mapping[str, str] | None = None) -> "Response":
@@ -177,24 +148,25 @@ class _Gone(Exception):
     """The client hung up."""
 
 
-async def generate(request: "Request", parse: Callable[..., Asked], served: Served, batcher: Batcher) -> "Response":
+async def generate(request: "Request", served: Served, batcher: Batcher, *, is_chat: bool) -> "Response":
     """The answer to a request for texts, whole or streamed. Raises ApiError."""
     from fastapi.responses import Response, StreamingResponse
     body = await read_object(request)
     inbox: asyncio.Queue = asyncio.Queue()
     # in a thread: encoding megabytes takes a while, and others are being streamed to
-    asked = await asyncio.to_thread(parse, body, served, lambda number, part: inbox.put_nowait((number, part)))
+    asked = await asyncio.to_thread(openai_api.parse, body, served,
+                                    lambda number, part: inbox.put_nowait((number, part)), is_chat=is_chat)
     answers = answer_parts(request, asked, inbox, batcher)
     try:
         if not asked.stream:
             parts: list[list[Part]] = [[] for _ in asked.rows]
             async for number, part in answers:
                 parts[number].append(part)
-            return as_response(answer(asked, [merged(row) for row in parts], served.tokenizer))
+            return as_response(openai_api.answer(asked, [openai_api.merged(row) for row in parts]))
         first = await anext(answers)  # what cannot begin gets a status of its own
     except _Gone:
         return Response(status_code=499)  # nobody reads it
-    return StreamingResponse(stream(asked, first, answers, served), media_type="text/event-stream",
+    return StreamingResponse(stream(asked, first, answers), media_type="text/event-stream",
                              headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
 
 
@@ -230,10 +202,10 @@ async def answer_parts(request: "Request", asked: Asked, inbox: asyncio.Queue,
     try:
         batcher.submit(asked.rows)
     except QueueFull:
-        raise ApiError(429, f"{batcher.waiting} texts wait and the queue holds {batcher.max_waiting}; try again later",
-                       code="queue_full", retry_after_s=RETRY_AFTER_S) from None
+        raise ApiError(429, f"{len(batcher.waiting)} texts wait and the queue holds {batcher.max_waiting}; try again "
+                       "later", code="queue_full") from None
     except Closed:
-        raise ApiError(503, "the server is shutting down", code="shutting_down", retry_after_s=RETRY_AFTER_S) from None
+        raise ApiError(503, "the server is shutting down", code="shutting_down") from None
 
     async def watch() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -249,7 +221,7 @@ async def answer_parts(request: "Request", asked: Asked, inbox: asyncio.Queue,
                 raise _Gone
             number, part = item
             if part.finish == "dropped":
-                raise ApiError(503, part.error, code="dropped", retry_after_s=RETRY_AFTER_S)
+                raise ApiError(503, part.error, code="dropped")
             if part.finish == "error":
                 raise ApiError(500, part.error, code="model_failed")
             if part.finish is not None:
@@ -261,42 +233,31 @@ async def answer_parts(request: "Request", asked: Asked, inbox: asyncio.Queue,
             batcher.cancel([asked.rows[number] for number in running])
 
 
-async def stream(asked: Asked, first: tuple[int, Part], answers: AsyncIterator[tuple[int, Part]],
-                 served: Served) -> AsyncIterator[str]:
-    """Server-sent events: a chunk per part, the usage if wanted, [DONE]."""
+async def stream(asked: Asked, item: tuple[int, Part] | None,
+                 answers: AsyncIterator[tuple[int, Part]]) -> AsyncIterator[str]:
+    """Server-sent events: a chunk per part, of which item is the first, the usage if wanted, [DONE]."""
+    def event(content: dict) -> str:
+        return f"data: {json.dumps(content, allow_nan=False)}\n\n"
+
     made, begun = [0] * len(asked.rows), set()
-
-    async def all_parts() -> AsyncIterator[tuple[int, Part]]:
-        yield first
-        async for item in answers:
-            yield item
-
     async with contextlib.aclosing(answers):  # also if the client hangs up
         try:
-            async for number, part in all_parts():
+            while item is not None:
+                number, part = item
                 made[number] = part.made
-                piece = chunk(asked, number, part, served.tokenizer, is_first=number not in begun)
+                piece = openai_api.chunk(asked, number, part, is_first=number not in begun)
                 if piece is not None:
                     begun.add(number)
-                    yield _event(piece)
+                    yield event(piece)
+                item = await anext(answers, None)
         except _Gone:
             return
         except ApiError as error:  # too late for a status
-            yield _event(error.as_json())
+            yield event(error.as_json())
             return
     if asked.include_usage:
-        yield _event(usage_chunk(asked, made))
+        yield event(openai_api.usage_chunk(asked, made))
     yield "data: [DONE]\n\n"
-
-
-def _event(content: dict) -> str:
-    return f"data: {json.dumps(content, allow_nan=False)}\n\n"
-
-
-def hand_out(parts: Parts) -> None:
-    """In the event loop: each part to whoever waits for it."""
-    for row, part in parts:
-        row.deliver(part)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -306,6 +267,11 @@ async def run(served: Served, batch: Batch, listener: socket.socket, *, api_key:
     """Serve until SIGTERM or SIGINT; then let running texts end for GRACE_S while new requests are refused."""
     import uvicorn
     loop = asyncio.get_running_loop()
+
+    def hand_out(parts: Parts) -> None:
+        for row, part in parts:
+            row.deliver(part)
+
     batcher = Batcher(batch, lambda parts: loop.call_soon_threadsafe(hand_out, parts), max_waiting=max_waiting)
     app = make_app(served, batcher, api_key=api_key)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off",
@@ -335,12 +301,12 @@ async def run(served: Served, batch: Batch, listener: socket.socket, *, api_key:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket bound to the address; nobody can connect before it listens. Raises ServeError."""
+    """A socket bound to the address; nobody can connect before it listens. Raises UserError."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except (socket.gaierror, UnicodeError):
-        raise ServeError(f"--host {host!r} is not an address of this machine; 127.0.0.1 is for this machine alone, "
-                         "0.0.0.0 for all that reach it") from None
+        raise UserError(f"--host {host!r} is not an address of this machine; 127.0.0.1 is for this machine alone, "
+                        "0.0.0.0 for all that reach it") from None
     listener = socket.socket(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -351,96 +317,74 @@ def listen(host: str, port: int) -> socket.socket:
                     errno.EACCES: "ports below 1024 are not for everyone; choose another with --port",
                     errno.EADDRNOTAVAIL: "this machine does not have that address; choose another with --host"}
         why = ways_out.get(error.errno, error.strerror)
-        raise ServeError(f"port {port} of {host} cannot be listened on: {why}") from None
+        raise UserError(f"port {port} of {host} cannot be listened on: {why}") from None
     return listener
-
-
-def run_dir_of(run: str) -> Path:
-    path = Path(run).resolve()
-    return path if (path / "config.toml").exists() else checkpoint.run_dir_of(path)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Command line
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise ServeError(f"{message}; python serve.py --help lists the arguments")
-
-
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = _Parser(prog="serve.py", description="Serve a trained model with OpenAI's API, and a page to try it.",
-                     epilog=f"With {KEY_VARIABLE} set, clients must send it as their API key.")
-    parser.add_argument("run", metavar="RUN", help="run folder (its newest checkpoint) or one checkpoint inside it")
-    parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS",
-                        help="default 127.0.0.1: this machine alone; 0.0.0.0: all that reach it")
-    parser.add_argument("--port", type=int, default=8000, metavar="N", help="default 8000; 0 = any free one")
-    parser.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
-    parser.add_argument("--dtype", default="float32", choices=sample.DTYPES,
-                        help="of weights and matmuls; default float32; bfloat16 is about twice as fast where native")
-    parser.add_argument("--batch-size", type=int, default=16, metavar="N",
-                        help="texts generated at a time, each with a context of cache; default 16")
-    parser.add_argument("--queue", type=int, default=256, metavar="N",
-                        help="texts that may wait, and that one request may ask for; default 256")
-    parser.add_argument("--time-limit", type=float, default=600.0, metavar="SECONDS",
-                        help="a text that takes longer ends there, as at its max_tokens; default 600")
+    parser = cli.Parser(prog="python serve.py", description="Serve a trained model with OpenAI's API, and a page to "
+                        "try it.", epilog=f"With {KEY_VARIABLE} set, clients must send it as their API key.")
+    add = parser.add_argument
+    add("run", metavar="RUN", help="run folder (its newest checkpoint) or one checkpoint inside it")
+    add("--host", default="127.0.0.1", metavar="ADDRESS",
+        help="default 127.0.0.1: this machine alone; 0.0.0.0: all that reach it")
+    add("--port", type=int, default=8000, metavar="N", help="default 8000; 0 = any free one")
+    add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
+    add("--dtype", default="float32", choices=DTYPES,
+        help="of weights and matmuls; default float32; bfloat16 is about twice as fast where native")
+    add("--batch-size", type=int, default=16, metavar="N",
+        help="texts generated at a time, each with a context of cache; default 16")
+    add("--queue", type=int, default=256, metavar="N",
+        help="texts that may wait, and that one request may ask for; default 256")
+    add("--time-limit", type=float, default=600.0, metavar="SECONDS",
+        help="a text that takes longer ends there, as at its max_tokens; default 600")
     args = parser.parse_args(argv)
     if not 0 <= args.port <= 65535:
-        raise ServeError(f"--port {args.port} should lie in 0 to 65535")
+        raise UserError(f"--port {args.port} should lie in 0 to 65535")
     for name in ("batch_size", "queue"):
         if getattr(args, name) < 1:
-            raise ServeError(f"--{name.replace('_', '-')} {getattr(args, name)} should be at least 1")
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} should be at least 1")
     if not args.time_limit > 0:
-        raise ServeError(f"--time-limit {args.time_limit} should be above 0 seconds")
+        raise UserError(f"--time-limit {args.time_limit} should be above 0 seconds")
     return args
-
-
-def _check_packages() -> None:
-    missing = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ServeError(f"serve.py needs {' and '.join(missing)}; pip install fastapi uvicorn")
 
 
 def _api_key(host: str) -> str | None:
     key = os.environ.get(KEY_VARIABLE)
     if key is not None and (not key.strip() or key != key.strip() or not key.isascii()):
-        raise ServeError(f"{KEY_VARIABLE} should be ASCII characters without blanks around them; unset it to serve "
-                         "without a key")
-    if key is None and not _is_loopback(host):
+        raise UserError(f"{KEY_VARIABLE} should be ASCII characters without blanks around them; unset it to serve "
+                        "without a key")
+    try:
+        is_loopback = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        is_loopback = host == "localhost"
+    if key is None and not is_loopback:
         note(f"warning: whoever reaches {host} may use the model; set {KEY_VARIABLE} to ask for a key")
     return key
 
 
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 def note(text: str) -> None:
     with contextlib.suppress(OSError):  # whoever read stderr may be gone; the server goes on
-        print(text, file=sys.stderr, flush=True)
+        cli.note(text)
 
 
 def main(argv: list[str]) -> None:
     args = _parse(argv)
-    _check_packages()
+    cli.require("serve.py", "fastapi", "uvicorn")
     api_key = _api_key(args.host)
     with listen(args.host, args.port) as listener:
-        model, tokenizer = sample.load_model(args.run, device=sample.choose_device(args.device), dtype=args.dtype,
-                                             note=note)
-        note(sample.pack_for_decoding(model))
-        run_dir = run_dir_of(args.run)
-        name, template = run_dir.name, chat.load_template(run_dir)
-        served = Served(name, model.config, tokenizer, template, max_rows=args.queue, time_limit_s=args.time_limit)
-        batch = Batch(model, tokenizer, max_rows=args.batch_size)
+        device, _ = distributed.choose_device(args.device, option="--device ")
+        saved = read_run(args.run, note)
+        model = build_model(saved, device=device, dtype=args.dtype, note=note)
+        note(pack_for_decoding(model))
+        served = Served(saved.dir.name, model.config, saved.tokenizer, saved.chat_template, max_rows=args.queue,
+                        time_limit_s=args.time_limit)
+        batch = Batch(model, saved.tokenizer, max_rows=args.batch_size)
         listener.listen(1024)
         host = f"[{args.host}]" if ":" in args.host else args.host
-        note(f"serving {name!r}{'' if template is None else ' with chat'} at http://{host}:"
+        note(f"serving {served.name!r}{'' if served.template is None else ' with chat'} at http://{host}:"
              f"{listener.getsockname()[1]} (API under /v1{', with a key' if api_key else ''}); Ctrl-C stops")
         asyncio.run(run(served, batch, listener, api_key=api_key, max_waiting=args.queue))
-
-
-if __name__ == "__main__":
-    exit_cleanly(main)

@@ -17,7 +17,9 @@ import torch
 import checkpoint
 import sample
 from config import Config, ModelConfig, TrainConfig, UserError, to_toml
+from data import chat
 from data.tokenizer import load_tokenizer
+from kernels.cpu import pack_for_decoding
 from model import GPT
 from sample import SampleError, Sampling
 
@@ -27,20 +29,50 @@ EOT = BYTES.eot
 GREEDY = Sampling(temperature=0.0)
 
 
-def make_model(seed: int = 0, **settings) -> GPT:
+def make_model(seed: int = 0, *, std: float = 0.3, **settings) -> GPT:
     """A small model in eval mode whose weights are large enough for every token of the context to matter."""
     torch.manual_seed(seed)
     defaults = {"n_layer": 2, "n_head": 4, "n_embd": 24, "head_dim": 6, "vocab_size": 257, "max_seq_len": 32}
     model = GPT(ModelConfig(**defaults | settings)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.normal_(std=0.3)
+            parameter.normal_(std=std)
     return model
+
+
+def save_run(folder: Path, model: GPT, *, steps: tuple[int, ...] = (1,), template: str | None = None) -> Path:
+    """A run folder of a model over bytes, with a checkpoint of each of the steps."""
+    folder.mkdir()
+    config = replace(Config(), model=model.config, train=TrainConfig(tokens_per_step=model.config.max_seq_len))
+    (folder / "config.toml").write_text(to_toml(config))
+    BYTES.save(folder / "tokenizer.json")
+    if template is not None:
+        chat.save_template(folder, template)
+    for step in steps:
+        checkpoint.save(folder, step, model=dict(model.named_parameters()), optimizer={}, state={}, keep=len(steps))
+    return folder
 
 
 def all_tokens(model: GPT, prompts: list[list[int]], **arguments) -> list[list[int]]:
     """generate()'s tokens, one list per row."""
     return [list(row) for row in zip(*sample.generate(model, prompts, **arguments), strict=True)]
+
+
+def uncached_tokens(model: GPT, prompts: list[list[int]], *, max_new_tokens: int, sampling: Sampling,
+                    kept: int | None = None) -> list[list[int]]:
+    """What generate() should give: every row by itself, every token from scratch, without cache or padding."""
+    rows, kept = [], kept or max(1, model.config.max_seq_len // 2)
+    for number, prompt in enumerate(prompts):
+        context, generator, made = list(prompt), sample.row_generator(sampling.seed, number), []
+        for _ in range(max_new_tokens):
+            if len(context) > model.config.max_seq_len:
+                context = context[-kept:]
+            with torch.inference_mode():
+                logits = model(torch.tensor([context]))[:, -1]
+            made += sample.pick(logits, sampling, [generator]).tolist()
+            context.append(made[-1])
+        rows.append(made)
+    return rows
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -66,9 +98,9 @@ def random_case(seed: int) -> tuple[GPT, list[list[int]], int, Sampling]:
 @pytest.mark.parametrize("seed", range(50))
 def test_cached_generation_gives_the_tokens_of_uncached(seed, packed):
     model, prompts, new_tokens, sampling = random_case(seed)
-    expected = all_tokens(model, prompts, max_new_tokens=new_tokens, sampling=sampling, use_cache=False)
+    expected = uncached_tokens(model, prompts, max_new_tokens=new_tokens, sampling=sampling)
     if packed:
-        sample.pack_for_decoding(model)
+        pack_for_decoding(model)
     assert all_tokens(model, prompts, max_new_tokens=new_tokens, sampling=sampling) == expected
     assert all(len(row) == new_tokens for row in expected)
 
@@ -84,14 +116,8 @@ def test_a_row_alone_gives_the_tokens_it_gives_in_a_batch():
 @pytest.mark.parametrize("max_seq_len, kept", [(8, 4), (7, 3), (2, 1), (1, 1)])
 def test_past_max_seq_len_the_last_half_is_kept_and_positions_restart(max_seq_len, kept):
     model = make_model(max_seq_len=max_seq_len)
-    generator = sample.row_generator(0, 0)
-    context, expected = [1], []
-    for _ in range(40):
-        if len(context) > max_seq_len:
-            context = context[-kept:]
-        expected += sample.choose(model(torch.tensor([context]))[:, -1], Sampling(), [generator])
-        context.append(expected[-1])
-    assert all_tokens(model, [[1]], max_new_tokens=40) == [expected]
+    expected = uncached_tokens(model, [[1]], max_new_tokens=40, sampling=Sampling(), kept=kept)
+    assert all_tokens(model, [[1]], max_new_tokens=40) == expected
 
 
 def test_a_prompt_longer_than_the_context_keeps_its_last_half():
@@ -129,62 +155,6 @@ def test_logits_that_are_not_finite_are_an_error():
     for sampling in (GREEDY, Sampling(top_k=3, top_p=0.5)):
         with pytest.raises(SampleError, match="not finite; try --dtype float32"):
             next(sample.generate(model, [[1]], max_new_tokens=1, sampling=sampling))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Packed weights
-
-needs_packing = pytest.mark.skipif(not sample.packing_works(torch.float32),
-                                   reason="this PyTorch or CPU packs no weights: packed decoding stays unchecked")
-
-
-@needs_packing
-@pytest.mark.parametrize("tied", [True, False])
-def test_every_linear_layer_and_the_head_are_packed(tied):
-    model = make_model(tie_embeddings=tied)
-    assert sample.pack_for_decoding(model) == "weights: packed by oneDNN"
-    assert sum(isinstance(m, sample.PackedLinear) for m in model.modules()) == 2 * 4 + 1  # 4 per block and the head
-
-
-@needs_packing
-@pytest.mark.parametrize("rows", [1, 3, 100])
-def test_a_packed_layer_computes_the_linear_map(rows):
-    generator = torch.Generator().manual_seed(1)
-    weight, bias, x = (torch.randn(shape, generator=generator) for shape in ((301, 77), (301,), (2, rows, 77)))
-    expected = x.double() @ weight.double().T
-    for layer_bias in (bias, None):
-        packed = sample.PackedLinear(weight, layer_bias, torch.float32)(x)
-        whole = expected if layer_bias is None else expected + bias
-        torch.testing.assert_close(packed.double(), whole, atol=1e-4, rtol=1e-5)  # float32: 77 products of about 1
-
-
-@needs_packing
-def test_packing_that_computes_something_else_is_not_used(monkeypatch):
-    forward = sample.PackedLinear.forward
-    monkeypatch.setattr(sample.PackedLinear, "forward", lambda self, x: forward(self, x) * 1.001)
-    model = make_model()
-    assert sample.pack_for_decoding(model) == "weights: as they are (this PyTorch or CPU does not pack torch.float32)"
-    assert not any(isinstance(m, sample.PackedLinear) for m in model.modules())
-
-
-def test_a_packing_operator_that_fails_is_not_used(monkeypatch):
-    def fail(self, x):
-        raise RuntimeError("unsupported")
-    monkeypatch.setattr(sample.PackedLinear, "forward", fail)
-    assert not sample.packing_works(torch.float32)
-
-
-@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=str)
-def test_bfloat16_gives_the_same_logits_packed_and_plain(weights):
-    model = make_model().to(weights)
-    model.compute_dtype = torch.bfloat16
-    tokens = torch.arange(20)[None]
-    with torch.inference_mode():
-        plain = model(tokens)
-        sample.pack_for_decoding(model)
-        torch.testing.assert_close(model(tokens), plain, atol=0.05, rtol=0.0)  # bf16: 8 bits of values up to 2
-    assert len(all_tokens(model, [[1, 2], [3]], max_new_tokens=40)[1]) == 40
-    assert plain.abs().max() > 1
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -247,7 +217,7 @@ def test_temperature_0_takes_the_lowest_id_of_equals(V):
     logits = torch.zeros(2, V)
     logits[0, [3, V - 1]] = 1.0
     logits[1, [2, 4]] = 7.0
-    assert sample.choose(logits, GREEDY, []) == [3, 2]
+    assert sample.pick(logits, GREEDY, []).tolist() == [3, 2]
 
 
 def test_drawing_inverts_the_cumulated_probabilities():
@@ -324,7 +294,7 @@ def test_stop_texts_do_not_depend_on_where_tokens_end(tmp_path):
         text = "".join(pick.choice("ab") for _ in range(12))
         stops = tuple("".join(pick.choice("ab") for _ in range(pick.randint(1, 4))) for _ in range(2))
         whole = sample.TextStream(BYTES, [EOT], stops)
-        whole._detokenizer.add = lambda token, text=text: text  # one token for all
+        whole._decode = lambda token, text=text: text  # one token for all
         assert whole.add(0) + whole.end() == "".join(stream(text.encode(), stops)), (text, stops)
 
 
@@ -408,8 +378,6 @@ def test_text_errors_come_before_the_first_piece():
     model = make_model()
     with pytest.raises(SampleError, match="a stop text is empty"):
         sample.generate_text(model, BYTES, ["x"], max_new_tokens=1, stop=("",))
-    with pytest.raises(SampleError, match="max_new_tokens = 0"):
-        sample.generate_text(model, BYTES, ["x"], max_new_tokens=0)
     with pytest.raises(SampleError, match="token 120 but the model knows 50 ids"):
         sample.generate_text(make_model(vocab_size=50), BYTES, ["x"], max_new_tokens=1)
 
@@ -430,15 +398,7 @@ def test_sample_text_leaves_the_model_in_its_mode_and_ignores_dropout(training):
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory) -> Path:
     """A run folder with two checkpoints of one untrained model."""
-    folder = tmp_path_factory.mktemp("sample") / "run"
-    folder.mkdir()
-    model = make_model()
-    config = replace(Config(), model=model.config, train=TrainConfig(tokens_per_step=model.config.max_seq_len))
-    (folder / "config.toml").write_text(to_toml(config))
-    BYTES.save(folder / "tokenizer.json")
-    for step in (1, 2):
-        checkpoint.save(folder, step, model=dict(model.named_parameters()), optimizer={}, state={}, keep=5)
-    return folder
+    return save_run(tmp_path_factory.mktemp("sample") / "run", make_model(), steps=(1, 2))
 
 
 def run_main(capsys, *argv: object) -> tuple[str, str]:
@@ -519,6 +479,20 @@ def test_a_prompt_longer_than_the_context_is_noted(run_dir, capsys):
 
 def test_bfloat16_is_a_choice(run_dir, capsys):
     assert "bfloat16" in run_main(capsys, run_dir, "--dtype", "bfloat16", "--max-new-tokens", 3)[1]
+
+
+TURNS = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+
+
+def test_a_chat_continues_the_template_and_needs_one(run_dir, tmp_path, capsys):
+    run = save_run(tmp_path / "chat", make_model(), template=TURNS)
+    out, _ = run_main(capsys, run, "--chat", "--prompt", "Hi<|endoftext|>", "--max-new-tokens", 9, "--temperature", 0)
+    [expected] = expected_text("[Hi<|endoftext|>]", max_new_tokens=9, sampling=GREEDY)
+    assert out == "Hi<|endoftext|>\n" + expected.removeprefix("[Hi<|endoftext|>]") + "\n"
+    with pytest.raises(SampleError, match="the conversation has 33 tokens, more than the context of 32; shorten"):
+        run_main(capsys, run, "--chat", "--prompt", "x" * 31)
+    with pytest.raises(SampleError, match="holds no chat_template.jinja, it was not trained on conversations"):
+        run_main(capsys, run_dir, "--chat", "--prompt", "Hi")
 
 
 @pytest.mark.parametrize("argv, message", [

@@ -12,6 +12,7 @@ import torch
 
 import sample
 from data.tokenizer import load_tokenizer
+from kernels.cpu import pack_for_decoding
 from model import GPT
 from sample import Sampling
 from serving.batching import Batch, Batcher, Closed, Part, QueueFull, Row, Scored
@@ -74,7 +75,7 @@ def test_rows_that_join_and_leave_get_the_tokens_they_get_alone(seed):
     for one in rows:
         context, generator = list(one.prompt), sample.row_generator(one.sampling.seed, one.number)
         for _ in range(one.max_new_tokens):
-            context += sample.choose(logits_of(model, context)[-1:].float(), one.sampling, [generator])
+            context += sample.pick(logits_of(model, context)[-1:].float(), one.sampling, [generator]).tolist()
         assert one.prompt + tokens_of(parts[one]) == context, (len(one.prompt), one.max_new_tokens)
         assert [part.finish for part in parts[one]] == [None] * (one.max_new_tokens - 1) + ["length"]
 
@@ -83,7 +84,7 @@ def test_packed_weights_and_unequal_settings_change_no_greedy_tokens():
     model = make_model(position="rope")
     rows = [row([65] * n, 9) for n in (1, 5, 20)] + [row([66], 9, sampling=Sampling(seed=1), top_logprobs=3)]
     alone = [tokens_of(run(Batch(model, BYTES, max_rows=1), [one])[one]) for one in rows]
-    sample.pack_for_decoding(model)
+    pack_for_decoding(model)
     parts = run(Batch(model, BYTES, max_rows=4), rows)
     assert [tokens_of(parts[one]) for one in rows] == alone
 
@@ -200,7 +201,7 @@ def test_logits_that_are_not_finite_fail_their_row_alone(monkeypatch):
         model.wte.weight[7] = math.nan
     sick, well, later = row([1, 7], 5), row([1, 2], 5), row([3], 5)
     batch = Batch(model, BYTES, max_rows=2)
-    batch._cache.keys[0].fill_(math.nan)  # what memory may hold
+    batch._cache._buffers[0].fill_(math.nan)  # what memory may hold
     monkeypatch.setattr(model, "logits", lambda hidden: logits(hidden.nan_to_num()))  # it fails at its second token
     first = dict(batch.join([sick, well]))
     monkeypatch.undo()
@@ -288,7 +289,7 @@ def test_a_full_queue_refuses_a_request_as_a_whole(serving, monkeypatch):
     server.batcher.submit([row([2], 5), row([3], 5)])
     with pytest.raises(QueueFull):
         server.batcher.submit([row([4], 5), row([5], 5)])
-    assert server.batcher.waiting == 2
+    assert len(server.batcher.waiting) == 2
     gate.set()
     assert sorted(one.prompt[0] for one in server.ends(3)) == [1, 2, 3]
 

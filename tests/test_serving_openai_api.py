@@ -16,11 +16,9 @@ from serving.openai_api import (
     Asked,
     Served,
     answer,
-    chat_stop_tokens,
     chunk,
     merged,
-    parse_chat,
-    parse_completion,
+    parse,
     spelled,
     usage_chunk,
 )
@@ -33,11 +31,11 @@ HELLO = [{"role": "user", "content": "Hi"}]
 
 
 def completion(served: Served = SERVED, **body) -> Asked:
-    return parse_completion(body, served, lambda number, part: None)
+    return parse(body, served, lambda number, part: None, is_chat=False)
 
 
 def chatting(**body) -> Asked:
-    return parse_chat({"messages": HELLO} | body, CHATTING, lambda number, part: None)
+    return parse({"messages": HELLO} | body, CHATTING, lambda number, part: None, is_chat=True)
 
 
 def refusal(parse, **body) -> ApiError:
@@ -104,6 +102,7 @@ def test_the_context_bounds_the_new_tokens():
     ({"max_tokens": 1, "max_completion_tokens": 2}, "max_tokens", "contradict"),
     ({"temperature": -0.1}, "temperature", "temperature = -0.1 should be"),
     ({"temperature": float("nan")}, "temperature", "a finite number"),
+    ({"temperature": 10 ** 400}, "temperature", "a finite number"),
     ({"temperature": "hot"}, "temperature", "temperature = 'hot' should be a finite number"),
     ({"top_p": 1.1}, "top_p", "0 to 1"), ({"min_p": 2}, "min_p", "0 to 1"), ({"top_k": 0}, "top_k", "at least 1"),
     ({"n": 0}, "n", "from 1 to 128"), ({"n": 129}, "n", "from 1 to 128"), ({"seed": 2 ** 63}, "seed", "from -9"),
@@ -144,7 +143,7 @@ def test_a_tokenizer_with_a_start_token_puts_it_before_texts_and_it_is_not_told(
     asked = completion(served, prompt=["ab", "", [97]], echo=True, logprobs=0, max_tokens=0)
     assert [row.prompt for row in asked.rows] == [[257, 97, 98], [257], [97]]
     scored = Part(finish="length", prompt=(Scored(257, 0), Scored(97, 0, -1.0), Scored(98, 0, -2.0)))
-    choice = answer(asked, [scored], served.tokenizer)["choices"][0]
+    choice = answer(asked, [scored])["choices"][0]
     assert (choice["text"], choice["logprobs"]["tokens"]) == ("ab", ["a", "b"])
     assert (choice["logprobs"]["token_logprobs"], choice["logprobs"]["text_offset"]) == ([-1.0, -2.0], [0, 1])
     assert refusal(partial(completion, served), prompt="x" * 32).code == "context_length_exceeded"
@@ -192,22 +191,20 @@ def test_fields_that_ask_for_nothing_are_accepted():
 
 
 def test_a_run_without_a_template_says_so():
-    error = refusal(partial(parse_chat, served=SERVED, deliver=None), body={"messages": HELLO})
+    error = refusal(partial(parse, served=SERVED, deliver=None, is_chat=True), body={"messages": HELLO})
     assert (error.status, error.code) == (400, "no_chat_template") and "/v1/completions" in error.message
 
 
-class TwoEnds:
-    """Stands for a tokenizer whose turns end otherwise than texts."""
-    eot, eot_token, bos_token = 7, "<|end|>", None
-    special_ids = {"<|end|>": 7, "<|turn|>": 8, "<|user|>": 9}
-
-
 @pytest.mark.parametrize("template, expected", [
-    ("{% for m in messages %}<|user|>{{ m.content }}<|turn|>\n{% endfor %}<|user|>", {7, 8}),
-    ("{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}", {7}),
-    ("{% for m in messages %}{{ m.content }}\n{% endfor %}", {7}), ("{{ raise_exception('no') }}", {7})])
-def test_the_token_behind_the_assistants_turn_ends_it(template, expected):
-    assert chat_stop_tokens(TwoEnds(), template) == expected
+    ("{% for m in messages %}<|user|>{{ m.content }}<|turn|>\n{% endfor %}<|user|>", {256, 257}),
+    (chat.DEFAULT_TEMPLATE, {EOT}), ("{{ raise_exception('no') }}", {EOT})])
+def test_end_of_text_and_the_token_behind_the_assistants_turn_end_an_answer(tmp_path, template, expected):
+    file = json.loads(BYTES.file_text)
+    file["added_tokens"] += [file["added_tokens"][0] | {"id": 257 + i, "content": token}
+                             for i, token in enumerate(("<|turn|>", "<|user|>"))]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(file))
+    served = replace(CHATTING, tokenizer=load_tokenizer(tmp_path), template=template)
+    assert served.chat_ends == expected
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -218,7 +215,7 @@ def test_a_completion_has_openais_shape():
     prompt = (Scored(97, 0), Scored(0xC3, 0, -1.0, ((98, -0.5),)), Scored(0xA9, 0, -2.0, ((0xA9, -2.0),)))
     parts = [Part(prompt=prompt), Part("x", (Scored(120, 0, -0.25, ((120, -0.25),)),), 1),
              Part("", (Scored(EOT, 1, -float("inf"), ((121, -0.5),)),), 2, "stop")]
-    whole = answer(asked, [merged(parts)], BYTES)
+    whole = answer(asked, [merged(parts)])
     assert whole["object"] == "text_completion" and whole["model"] == "tiny" and whole["id"].startswith("cmpl-")
     assert whole["usage"] == {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
     assert whole["choices"] == [{"index": 0, "text": "aéx", "finish_reason": "stop", "logprobs": {
@@ -233,21 +230,21 @@ def test_a_completion_has_openais_shape():
 
 def test_without_logprobs_and_echo_there_is_only_the_new_text():
     asked = completion(prompt="ab")
-    whole = answer(asked, [merged([Part("x", (Scored(120, 0),), 1), Part("y", (Scored(121, 1),), 2, "length")])], BYTES)
+    whole = answer(asked, [merged([Part("x", (Scored(120, 0),), 1), Part("y", (Scored(121, 1),), 2, "length")])])
     assert whole["choices"] == [{"index": 0, "text": "xy", "logprobs": None, "finish_reason": "length"}]
 
 
 def test_an_empty_prompt_has_no_token_in_the_answer():
     asked = completion(prompt="", echo=True, logprobs=0, max_tokens=1)
     part = merged([Part(prompt=(Scored(EOT, 0),)), Part("x", (Scored(120, 0, -1.0),), 1, "length")])
-    choice = answer(asked, [part], BYTES)["choices"][0]
+    choice = answer(asked, [part])["choices"][0]
     assert choice["text"] == "x" and choice["logprobs"] == {
         "tokens": ["x"], "token_logprobs": [-1.0], "top_logprobs": [{"x": -1.0}], "text_offset": [0]}
 
 
 def test_echoed_token_ids_are_told_as_text_without_specials():
     asked = completion(prompt=[EOT, 97, 0xC3], echo=True, max_tokens=0)
-    choice = answer(asked, [Part(finish="length")], BYTES)["choices"][0]
+    choice = answer(asked, [Part(finish="length")])["choices"][0]
     assert choice["text"] == "a\ufffd"
 
 
@@ -255,10 +252,10 @@ def test_streamed_pieces_join_to_the_whole():
     asked = completion(prompt="ab", echo=True, logprobs=0, max_tokens=3, stream=True)
     parts = [Part(prompt=(Scored(97, 0), Scored(98, 0, -1.0))), Part("", (), 1),
              Part("xy", (Scored(120, 0, -1.0), Scored(121, 1, -2.0)), 2), Part("", (Scored(EOT, 2, -3.0),), 3, "stop")]
-    pieces = [chunk(asked, 0, part, BYTES, is_first=number == 0) for number, part in enumerate(parts)]
+    pieces = [chunk(asked, 0, part, is_first=number == 0) for number, part in enumerate(parts)]
     assert pieces[1] is None  # nothing to tell
     choices = [piece["choices"][0] for piece in pieces if piece is not None]
-    whole = answer(asked, [merged(parts)], BYTES)["choices"][0]
+    whole = answer(asked, [merged(parts)])["choices"][0]
     assert "".join(choice["text"] for choice in choices) == whole["text"] == "abxy"
     for key, values in whole["logprobs"].items():
         assert [value for choice in choices for value in choice["logprobs"][key]] == values
@@ -269,7 +266,7 @@ def test_a_chat_has_openais_shape():
     asked = chatting(logprobs=True, top_logprobs=1, max_tokens=5)
     part = Part("é", (Scored(0xC3, 0, -1.0, ((97, -0.5),)), Scored(0xA9, 0, -2.0, ((0xA9, -2.0),)),
                       Scored(EOT, 1, -0.1, ((EOT, -0.1),))), 3, "stop")
-    whole = answer(asked, [part], BYTES)
+    whole = answer(asked, [part])
     assert whole["object"] == "chat.completion" and whole["id"].startswith("chatcmpl-")
     a = {"token": "a", "logprob": -0.5, "bytes": [97]}
     first = {"token": "bytes:\\xc3", "logprob": -1.0, "bytes": [0xC3]}
@@ -282,7 +279,7 @@ def test_a_chat_has_openais_shape():
 def test_a_streamed_chat_begins_with_the_role():
     asked = chatting(stream=True, stream_options={"include_usage": True})
     first, last = Part("a", (Scored(97, 0),), 1), Part("", (Scored(EOT, 1),), 2, "stop")
-    pieces = [chunk(asked, 0, first, BYTES, is_first=True), chunk(asked, 0, last, BYTES, is_first=False)]
+    pieces = [chunk(asked, 0, first, is_first=True), chunk(asked, 0, last, is_first=False)]
     assert [piece["choices"][0] for piece in pieces] == [
         {"index": 0, "delta": {"role": "assistant", "content": "a"}, "logprobs": None, "finish_reason": None},
         {"index": 0, "delta": {}, "logprobs": None, "finish_reason": "stop"}]

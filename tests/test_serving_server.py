@@ -15,20 +15,19 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-import checkpoint
 import sample
-from config import Config, ModelConfig, TrainConfig, UserError, to_toml
+from config import UserError
 from data import chat
 from data.tokenizer import load_tokenizer
 from model import GPT
 from sample import Sampling
 from serving import server as serve
+from tests.test_sample import make_model, save_run
 
 for package in ("fastapi", "uvicorn", "httpx"):
     pytest.importorskip(package, reason=f"{package} is not installed: the HTTP server stays unchecked")
@@ -40,22 +39,9 @@ EOT = BYTES.eot
 LONG = 100_000  # tokens of context, so that a text can run for minutes
 
 
-def make_run(folder: Path, *, std: float = 0.3, template: str | None = None, **settings) -> Path:
+def make_run(folder: Path, *, template: str | None = None, **settings) -> Path:
     """A run folder with one checkpoint of a random model over bytes."""
-    torch.manual_seed(0)
-    defaults = {"n_layer": 2, "n_head": 4, "n_embd": 24, "head_dim": 6, "vocab_size": 257, "max_seq_len": 64}
-    model = GPT(ModelConfig(**defaults | settings))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=std)
-    folder.mkdir()
-    config = replace(Config(), model=model.config, train=TrainConfig(tokens_per_step=model.config.max_seq_len))
-    (folder / "config.toml").write_text(to_toml(config))
-    BYTES.save(folder / "tokenizer.json")
-    if template is not None:
-        chat.save_template(folder, template)
-    checkpoint.save(folder, 1, model=dict(model.named_parameters()), optimizer={}, state={}, keep=1)
-    return folder
+    return save_run(folder, make_model(**{"max_seq_len": 64} | settings), template=template)
 
 
 class Server:
@@ -475,7 +461,7 @@ def test_a_port_in_use_is_one_line_before_anything_is_loaded(tmp_path):
 def test_missing_packages_are_named_with_the_command_that_installs_them(monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "uvicorn" else find(name))
-    with pytest.raises(UserError, match=r"^serve.py needs uvicorn; pip install fastapi uvicorn$"):
+    with pytest.raises(UserError, match="^serve.py needs the package uvicorn, which is not installed; pip install uv"):
         serve.main(["RUN"])
 
 
