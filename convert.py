@@ -9,7 +9,6 @@ written under another name and renamed when it is whole. What maps to no family 
 Dims: C width, D head dim, V vocabulary (rows without padding).
 """
 
-import errno
 import json
 import os
 import re
@@ -26,7 +25,7 @@ import checkpoint
 import cli
 import config as configuration
 import files
-from config import Config, ConfigError, MachineError, ModelConfig, TrainConfig, UserError, exit_cleanly
+from config import Config, ConfigError, ModelConfig, TrainConfig, UserError, exit_cleanly
 from data.chat import load_template, save_template
 from data.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Tokenizer, from_vocab_and_merges, load_tokenizer
 from finetune import lora
@@ -46,19 +45,22 @@ LLAMA_KEYS = {"num_hidden_layers": "n_layer", "num_attention_heads": "n_head", "
 OPTIONAL_KEYS = ("n_inner", "n_positions", "num_key_value_heads", "head_dim")
 # transformers' values of keys that config.json leaves out
 LLAMA_DEFAULTS = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
-                  "attention_bias": False, "mlp_bias": False, "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
+                  "attention_bias": False, "mlp_bias": False, "rope_theta": 10000.0, "rope_type": "default"}
 QWEN_DEFAULTS = LLAMA_DEFAULTS | {"max_position_embeddings": 32768, "use_sliding_window": False, "sliding_window": 4096,
                                   "max_window_layers": 28}
 DEFAULTS = {"gpt2": {"n_ctx": 1024, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True,
                      "activation_function": "gelu_new"},
             "llama": LLAMA_DEFAULTS, "qwen2": QWEN_DEFAULTS, "qwen3": QWEN_DEFAULTS | {"head_dim": 128}}
 GELUS = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu_fast": "gelu", "gelu": "gelu_exact", "relu2": "relu2"}
+# Values under which the model computes what ours does, and what kinds of RoPE need
+ALLOWED = {"activation_function": tuple(GELUS), "scale_attn_weights": (True,), "add_cross_attention": (False,),
+           "scale_attn_by_inverse_layer_idx": (False,), "hidden_act": ("silu", "swish"), "rope_interleaved": (False,),
+           "use_mrope": (False,), "partial_rotary_factor": (1.0,), "rope_type": ("default", "linear", "llama3")}
+ROPE_KEYS = {"default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
 DEFAULT_CONTEXT = 8192  # of a RoPE model that knows more: a run's windows, caches and tables are that long
 WEIGHTS_FILE = "model.safetensors"
 WEIGHT_DTYPES = ("F32", "BF16", "F16")  # those that float32 holds exactly
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
-IS_A_PICKLE = ("is a pickle, which could execute code, and is never loaded; docs/CONVERT.md shows how to turn it into "
-               "safetensors where it was made")
 # Buffers that old transformers saved: causal masks and RoPE's frequencies. They follow from the config.
 BUFFER = re.compile(r"(^|\.)(h\.\d+\.attn\.(bias|masked_bias)|layers\.\d+\.self_attn\.rotary_emb\.inv_freq)$")
 OURS = "flatgpt"  # key of config.json under which to-hf notes switches that the family cannot express
@@ -133,53 +135,49 @@ def _misfits(expected: dict[str, list[int]], found: dict[str, list[int]]) -> str
 # ----------------------------------------------------------------------------------------------------------------------
 # config.json -> ModelConfig
 
-@dataclass(frozen=True)
-class ConfigFile:
-    """config.json. A key whose value is null counts as left out; what is left out has transformers' value."""
-
-    path: str
-    family: str
-    table: dict
-
-    def need(self, key: str) -> object:
-        if key not in self.table:
-            raise ConvertError(f"{self.path!r} has no {key!r}; copy it again")
-        return self.table[key]
-
-    def only(self, key: str, *allowed: object) -> None:
-        """Raise ConvertError if a key has a value under which the model would compute something else than ours."""
-        if key in self.table and self.table[key] not in allowed:
-            raise ConvertError(f"{self.path!r}: {key} = {self.table[key]!r} cannot be converted, only "
-                               f"{' or '.join(repr(value) for value in allowed)}")
-
-
-def read_config(folder: Path) -> ConfigFile:
-    """config.json of a Hugging Face folder. Raises ConvertError, with the way out, for all else that may be there."""
+def read_config(folder: Path) -> dict:
+    """config.json of a Hugging Face folder, with model_type, transformers' values of what it leaves out, and RoPE's
+    keys beside the others. Raises ConvertError, with the way out, for all else that may be there."""
     path = folder / "config.json"
-    if folder.is_file() and folder.suffix in PICKLES:
-        raise ConvertError(f"{str(folder)!r} {IS_A_PICKLE}")
-    if not folder.is_dir():
-        raise ConvertError(f"model folder {str(folder)!r} does not exist; name a folder with config.json and "
-                           f"{WEIGHTS_FILE} (hf download NAME --local-dir DIR fetches one)")
-    if not path.exists() and (folder / "config.toml").exists():
-        raise ConvertError(f"{str(folder)!r} is a run already (it has a config.toml); use it as it is")
     if not path.exists():
-        raise ConvertError(f"model folder {str(folder)!r} has no config.json" + (
-            _pickle_in(folder) or f"; name a folder with config.json and {WEIGHTS_FILE}"))
+        _refuse_pickle(folder)
+        if (folder / "config.toml").exists():
+            raise ConvertError(f"{str(folder)!r} is a run already (it has a config.toml); use it as it is")
+        problem = "has no config.json" if folder.is_dir() else "does not exist"
+        raise ConvertError(f"model folder {str(folder)!r} {problem}; name a folder with config.json and {WEIGHTS_FILE} "
+                           "(hf download NAME --local-dir DIR fetches one)")
     table = {key: value for key, value in _read_json(path).items() if value is not None}
-    kind, classes = table.get("model_type"), table.get("architectures", [])
-    if kind is None:
-        kind = next((family for family, name in FAMILIES.items() if name in classes), None)
-    if not isinstance(kind, str) or kind not in FAMILIES:
-        raise ConvertError(f"{str(path)!r}: model_type {kind!r} (architectures {classes}) is none of "
+    family, classes = table.get("model_type"), table.get("architectures", [])
+    if family is None:
+        family = next((family for family, name in FAMILIES.items() if name in classes), None)
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise ConvertError(f"{str(path)!r}: model_type {family!r} (architectures {classes}) is none of "
                            f"{', '.join(FAMILIES)}; other models cannot be converted")
-    return ConfigFile(str(path), kind, DEFAULTS[kind] | table)
+    rope = table.get("rope_scaling") or table.get("rope_parameters") or {}  # the second is transformers 5's
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+        raise ConvertError(f"{str(path)!r}: rope_scaling or rope_parameters = {rope!r} cannot be converted, only one "
+                           "flat table for all layers")
+    rope = {"rope_type": rope.get("type", "default")} | rope
+    table = DEFAULTS[family] | table | rope | {"model_type": family}
+    for key, allowed in ALLOWED.items():
+        if key in table and table[key] not in allowed:
+            raise ConvertError(f"{str(path)!r}: {key} = {table[key]!r} cannot be converted, only "
+                               f"{' or '.join(map(repr, allowed))}")
+    for key in (*(GPT2_KEYS if family == "gpt2" else LLAMA_KEYS), *ROPE_KEYS[table["rope_type"]]):
+        if key not in table and key not in OPTIONAL_KEYS:
+            raise ConvertError(f"{str(path)!r} has no {key!r}; copy it again")
+    if "quantization_config" in table:
+        raise ConvertError(f"{str(path)!r}: quantization_config: the weights are quantized; use the model's original "
+                           "in float32, bfloat16 or float16")
+    return table
 
 
-def _pickle_in(folder: Path) -> str | None:
-    """Half a sentence on the pickle in a folder that lacks what is needed, if there is one."""
-    name = next((path.name for path in sorted(folder.iterdir()) if path.suffix in PICKLES), None)
-    return name and f", and {name!r} {IS_A_PICKLE}"
+def _refuse_pickle(folder: Path) -> None:
+    """Raise ConvertError if there is a pickle, where what can be read is missing."""
+    for path in sorted(folder.iterdir()) if folder.is_dir() else [folder]:
+        if path.is_file() and path.suffix in PICKLES:
+            raise ConvertError(f"{str(path)!r} is a pickle, which could execute code, and is never loaded; "
+                               "docs/CONVERT.md shows how to turn it into safetensors where it was made")
 
 
 def _read_json(path: Path) -> dict:
@@ -192,95 +190,64 @@ def _read_json(path: Path) -> dict:
         raise ConvertError(f"{str(path)!r} cannot be read as JSON: {error}; copy it again") from None
 
 
-def model_config(file: ConfigFile, max_seq_len: int | None = None) -> tuple[ModelConfig, int]:
-    """[model], and the tokens of context that the model knows. max_seq_len: the context wanted, at most that; None =
-    all of it, of a RoPE model up to DEFAULT_CONTEXT. Raises ConvertError."""
-    if "quantization_config" in file.table:
-        raise ConvertError(f"{file.path!r}: quantization_config: the weights are quantized; use the model's original "
-                           "in float32, bfloat16 or float16")
-    is_gpt2 = file.family == "gpt2"
-    values = {ours: file.need(theirs) for theirs, ours in (GPT2_KEYS if is_gpt2 else LLAMA_KEYS).items()
-              if theirs in file.table or theirs not in OPTIONAL_KEYS}
-    values |= _gpt2_values(file) if is_gpt2 else _llama_values(file)
-    try:
-        model = configuration.apply_table(Config(), {"model": values}).model
-        known = model.max_seq_len
-        if max_seq_len is not None and not 1 <= max_seq_len <= known:
-            raise ConvertError(f"--max-seq-len {max_seq_len} should lie between 1 and the {known} tokens that the "
-                               f"model knows ({file.path!r})")
-        if is_gpt2 and max_seq_len not in (None, known):
-            raise ConvertError(f"--max-seq-len {max_seq_len}: GPT-2's table of positions has {known} rows; give a "
-                               "shorter context where it is used (model.max_seq_len)")
-        if not is_gpt2:
-            fills_width = model.n_head * model.dim_per_head == model.n_embd
-            model = replace(model, max_seq_len=max_seq_len or min(known, DEFAULT_CONTEXT),
-                            n_kv_head=None if model.kv_heads == model.n_head else model.kv_heads,
-                            head_dim=None if fills_width else model.dim_per_head)
-        configuration.check(Config(model=model, train=TrainConfig(tokens_per_step=model.max_seq_len)))
-    except ConfigError as error:
-        raise ConvertError(f"{file.path!r}: {error}") from None
-    return (model if _window_hides(file, model) else replace(model, window=None)), known
+def model_config(table: dict, max_seq_len: int | None = None) -> ModelConfig:
+    """[model] of what read_config gives. max_seq_len: the context wanted, at most what the model knows; None = all of
+    it, of a RoPE model up to DEFAULT_CONTEXT. Raises ConfigError."""
+    is_gpt2 = table["model_type"] == "gpt2"
+    keys = GPT2_KEYS if is_gpt2 else LLAMA_KEYS
+    values = {ours: table[theirs] for theirs, ours in keys.items() if theirs in table}
+    values |= {"mlp": GELUS[table["activation_function"]]} if is_gpt2 else _llama_values(table)
+    model = configuration.apply_table(Config(), {"model": values}).model
+    known = model.max_seq_len
+    if max_seq_len is not None and not 1 <= max_seq_len <= known:
+        raise ConfigError(f"--max-seq-len {max_seq_len} should lie between 1 and the {known} tokens that the model "
+                           "knows")
+    if is_gpt2 and max_seq_len not in (None, known):
+        raise ConfigError(f"--max-seq-len {max_seq_len}: GPT-2's table of positions has {known} rows; give a shorter "
+                           "context where it is used (model.max_seq_len)")
+    if not is_gpt2:
+        fills_width = model.n_head * model.dim_per_head == model.n_embd
+        model = replace(model, max_seq_len=max_seq_len or min(known, DEFAULT_CONTEXT),
+                        n_kv_head=None if model.kv_heads == model.n_head else model.kv_heads,
+                        head_dim=None if fills_width else model.dim_per_head)
+    if model.window is not None and not _window_hides(table, model):
+        model = replace(model, window=None)
+    configuration.check(Config(model=model, train=TrainConfig(tokens_per_step=model.max_seq_len)))
+    return model
 
 
-def _gpt2_values(file: ConfigFile) -> dict:
-    file.only("activation_function", *GELUS)
-    file.only("scale_attn_weights", True)
-    file.only("scale_attn_by_inverse_layer_idx", False)
-    file.only("add_cross_attention", False)
-    return {"mlp": GELUS[file.table["activation_function"]]}
-
-
-def _llama_values(file: ConfigFile) -> dict:
-    file.only("hidden_act", "silu", "swish")
-    file.only("rope_interleaved", False)
-    file.only("use_mrope", False)
-    table, family = file.table, file.family
-    values = {"norm": "rmsnorm", "mlp": "swiglu", "qk_norm": family == "qwen3"}
-    mlp_bias = table["mlp_bias"] if family == "llama" else False
+def _llama_values(table: dict) -> dict:
+    """[model]'s knobs that config.json's names do not give one by one."""
+    family, rope_type = table["model_type"], table["rope_type"]
+    values = {"norm": "rmsnorm", "mlp": "swiglu", "qk_norm": family == "qwen3", "position": "rope",
+              "rope_theta": table["rope_theta"], "bias": family != "qwen2" and table["attention_bias"]}
+    mlp_bias = family == "llama" and table["mlp_bias"]
     if family == "qwen2":
-        values |= {"bias": False, "qkv_bias": True}
-    else:
-        values |= {"bias": table["attention_bias"]} | (
-            {"mlp_bias": mlp_bias} if mlp_bias != table["attention_bias"] else {})
+        values["qkv_bias"] = True
+    elif mlp_bias != values["bias"]:
+        values["mlp_bias"] = mlp_bias
+    if rope_type != "default":
+        values["rope_scaling"] = {"kind": rope_type} | {key: table[key] for key in ROPE_KEYS[rope_type]}
+    if rope_type == "llama3":
+        values["rope_scaling"]["original_max_seq_len"] = table.get("original_max_position_embeddings",
+                                                                   table["max_position_embeddings"])
     if family != "llama" and table["use_sliding_window"]:
         values["window"] = table["sliding_window"]
-    return values | _rope_values(file)
-
-
-def _rope_values(file: ConfigFile) -> dict:
-    """RoPE's switches, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling`."""
-    table = file.table.get("rope_scaling") or file.table.get("rope_parameters") or {}
-    if not isinstance(table, dict) or any(isinstance(value, dict) for value in table.values()):
-        raise ConvertError(f"{file.path!r}: rope_scaling or rope_parameters = {table!r} cannot be converted, only one "
-                           "flat table for all layers")
-    rope = replace(file, table={
-        "rope_type": table.get("type", "default"), "rope_theta": file.table["rope_theta"],
-        "partial_rotary_factor": file.table["partial_rotary_factor"],
-        "original_max_position_embeddings": file.table["max_position_embeddings"]} | table)
-    rope.only("rope_type", "default", "linear", "llama3")
-    rope.only("partial_rotary_factor", 1.0)
-    kind, values = rope.table["rope_type"], {"position": "rope", "rope_theta": rope.table["rope_theta"]}
-    if kind != "default":
-        values["rope_scaling"] = {"kind": kind, "factor": rope.need("factor")}
-    if kind == "llama3":
-        values["rope_scaling"] |= {"original_max_seq_len": rope.table["original_max_position_embeddings"]} | {
-            key: rope.need(key) for key in ("low_freq_factor", "high_freq_factor")}
     return values
 
 
-def _window_hides(file: ConfigFile, model: ModelConfig) -> bool:
+def _window_hides(table: dict, model: ModelConfig) -> bool:
     """Whether the sliding window of Qwen2 and Qwen3 hides tokens, in every layer."""
-    if model.window is None or model.window >= model.max_seq_len:
+    if model.window >= model.max_seq_len:
         return False
-    first = file.table["max_window_layers"]
+    first = table["max_window_layers"]
     if not isinstance(first, int):
-        raise ConvertError(f"{file.path!r}: max_window_layers = {first!r} should be a whole number; copy it again")
-    types = set(file.table.get("layer_types") or (
+        raise ConfigError(f"max_window_layers = {first!r} should be a whole number")
+    types = set(table.get("layer_types") or (
         "sliding_attention" if layer >= first else "full_attention" for layer in range(model.n_layer)))
     if types not in ({"full_attention"}, {"sliding_attention"}):
-        raise ConvertError(f"{file.path!r}: use_sliding_window = True in some layers only cannot be converted; a "
-                           f"context of at most sliding_window = {model.window} tokens does not need it: --max-seq-len "
-                           f"{model.window}")
+        raise ConfigError("use_sliding_window = True in some layers only cannot be converted; a context of at most "
+                          f"sliding_window = {model.window} tokens does not need it: --max-seq-len {model.window}")
     return types == {"sliding_attention"}
 
 
@@ -319,24 +286,27 @@ class HuggingFaceModel:
 def read_hf(folder: Path, *, max_seq_len: int | None = None) -> HuggingFaceModel:
     """A Hugging Face folder without its weights: of safetensors the headers alone are read, and of our own exports the
     biases that may be left out. max_seq_len as in model_config. Raises ConvertError, TokenizerError and ChatError."""
-    file = read_config(folder)
-    model, known = model_config(file, max_seq_len)
-    tokenizer = _tokenizer(folder, file)
+    folder = Path(folder)
+    table = read_config(folder)
+    try:
+        model = model_config(table, max_seq_len)
+    except ConfigError as error:
+        raise ConvertError(f"{str(folder / 'config.json')!r}: {error}") from None
+    tokenizer = _tokenizer(folder, table)
     if tokenizer.vocab_size > model.vocab_size:
         raise ConvertError(f"{str(folder)!r}: the tokenizer has ids up to {tokenizer.vocab_size - 1} but vocab_size in "
                            f"config.json is {model.vocab_size}; remove the added tokens, or give the model rows for "
                            "them")
-    wanted = list(rules(model, file.family))
-    table, expected = next(iter(wanted[0].theirs)), {}
-    for rule in wanted:
-        expected |= rule.split(torch.empty(rule.shape, device="meta"))
-    parts = _open_parts(folder, prefix=table.split(".")[0] + ".")
-    if model.tie_embeddings and "lm_head.weight" in parts and table not in parts:
-        parts[table] = parts.pop("lm_head.weight")  # the head stands for both
-    elif model.tie_embeddings and "lm_head.weight" in parts:
-        expected["lm_head.weight"] = expected[table]  # weights() compares the two
-    problems = _misfits({name: list(part.shape) for name, part in expected.items()},
-                        {name: part.get_shape() for name, part in parts.items()})
+    wanted = list(rules(model, table["model_type"]))
+    expected = {name: list(part.shape) for rule in wanted
+                for name, part in rule.split(torch.empty(rule.shape, device="meta")).items()}
+    first, head = next(iter(expected)), "lm_head.weight"
+    parts = _open_parts(folder, prefix=first.split(".")[0] + ".")
+    if model.tie_embeddings and head in parts and first not in parts:
+        parts[first] = parts.pop(head)  # the head stands for both
+    elif model.tie_embeddings and head in parts:
+        expected[head] = expected[first]  # weights() compares the two
+    problems = _misfits(expected, {name: part.get_shape() for name, part in parts.items()})
     if problems:
         raise ConvertError(f"the weights in {str(folder)!r} do not fit its config.json: {problems}; copy the folder "
                            "again")
@@ -344,19 +314,20 @@ def read_hf(folder: Path, *, max_seq_len: int | None = None) -> HuggingFaceModel
         if part.get_dtype() not in WEIGHT_DTYPES:
             raise ConvertError(f"the weights in {str(folder)!r} are not all float32, bfloat16 or float16: {name} "
                                f"{part.get_dtype()}; use the model's original")
-    model = _without_zero_biases(file.table.get(OURS), model, wanted, parts)
-    kept = [rule for rule in wanted if _has(model, rule)]
-    return HuggingFaceModel(folder, model, known, tokenizer, _chat_template(folder), kept, parts)
+    if isinstance(table.get(OURS), dict):
+        model = _without_zero_biases(model, table[OURS], wanted, parts)
+    return HuggingFaceModel(folder, model, table.get("max_position_embeddings", model.max_seq_len), tokenizer,
+                            _chat_template(folder), [rule for rule in wanted if _has(model, rule)], parts)
 
 
-def _tokenizer(folder: Path, file: ConfigFile) -> Tokenizer:
+def _tokenizer(folder: Path, table: dict) -> Tokenizer:
     """Its end-of-text is the eos_token of tokenizer_config.json, else config.json's eos_token_id, else the special
     token with a known name."""
-    eos = file.table.get("eos_token_id")
+    eos = table.get("eos_token_id")
     eos = eos[0] if isinstance(eos, list) and eos else eos
     if (folder / TOKENIZER_FILE).exists():
         return load_tokenizer(str(folder / TOKENIZER_FILE), end_of_text=eos)  # a folder called gpt2 is no name
-    if (folder / "vocab.json").exists() and (folder / "merges.txt").exists() and file.family == "gpt2":
+    if (folder / "vocab.json").exists() and (folder / "merges.txt").exists() and table["model_type"] == "gpt2":
         return from_vocab_and_merges(folder, end_of_text=eos)
     other = next((f"{name} but " for name in ("tokenizer.model", "vocab.json") if (folder / name).exists()), "")
     raise ConvertError(f"{str(folder)!r} holds {other}no {TOKENIZER_FILE}; make one where transformers is installed: "
@@ -366,12 +337,11 @@ def _tokenizer(folder: Path, file: ConfigFile) -> Tokenizer:
 def _chat_template(folder: Path) -> str | None:
     """chat_template.jinja, else that of tokenizer_config.json (of a list of named ones the default)."""
     template = load_template(folder)
-    path = folder / TOKENIZER_CONFIG_FILE
-    if template is None and path.exists():
-        template = _read_json(path).get("chat_template")
-        if isinstance(template, list):
-            named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-            template = named.get("default")
+    if template is None and (folder / TOKENIZER_CONFIG_FILE).exists():
+        template = _read_json(folder / TOKENIZER_CONFIG_FILE).get("chat_template")
+    if isinstance(template, list):
+        template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}.get(
+            "default")
     return template if isinstance(template, str) else None
 
 
@@ -381,8 +351,8 @@ def _open_parts(folder: Path, *, prefix: str) -> dict:
     paths, index = [folder / WEIGHTS_FILE], folder / f"{WEIGHTS_FILE}.index.json"
     if not paths[0].exists():
         if not index.exists():
-            raise ConvertError(f"{str(folder)!r} holds neither {WEIGHTS_FILE} nor {index.name}"
-                               + (_pickle_in(folder) or "; copy the folder again"))
+            _refuse_pickle(folder)
+            raise ConvertError(f"{str(folder)!r} holds neither {WEIGHTS_FILE} nor {index.name}; copy the folder again")
         names = _read_json(index).get("weight_map")
         if not isinstance(names, dict) or not all(isinstance(n, str) and Path(n).name == n for n in names.values()):
             raise ConvertError(f"{str(index)!r} has no weight_map of file names in its folder; copy it again")
@@ -404,15 +374,10 @@ def _open_parts(folder: Path, *, prefix: str) -> dict:
     return parts
 
 
-def _without_zero_biases(switches: object, model: ModelConfig, wanted: list[Rule], parts: dict) -> ModelConfig:
-    """[model] without what to-hf added: biases that the run did not have, if they are still 0 (training may have moved
-    them)."""
-    if not isinstance(switches, dict):
-        return model
-    had = {name: bool(switches.get(name)) for name in _biases(model)}
-    if any(had[name] and not has for name, has in _biases(model).items()):
-        return model  # the note is not of this model
-    smaller = replace(model, **had)
+def _without_zero_biases(model: ModelConfig, switches: dict, wanted: list[Rule], parts: dict) -> ModelConfig:
+    """[model] without the biases that to-hf added to a run of these switches, if they are still 0: training may have
+    moved them."""
+    smaller = replace(model, **{name: has and bool(switches.get(name)) for name, has in _biases(model).items()})
     added = [name for rule in wanted if not _has(smaller, rule) for name in rule.theirs]
     return model if any(parts[name][:].any() for name in added) else smaller
 
@@ -433,8 +398,8 @@ def _has(config: ModelConfig, rule: Rule) -> bool:
 
 def choose_family(config: ModelConfig) -> str:
     """The family that computes what the model computes. Raises ConvertError naming the switches in the way."""
-    is_gpt2, only_qkv_bias = config.position == "learned", config.has_qkv_bias and not (
-        config.bias or config.has_mlp_bias)
+    is_gpt2 = config.position == "learned"
+    only_qkv_bias = config.has_qkv_bias and not (config.bias or config.has_mlp_bias)
     family = "gpt2" if is_gpt2 else "qwen3" if config.qk_norm else \
         "qwen2" if config.window is not None or only_qkv_bias else "llama"
     wrong = {"norm": config.norm != ("layernorm" if is_gpt2 else "rmsnorm"),
@@ -455,12 +420,9 @@ def choose_family(config: ModelConfig) -> str:
 
 def family_config(config: ModelConfig, family: str) -> ModelConfig:
     """config with the biases that its family always has (to be written as 0 where the model lacks them)."""
-    if family == "gpt2":
-        return replace(config, bias=True, qkv_bias=None, mlp_bias=None)
-    if family == "qwen2":
-        return replace(config, bias=False, qkv_bias=True, mlp_bias=None)
-    attention_bias = config.bias or config.has_qkv_bias
-    return replace(config, bias=attention_bias, qkv_bias=None, mlp_bias=config.has_mlp_bias)
+    if family in ("gpt2", "qwen2"):
+        return replace(config, bias=family == "gpt2", qkv_bias=True, mlp_bias=None)
+    return replace(config, bias=config.bias or config.has_qkv_bias, qkv_bias=None, mlp_bias=config.has_mlp_bias)
 
 
 def hf_config(config: ModelConfig, family: str, *, bos: int, eos: int, dtype: str) -> dict:
@@ -489,10 +451,10 @@ def hf_config(config: ModelConfig, family: str, *, bos: int, eos: int, dtype: st
         table["attention_bias"] = complete.bias
     if family == "llama":
         table["mlp_bias"] = complete.has_mlp_bias
-    elif config.window is None:
-        table["use_sliding_window"] = False
     else:
-        table |= {"use_sliding_window": True, "sliding_window": config.window, "max_window_layers": 0,
+        table["use_sliding_window"] = config.window is not None
+    if config.window is not None:
+        table |= {"sliding_window": config.window, "max_window_layers": 0,
                   "layer_types": ["sliding_attention"] * config.n_layer}
     return table
 
@@ -509,8 +471,8 @@ def from_hf(folder: Path, run: Path, *, max_seq_len: int | None = None,
     if T < hf.known_seq_len and max_seq_len is None:
         note(f"context: {T:,} of the {hf.known_seq_len:,} tokens that the model knows; --max-seq-len "
              f"{hf.known_seq_len} takes all")
-    config = Config(model=hf.model, train=TrainConfig(tokens_per_step=max(1, 524_288 // T) * T))
-    config = configuration.apply_table(config, {"train": {"out_dir": str(run)}})
+    train = {"out_dir": str(run), "tokens_per_step": max(1, 524_288 // T) * T}
+    config = configuration.apply_table(Config(model=hf.model), {"train": train})
     weights = hf.weights()
     with _new_folder(run) as temporary:
         checkpoint.save(temporary, 0, model=weights, optimizer=None, state={"val_loss": None}, keep=1)
@@ -530,12 +492,17 @@ def to_hf(run: Path, folder: Path, *, dtype: str = "float32", note: Callable[[st
     Raises UserError and MachineError."""
     _refuse_full(folder, "model folder")
     saved = read_run(run, note)
-    config, tokenizer = saved.config.model, saved.tokenizer
+    config, tokenizer, bos, eos = saved.config.model, saved.tokenizer, saved.tokenizer.start, saved.tokenizer.eot
     family = choose_family(config)
-    bos, eos = tokenizer.start, tokenizer.eot
-    tensors = _hf_tensors(config, family, saved.weights(), where=str(saved.checkpoint))
-    if dtype != "float32":
-        tensors = {name: t.to(getattr(torch, dtype)) for name, t in tensors.items()}
+    ours, theirs, wanted = saved.weights(), {}, list(rules(family_config(config, family), family))
+    problems = _misfits({rule.ours: list(rule.shape) for rule in wanted if _has(config, rule)},
+                        {name: list(tensor.shape) for name, tensor in ours.items()})
+    if problems:
+        raise ConvertError(f"checkpoint {str(saved.checkpoint)!r} does not fit the run's config.toml: {problems}; put "
+                           "back the config it was trained with")
+    for rule in wanted:  # views where that is possible; biases that the family has and the model lacks are 0
+        tensor = ours[rule.ours] if rule.ours in ours else torch.zeros(rule.shape)
+        theirs |= {name: part.to(getattr(torch, dtype)) for name, part in rule.split(tensor).items()}
     tables = {
         "config.json": hf_config(config, family, bos=bos, eos=eos, dtype=dtype),
         "generation_config.json": {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": eos},
@@ -544,27 +511,13 @@ def to_hf(run: Path, folder: Path, *, dtype: str = "float32", note: Callable[[st
             "eos_token": tokenizer.eot_token, "model_max_length": config.max_seq_len,
             "clean_up_tokenization_spaces": False}}
     with _new_folder(folder) as temporary:
-        checkpoint.write_tensor_file(temporary / WEIGHTS_FILE, tensors)
+        checkpoint.write_tensor_file(temporary / WEIGHTS_FILE, theirs)
         tokenizer.save(temporary / TOKENIZER_FILE)  # may write a tokenizer_config.json, of which ours says more
         for name, table in tables.items():
             files.write_whole(temporary / name, json.dumps(table, indent=2, ensure_ascii=False) + "\n")
         if saved.chat_template is not None:
             save_template(temporary, saved.chat_template)
     note(f"model {str(folder)!r}: {FAMILIES[family]}, {dtype}, of {str(saved.checkpoint)!r}")
-
-
-def _hf_tensors(config: ModelConfig, family: str, ours: dict[str, Tensor], *, where: str) -> dict[str, Tensor]:
-    """Their tensors of ours, views where possible; biases that the family has and the model lacks are 0."""
-    wanted = list(rules(family_config(config, family), family))
-    problems = _misfits({rule.ours: list(rule.shape) for rule in wanted if _has(config, rule)},
-                        {name: list(t.shape) for name, t in ours.items()})
-    if problems:
-        raise ConvertError(f"checkpoint {where!r} does not fit the run's config.toml: {problems}; put back the config "
-                           "it was trained with")
-    theirs = {}
-    for rule in wanted:
-        theirs |= rule.split(ours[rule.ours] if rule.ours in ours else torch.zeros(rule.shape))
-    return theirs
 
 
 def _refuse_full(folder: Path, what: str) -> None:
@@ -579,12 +532,10 @@ def _new_folder(path: Path) -> Iterator[Path]:
     path = path.absolute()
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
-        files.make_folder(temporary)
-        yield temporary
-        files.publish(temporary, path)  # an empty folder may stand there
-    except OSError as error:
-        kind = MachineError if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO) else ConvertError
-        raise kind(f"folder {str(path)!r} cannot be written: {error.strerror}; nothing was left behind") from None
+        with files.disk_errors(path):
+            files.make_folder(temporary)
+            yield temporary
+            files.publish(temporary, path)  # an empty folder may stand there
     finally:
         files.delete_folder(temporary, ignore_errors=True)
 

@@ -23,6 +23,7 @@ import sample
 import start
 from config import (
     Config,
+    ConfigError,
     MachineError,
     ModelConfig,
     RopeScaling,
@@ -277,7 +278,7 @@ def change_config(folder: Path, **changes: object) -> Path:
 
 
 def config_of(folder: Path, *, max_seq_len: int | None = None) -> ModelConfig:
-    return model_config(read_config(folder), max_seq_len)[0]
+    return model_config(read_config(folder), max_seq_len)
 
 
 def change_weights(folder: Path, change) -> Path:
@@ -340,7 +341,7 @@ def test_a_long_context_is_cut_with_a_note_unless_it_is_asked_for(tmp_path):
     assert "8,192 of the 131,072" in notes[0] and "--max-seq-len 131072" in notes[0]
     from_hf(folder, tmp_path / "long", max_seq_len=20_000, note=notes.append)
     assert load_config(tmp_path / "long" / "config.toml").model.max_seq_len == 20_000
-    with pytest.raises(ConvertError, match="--max-seq-len 131073.*131072"):
+    with pytest.raises(ConvertError, match="config.json.*--max-seq-len 131073.*131072"):
         read_hf(folder, max_seq_len=131_073)
 
 
@@ -354,7 +355,7 @@ def test_a_sliding_window_is_taken_where_all_layers_have_it_or_none_needs_it(tmp
     assert config_of(change_config(llama, **window, max_window_layers=0)).window is None
     change_config(folder, max_window_layers=1)
     assert config_of(folder, max_seq_len=17).window is None
-    with pytest.raises(ConvertError, match="some layers only.*--max-seq-len 17"):
+    with pytest.raises(ConfigError, match="some layers only.*--max-seq-len 17"):
         config_of(folder)
 
 
@@ -504,8 +505,8 @@ def only(folder: Path, *names: str) -> None:
     (lambda f: (f / "config.json").unlink(), "has no config.json"),
     (lambda f: (f / "model.safetensors").write_bytes(b"version https://git-lfs"), "cannot be read as safetensors"),
     (lambda f: (f / "model.safetensors").unlink(), "holds neither model.safetensors nor"),
-    (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "'pytorch_model.bin' is a pickle"),
-    (lambda f: (only(f), (f / "ckpt.pt").write_bytes(b"")), "'ckpt.pt' is a pickle.*CONVERT.md"),
+    (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "pytorch_model.bin' is a pickle.*CONVERT.md"),
+    (lambda f: (only(f), (f / "ckpt.pt").write_bytes(b"")), "ckpt.pt' is a pickle.*CONVERT.md"),
     (lambda f: make_index(f, {"a": "model-00002-of-00002.safetensors"}), "1 files.*model-00002"),
     (lambda f: make_index(f, {"a": "../hf_of/checkpoints/step_00000003/model.safetensors"}), "no weight_map of file"),
     (lambda f: make_index(f, None), "no weight_map"),
