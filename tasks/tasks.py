@@ -74,6 +74,8 @@ class Chat:
 
 
 KINDS = {Choice: "multiple choice", Labelled: "classification", Answer: "generation", Chat: "chat"}
+OPTIONS = {"limit": "any kind", "predictions": "any kind", "labels": "classification", "plot": "classification",
+           "max_new_tokens": "generation", "stop": "generation", "metrics": "generation"}  # eval.py's, by kind
 Example = Choice | Labelled | Answer | Chat
 WrongLine = Callable[[str], TaskError]
 
@@ -93,6 +95,16 @@ class Task:
 
     def wrong(self, line: int, text: str) -> TaskError:
         return TaskError(f"task {str(self.path)!r} line {line}: {text}")
+
+
+def check_options(task: Task | None, names: list[str]) -> None:
+    """Raise TaskError if one of the given OPTIONS has no meaning for the task, or there is none."""
+    for name in names:
+        kind, option = OPTIONS[name], f"--{name.replace('_', '-')}"
+        if task is None:
+            raise TaskError(f"{option} is for a task of {kind}; name one with --task, or leave it out")
+        if kind not in ("any kind", "generation" if task.is_generation else task.kind):
+            raise TaskError(f"{option} is for {kind}, and {str(task.path)!r} is {task.kind}; leave it out")
 
 
 def read_task(path: Path) -> Task:
