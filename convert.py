@@ -147,9 +147,8 @@ def read_config(folder: Path) -> dict:
         raise ConvertError(f"model folder {str(folder)!r} {problem}; name a folder with config.json and {WEIGHTS_FILE} "
                            "(hf download NAME --local-dir DIR fetches one)")
     table = {key: value for key, value in _read_json(path).items() if value is not None}
-    family, classes = table.get("model_type"), table.get("architectures", [])
-    if family is None:
-        family = next((family for family, name in FAMILIES.items() if name in classes), None)
+    classes = table.get("architectures", [])
+    family = table.get("model_type", next((family for family, name in FAMILIES.items() if name in classes), None))
     if not isinstance(family, str) or family not in FAMILIES:
         raise ConvertError(f"{str(path)!r}: model_type {family!r} (architectures {classes}) is none of "
                            f"{', '.join(FAMILIES)}; other models cannot be converted")
@@ -194,24 +193,30 @@ def model_config(table: dict, max_seq_len: int | None = None) -> ModelConfig:
     """[model] of what read_config gives. max_seq_len: the context wanted, at most what the model knows; None = all of
     it, of a RoPE model up to DEFAULT_CONTEXT. Raises ConfigError."""
     is_gpt2 = table["model_type"] == "gpt2"
-    keys = GPT2_KEYS if is_gpt2 else LLAMA_KEYS
-    values = {ours: table[theirs] for theirs, ours in keys.items() if theirs in table}
+    values = {ours: table[theirs] for theirs, ours in (GPT2_KEYS if is_gpt2 else LLAMA_KEYS).items() if theirs in table}
     values |= {"mlp": GELUS[table["activation_function"]]} if is_gpt2 else _llama_values(table)
     model = configuration.apply_table(Config(), {"model": values}).model
     known = model.max_seq_len
     if max_seq_len is not None and not 1 <= max_seq_len <= known:
-        raise ConfigError(f"--max-seq-len {max_seq_len} should lie between 1 and the {known} tokens that the model "
-                           "knows")
+        raise ConfigError(f"--max-seq-len {max_seq_len} should lie between 1 and the {known} tokens that the model knows")
     if is_gpt2 and max_seq_len not in (None, known):
         raise ConfigError(f"--max-seq-len {max_seq_len}: GPT-2's table of positions has {known} rows; give a shorter "
                            "context where it is used (model.max_seq_len)")
     if not is_gpt2:
-        fills_width = model.n_head * model.dim_per_head == model.n_embd
         model = replace(model, max_seq_len=max_seq_len or min(known, DEFAULT_CONTEXT),
                         n_kv_head=None if model.kv_heads == model.n_head else model.kv_heads,
-                        head_dim=None if fills_width else model.dim_per_head)
-    if model.window is not None and not _window_hides(table, model):
-        model = replace(model, window=None)
+                        head_dim=None if model.n_head * model.dim_per_head == model.n_embd else model.dim_per_head)
+    if model.window is not None:
+        first = table["max_window_layers"]
+        if not isinstance(first, int):
+            raise ConfigError(f"max_window_layers = {first!r} should be a whole number")
+        types = set(table.get("layer_types") or (
+            "sliding_attention" if layer >= first else "full_attention" for layer in range(model.n_layer)))
+        if types == {"full_attention"} or model.window >= model.max_seq_len:  # such a window hides nothing
+            model = replace(model, window=None)
+        elif types != {"sliding_attention"}:
+            raise ConfigError("use_sliding_window = True in some layers only cannot be converted; a context of at most "
+                              f"sliding_window = {model.window} tokens does not need it: --max-seq-len {model.window}")
     configuration.check(Config(model=model, train=TrainConfig(tokens_per_step=model.max_seq_len)))
     return model
 
@@ -234,21 +239,6 @@ def _llama_values(table: dict) -> dict:
     if family != "llama" and table["use_sliding_window"]:
         values["window"] = table["sliding_window"]
     return values
-
-
-def _window_hides(table: dict, model: ModelConfig) -> bool:
-    """Whether the sliding window of Qwen2 and Qwen3 hides tokens, in every layer."""
-    if model.window >= model.max_seq_len:
-        return False
-    first = table["max_window_layers"]
-    if not isinstance(first, int):
-        raise ConfigError(f"max_window_layers = {first!r} should be a whole number")
-    types = set(table.get("layer_types") or (
-        "sliding_attention" if layer >= first else "full_attention" for layer in range(model.n_layer)))
-    if types not in ({"full_attention"}, {"sliding_attention"}):
-        raise ConfigError("use_sliding_window = True in some layers only cannot be converted; a context of at most "
-                          f"sliding_window = {model.window} tokens does not need it: --max-seq-len {model.window}")
-    return types == {"sliding_attention"}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -302,10 +292,9 @@ def read_hf(folder: Path, *, max_seq_len: int | None = None) -> HuggingFaceModel
                 for name, part in rule.split(torch.empty(rule.shape, device="meta")).items()}
     first, head = next(iter(expected)), "lm_head.weight"
     parts = _open_parts(folder, prefix=first.split(".")[0] + ".")
-    if model.tie_embeddings and head in parts and first not in parts:
-        parts[first] = parts.pop(head)  # the head stands for both
-    elif model.tie_embeddings and head in parts:
-        expected[head] = expected[first]  # weights() compares the two
+    if model.tie_embeddings and head in parts:
+        parts.setdefault(first, parts[head])  # the head may stand for both; weights() compares the two
+        expected[head] = expected[first]
     problems = _misfits(expected, {name: part.get_shape() for name, part in parts.items()})
     if problems:
         raise ConvertError(f"the weights in {str(folder)!r} do not fit its config.json: {problems}; copy the folder "
@@ -438,12 +427,10 @@ def hf_config(config: ModelConfig, family: str, *, bos: int, eos: int, dtype: st
         activation = next(theirs for theirs, ours in GELUS.items() if ours == config.mlp)
         return table | {"activation_function": activation, "scale_attn_weights": True, "attn_pdrop": 0.0,
                         "embd_pdrop": 0.0, "resid_pdrop": 0.0}
-    scaling, rope = config.rope_scaling, {"rope_type": "default"}
-    if scaling is not None:
-        rope = {"rope_type": scaling.kind, "factor": scaling.factor}
-    if scaling is not None and scaling.kind == "llama3":
-        rope |= {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor,
-                 "original_max_position_embeddings": scaling.original_max_seq_len}
+    scaling, kind = config.rope_scaling, config.rope_scaling.kind if config.rope_scaling is not None else "default"
+    rope = {"rope_type": kind} | {key: getattr(scaling, key) for key in ROPE_KEYS[kind]}
+    if kind == "llama3":
+        rope["original_max_position_embeddings"] = scaling.original_max_seq_len
     # RoPE by transformers 5's key and by the older ones, which other programs read
     table |= {"rope_parameters": rope | {"rope_theta": config.rope_theta}, "rope_theta": config.rope_theta,
               "rope_scaling": rope if scaling is not None else None, "hidden_act": "silu", "attention_dropout": 0.0}
@@ -487,8 +474,7 @@ def from_hf(folder: Path, run: Path, *, max_seq_len: int | None = None,
 
 
 def to_hf(run: Path, folder: Path, *, dtype: str = "float32", note: Callable[[str], None] = lambda line: None) -> None:
-    """Write the Hugging Face folder of a run or of one checkpoint, whole or not at all. dtype float32 or bfloat16.
-
+    """Write the Hugging Face folder of a run or of one checkpoint, whole or not at all. dtype: float32 or bfloat16.
     Raises UserError and MachineError."""
     _refuse_full(folder, "model folder")
     saved = read_run(run, note)
@@ -540,25 +526,19 @@ def _new_folder(path: Path) -> Iterator[Path]:
         files.delete_folder(temporary, ignore_errors=True)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Command line
-
 def main(argv: list[str]) -> None:
     parser = cli.Parser(prog="python convert.py", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="{from-hf,to-hf}")
-    reading = commands.add_parser("from-hf", help="make a run of a Hugging Face folder")
-    reading.add_argument("folder", type=Path, metavar="HF_DIR", help="config.json, safetensors, tokenizer.json")
-    reading.add_argument("run", type=Path, metavar="RUN",
-                         help="new run folder: to sample from, evaluate, and for train.init_from")
-    reading.add_argument("--max-seq-len", type=int, metavar="N",
-                         help=f"context of the run; left out = the model's, with RoPE at most {DEFAULT_CONTEXT}")
-    writing = commands.add_parser("to-hf", help="make a Hugging Face folder of a run")
-    writing.add_argument("run", type=Path, metavar="RUN",
-                         help="run folder (its newest checkpoint) or one checkpoint inside it")
-    writing.add_argument("folder", type=Path, metavar="HF_DIR",
-                         help="new folder, for from_pretrained and what reads its like")
-    writing.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"),
-                         help="of the weights; default float32, the run's own")
+    add = commands.add_parser("from-hf", help="make a run of a Hugging Face folder").add_argument
+    add("folder", type=Path, metavar="HF_DIR", help="config.json, safetensors, tokenizer.json")
+    add("run", type=Path, metavar="RUN", help="new run folder: to sample from, evaluate, and for train.init_from")
+    add("--max-seq-len", type=int, metavar="N",
+        help=f"context of the run; left out = the model's, with RoPE at most {DEFAULT_CONTEXT}")
+    add = commands.add_parser("to-hf", help="make a Hugging Face folder of a run").add_argument
+    add("run", type=Path, metavar="RUN", help="run folder (its newest checkpoint) or one checkpoint inside it")
+    add("folder", type=Path, metavar="HF_DIR", help="new folder, for from_pretrained and what reads its like")
+    add("--dtype", default="float32", choices=("float32", "bfloat16"),
+        help="of the weights; default float32, the run's own")
     args = parser.parse_args(argv)
     if args.command == "from-hf":
         from_hf(args.folder, args.run, max_seq_len=args.max_seq_len, note=cli.note)

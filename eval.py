@@ -81,15 +81,13 @@ def text_batches(ids: np.ndarray, *, eot: int, seq_len: int, batch_size: int,
     inputs, targets = torch.from_numpy(tokens[:-1]), torch.from_numpy(tokens[1:].copy())
     targets[len(ids):] = IGNORED
     inputs, targets = (part.view(windows, seq_len).to(device) for part in (inputs, targets))
-    for first in range(0, windows, batch_size):
-        rows = slice(first, first + batch_size)
-        yield MicroBatch(inputs[rows], targets[rows], None, first_window=first)
+    for i, (tokens, next_tokens) in enumerate(zip(inputs.split(batch_size), targets.split(batch_size), strict=True)):
+        yield MicroBatch(tokens, next_tokens, None, first_window=i * batch_size)
 
 
 def compressed_bits_per_byte(text: bytes) -> dict[str, float]:
     """What general compressors need for the same text, as yardsticks: {"gzip": bits per byte, "xz": ...}."""
-    sizes = {"gzip": len(gzip.compress(text, 9)), "xz": len(lzma.compress(text))}
-    return {name: 8 * size / len(text) for name, size in sizes.items()}
+    return {"gzip": 8 * len(gzip.compress(text, 9)) / len(text), "xz": 8 * len(lzma.compress(text)) / len(text)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -186,19 +184,18 @@ def _batches(args: argparse.Namespace, config: DataConfig, model: GPT, tokenizer
     if data is None or not data.exists():  # a run converted from Hugging Face has none
         problem = f"run {args.run!r} has no data of its own" if data is None else f"data {str(data)!r} does not exist"
         raise UserError(f"{problem}; name a folder of shards or a text file with --data")
-    seq_len = model.config.max_seq_len
+    seq_len, own = model.config.max_seq_len, data / TOKENIZER_FILE
     if data.is_dir():
         dataset = open_dataset(data)
-        if (data / TOKENIZER_FILE).exists() and load_tokenizer(data).fingerprint != tokenizer.fingerprint:
+        if own.exists() and load_tokenizer(own).fingerprint != tokenizer.fingerprint:
             raise UserError(f"data {str(data)!r} was made with tokenizer {dataset.index['tokenizer']!r}, the run with "
                             "another; prepare the text again with --tokenizer RUN")
         if dataset.raw_files:
             cli.note(f"no header in {', '.join(dataset.raw_files)}: read as bare uint16 ids")
         stream = open_split(dataset, "val")
-        loader = ValLoader(stream, seq_len=seq_len, eval_tokens=stream.tokens, micro_batch=args.batch_size,
-                           device=device, eot=tokenizer.eot if config.document_mask else None,
-                           vocab_size=model.config.vocab_size)
-        return loader.micro_batches()
+        return ValLoader(stream, seq_len=seq_len, eval_tokens=stream.tokens, micro_batch=args.batch_size, device=device,
+                         eot=tokenizer.eot if config.document_mask else None,
+                         vocab_size=model.config.vocab_size).micro_batches()
     if data.suffix in (".jsonl", ".gz", ".zst", ".parquet"):
         raise UserError(f"--data {str(data)!r} is not plain text; prepare it first (python -m data.prepare {data} "
                         "--out DIR --tokenizer RUN, then --data DIR), or use --task for examples with right answers")
