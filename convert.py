@@ -198,7 +198,7 @@ def model_config(table: dict, max_seq_len: int | None = None) -> ModelConfig:
     model = configuration.apply_table(Config(), {"model": values}).model
     known = model.max_seq_len
     if max_seq_len is not None and not 1 <= max_seq_len <= known:
-        raise ConfigError(f"--max-seq-len {max_seq_len} should lie between 1 and the {known} tokens that the model knows")
+        raise ConfigError(f"--max-seq-len {max_seq_len} should be 1 to the {known} tokens that the model knows")
     if is_gpt2 and max_seq_len not in (None, known):
         raise ConfigError(f"--max-seq-len {max_seq_len}: GPT-2's table of positions has {known} rows; give a shorter "
                            "context where it is used (model.max_seq_len)")

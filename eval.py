@@ -98,8 +98,9 @@ def main(argv: list[str]) -> None:
     task = None if args.task is None else tasks.read_task(args.task)
     tasks.check_options(task, [name for name in tasks.OPTIONS if getattr(args, name) is not None])
     _check_files(args, task)
-    metrics = scores.choose_metrics(args.metrics, cli.note) if task is not None and task.is_generation else ()
-    labels = tasks.choose_labels(task, args.labels) if task is not None and task.kind == "classification" else []
+    kind = None if task is None else task.kind
+    metrics = scores.choose_metrics(args.metrics, cli.note) if kind in ("generation", "chat") else ()
+    labels = tasks.choose_labels(task, args.labels) if kind == "classification" else []
     device, _ = choose_device(args.device, option="--device ")
     model, tokenizer = sample.load_model(args.run, device=device, dtype=args.dtype, note=cli.note)
     verdicts = self_check.verdicts("auto", model.config, table_rows=model.wte.num_embeddings,
@@ -114,9 +115,9 @@ def main(argv: list[str]) -> None:
         result |= asdict(evaluate(model, batches, token_bytes=tokenizer.token_bytes(), device=device))
     if task is not None:
         task = replace(task, examples=task.examples[:args.limit])
-        if task.kind == "multiple choice":
+        if kind == "multiple choice":
             found, rows = tasks.multiple_choice(model, tokenizer, task, batch_size=args.batch_size)
-        elif task.kind == "classification":
+        elif kind == "classification":
             found, rows = tasks.classification(model, tokenizer, task, labels, batch_size=args.batch_size)
             cli.note(scores.confusion_table(labels, np.array(found["confusion"])))
         else:
@@ -124,7 +125,7 @@ def main(argv: list[str]) -> None:
             found, rows = tasks.generation(model, tokenizer, task, load_template(run_dir), metrics=metrics,
                                            max_new_tokens=args.max_new_tokens or 256,
                                            stop=tuple(args.stop or ()), batch_size=args.batch_size)
-        result |= {"task": str(args.task), "kind": task.kind, "examples": len(task.examples), **found}
+        result |= {"task": str(args.task), "kind": kind, "examples": len(task.examples), **found}
         if args.plot is not None:
             with files.disk_errors(args.plot):
                 files.write_whole(args.plot, scores.confusion_image(labels, np.array(found["confusion"])))

@@ -73,25 +73,21 @@ class Chat:
     references: tuple[str, ...]
 
 
+Example = Choice | Labelled | Answer | Chat
 KINDS = {Choice: "multiple choice", Labelled: "classification", Answer: "generation", Chat: "chat"}
 OPTIONS = {"limit": "any kind", "predictions": "any kind", "labels": "classification", "plot": "classification",
-           "max_new_tokens": "generation", "stop": "generation", "metrics": "generation"}  # eval.py's, by kind
-Example = Choice | Labelled | Answer | Chat
+           "max_new_tokens": "generation", "stop": "generation", "metrics": "generation"}  # eval.py's; what each is for
 WrongLine = Callable[[str], TaskError]
 
 
 @dataclass(frozen=True)
 class Task:
     path: Path
-    examples: list[Choice] | list[Labelled] | list[Answer] | list[Chat]
+    examples: list[Example]  # of one kind
 
     @property
     def kind(self) -> str:
         return KINDS[type(self.examples[0])]
-
-    @property
-    def is_generation(self) -> bool:
-        return self.kind in ("generation", "chat")
 
     def wrong(self, line: int, text: str) -> TaskError:
         return TaskError(f"task {str(self.path)!r} line {line}: {text}")
@@ -103,7 +99,7 @@ def check_options(task: Task | None, names: list[str]) -> None:
         kind, option = OPTIONS[name], f"--{name.replace('_', '-')}"
         if task is None:
             raise TaskError(f"{option} is for a task of {kind}; name one with --task, or leave it out")
-        if kind not in ("any kind", "generation" if task.is_generation else task.kind):
+        if kind not in ("any kind", "generation" if task.kind == "chat" else task.kind):
             raise TaskError(f"{option} is for {kind}, and {str(task.path)!r} is {task.kind}; leave it out")
 
 
@@ -320,12 +316,12 @@ def multiple_choice(model: GPT, tokenizer: Tokenizer, task: Task, *, batch_size:
     rows = []
     for example in task.examples:
         likelihoods = [next(values) for _ in example.choices]
-        lengths = {"acc": [1.0] * len(likelihoods), "acc_norm": [len(choice) for choice in example.choices],
+        lengths = {"acc": 1.0, "acc_norm": [len(choice) for choice in example.choices],
                    "acc_bytes": [len(choice.encode()) for choice in example.choices]}
         chosen = {name: int(np.argmax(np.divide(likelihoods, each))) for name, each in lengths.items()}
         rows.append({"line": example.line, "gold": example.gold, "predictions": chosen, "log_likelihoods": likelihoods})
     result = {}
-    for name in ("acc", "acc_norm", "acc_bytes"):
+    for name in lengths:
         hits = [float(row["predictions"][name] == row["gold"]) for row in rows]
         result[name], result[f"{name}_stderr"] = scores.mean_and_stderr(hits)
     return result | {"truncated": len(truncated)}, rows
@@ -371,8 +367,7 @@ def classification(model: GPT, tokenizer: Tokenizer, task: Task, labels: list[st
     as in fine-tuning; the likeliest is predicted, the first of equals."""
     spelled, has_end = encode_labels(tokenizer, labels, model.config.vocab_size)
     longest = max(map(len, spelled))
-    contexts = [tuple(encode_asked(model, tokenizer, task, example, label_tokens=longest))
-                for example in task.examples]
+    contexts = [tuple(encode_asked(model, tokenizer, task, example, label_tokens=longest)) for example in task.examples]
     requests = [(context, label) for context in contexts for label in spelled]
     values = np.reshape(log_likelihoods(model, requests, batch_size=batch_size), (-1, len(labels)))
     predicted, expected = values.argmax(axis=1), [labels.index(example.label) for example in task.examples]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -286,6 +287,49 @@ def change_weights(folder: Path, change) -> Path:
     change(tensors)
     save_file(tensors, folder / "model.safetensors")
     return folder
+
+
+@pytest.fixture
+def tensors_read(monkeypatch) -> list[str]:
+    """The names of the tensors that are read from safetensors files, as they are."""
+    names = []
+
+    @dataclass
+    class Part:
+        part: object
+        name: str
+
+        def __getattr__(self, attribute: str):
+            return getattr(self.part, attribute)
+
+        def __getitem__(self, index: object) -> Tensor:
+            names.append(self.name)
+            return self.part[index]
+
+    class File:
+        def __init__(self, path: Path, framework: str):
+            self.file = safe_open(path, framework)
+            self.keys = self.file.keys
+
+        def get_slice(self, name: str) -> Part:
+            return Part(self.file.get_slice(name), name)
+
+    monkeypatch.setattr(convert, "safe_open", File)
+    return names
+
+
+def test_a_folder_is_known_from_its_headers_and_its_weights_are_read_once_when_asked_for(tmp_path, tensors_read):
+    folder = make_hf(tmp_path / "hf")
+    hf = read_hf(folder)
+    assert (hf.dir, hf.model.n_embd, hf.known_seq_len, hf.tokenizer.vocab_size, tensors_read) == (folder, 24, 60, 299, [])
+    assert_same(hf.weights(), run_tensors(tmp_path / "hf_of"))
+    assert sorted(tensors_read) == sorted(hf_tensors(folder))
+
+
+def test_of_our_own_exports_the_biases_that_may_be_left_out_are_looked_at(tmp_path, tensors_read):
+    folder = make_hf(tmp_path / "hf", replace(SMALL, bias=False))
+    assert read_hf(folder).model.bias is False
+    assert sorted(tensors_read) == sorted(name for name in hf_tensors(folder) if name.endswith(".bias"))
 
 
 def test_weights_saved_without_prefix_with_masks_and_the_tied_head_are_read(tmp_path):
@@ -653,16 +697,28 @@ save_file({"tokens": x, "logits": logits}, "logits.safetensors")
 """
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_the_documented_script_turns_a_nanogpt_checkpoint_into_a_model(tmp_path, bias):
+BOTH = """
+import os
+for folder, programs in PROGRAMS.items():
+    os.mkdir(folder)
+    os.chdir(folder)
+    for program in programs:
+        exec(program, {})
+    os.chdir("..")
+"""
+
+
+def test_the_documented_script_turns_a_nanogpt_checkpoint_into_a_model(tmp_path):
     document = Path(convert.__file__).parent / "docs" / "CONVERT.md"
     script = re.search(r"```python\n(.*?)```", document.read_text(encoding="utf-8"), re.DOTALL)[1]
-    for program in (NANOGPT.replace("BIAS", str(bias)), script):
-        done = subprocess.run([sys.executable, "-I", "-c", program, "ckpt.pt", "hf"], cwd=tmp_path, capture_output=True,
-                              text=True)
-        assert done.returncode == 0, done.stderr
-    small_tokenizer().save(tmp_path / "hf" / "tokenizer.json")
-    from_hf(tmp_path / "hf", tmp_path / "run")
-    assert load_config(tmp_path / "run" / "config.toml").model.bias is bias
-    expected = load_file(tmp_path / "logits.safetensors")
-    torch.testing.assert_close(our_logits(tmp_path / "run", expected["tokens"]), expected["logits"], **F32)
+    programs = {str(bias): [NANOGPT.replace("BIAS", str(bias)), script] for bias in (True, False)}
+    done = subprocess.run([sys.executable, "-I", "-c", BOTH.replace("PROGRAMS", repr(programs)), "ckpt.pt", "hf"],
+                          cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for bias in (True, False):
+        folder = tmp_path / str(bias)
+        small_tokenizer().save(folder / "hf" / "tokenizer.json")
+        from_hf(folder / "hf", folder / "run")
+        assert load_config(folder / "run" / "config.toml").model.bias is bias
+        expected = load_file(folder / "logits.safetensors")
+        torch.testing.assert_close(our_logits(folder / "run", expected["tokens"]), expected["logits"], **F32)
