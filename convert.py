@@ -63,6 +63,7 @@ WEIGHT_DTYPES = ("F32", "BF16", "F16")  # those that float32 holds exactly
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 # Buffers that old transformers saved: causal masks and RoPE's frequencies. They follow from the config.
 BUFFER = re.compile(r"(^|\.)(h\.\d+\.attn\.(bias|masked_bias)|layers\.\d+\.self_attn\.rotary_emb\.inv_freq)$")
+HEAD = "lm_head.weight"
 OURS = "flatgpt"  # key of config.json under which to-hf notes switches that the family cannot express
 
 
@@ -119,7 +120,7 @@ def rules(config: ModelConfig, family: str) -> Iterator[Rule]:
                 yield Rule(f"{ours}.{name}.{kind}", parts, shape, transposed=is_gpt2 and kind == "weight")
     yield from norm("final_norm", f"{base}.{final_norm}")
     if not config.tie_embeddings:
-        yield Rule("lm_head.weight", {"lm_head.weight": V}, (padded_vocab_size(V), C))
+        yield Rule(HEAD, {HEAD: V}, (padded_vocab_size(V), C))
 
 
 def _misfits(expected: dict[str, list[int]], found: dict[str, list[int]]) -> str:
@@ -254,22 +255,21 @@ class HuggingFaceModel:
     tokenizer: Tokenizer
     chat_template: str | None
     rules: list[Rule]  # of all tensors of model
-    parts: dict  # their name -> slice of an open safetensors file: shape and dtype; [:] reads it
 
     def weights(self) -> dict[str, Tensor]:
         """The model's tensors, float32, by our names, tables padded; in memory once. Raises ConvertError."""
-        if self.model.tie_embeddings and "lm_head.weight" in self.parts:
-            name = next(iter(self.rules[0].theirs))
-            table, head = self.parts[name], self.parts["lm_head.weight"]
+        name = next(iter(self.rules[0].theirs))
+        parts = _open_parts(self.dir, name)
+        if self.model.tie_embeddings and HEAD in parts:
+            table, head = parts.setdefault(name, parts[HEAD]), parts[HEAD]  # the head may stand for both
             if table.get_dtype() != head.get_dtype() or not torch.equal(table[:], head[:]):
-                raise ConvertError(f"{str(self.dir)!r}: config.json ties the embeddings but lm_head.weight differs "
-                                   f"from {name}; set tie_word_embeddings to false if the head is its own, or remove "
-                                   "lm_head.weight")
+                raise ConvertError(f"{str(self.dir)!r}: config.json ties the embeddings but {HEAD} differs from "
+                                   f"{name}; set tie_word_embeddings to false if the head is its own, or remove {HEAD}")
         tensors = {}
         for rule in self.rules:
             tensors[rule.ours] = torch.zeros(rule.shape)
             for name, part in rule.split(tensors[rule.ours]).items():
-                part.copy_(self.parts[name][:])  # in place: nothing exists twice but pages of the file
+                part.copy_(parts[name][:])  # in place: nothing exists twice but pages of the file
         return tensors
 
 
@@ -290,11 +290,11 @@ def read_hf(folder: Path, *, max_seq_len: int | None = None) -> HuggingFaceModel
     wanted = list(rules(model, table["model_type"]))
     expected = {name: list(part.shape) for rule in wanted
                 for name, part in rule.split(torch.empty(rule.shape, device="meta")).items()}
-    first, head = next(iter(expected)), "lm_head.weight"
-    parts = _open_parts(folder, prefix=first.split(".")[0] + ".")
-    if model.tie_embeddings and head in parts:
-        parts.setdefault(first, parts[head])  # the head may stand for both; weights() compares the two
-        expected[head] = expected[first]
+    first = next(iter(expected))
+    parts = _open_parts(folder, first)
+    if model.tie_embeddings and HEAD in parts:
+        parts.setdefault(first, parts[HEAD])  # the head may stand for both; weights() compares the two
+        expected[HEAD] = expected[first]
     problems = _misfits(expected, {name: part.get_shape() for name, part in parts.items()})
     if problems:
         raise ConvertError(f"the weights in {str(folder)!r} do not fit its config.json: {problems}; copy the folder "
@@ -306,7 +306,7 @@ def read_hf(folder: Path, *, max_seq_len: int | None = None) -> HuggingFaceModel
     if isinstance(table.get(OURS), dict):
         model = _without_zero_biases(model, table[OURS], wanted, parts)
     return HuggingFaceModel(folder, model, table.get("max_position_embeddings", model.max_seq_len), tokenizer,
-                            _chat_template(folder), [rule for rule in wanted if _has(model, rule)], parts)
+                            _chat_template(folder), [rule for rule in wanted if _has(model, rule)])
 
 
 def _tokenizer(folder: Path, table: dict) -> Tokenizer:
@@ -334,9 +334,10 @@ def _chat_template(folder: Path) -> str | None:
     return template if isinstance(template, str) else None
 
 
-def _open_parts(folder: Path, *, prefix: str) -> dict:
+def _open_parts(folder: Path, table: str) -> dict:
     """The tensors of model.safetensors, or of the shards that its index names, by the names that the model with a head
-    gives them: the body saved alone (openai's gpt2, say) lacks the prefix. Raises ConvertError."""
+    gives them: the body saved alone (openai's gpt2, say) lacks the prefix of its table of tokens. A value knows shape
+    and dtype; [:] reads it; the files are open as long as there are values. Raises ConvertError."""
     paths, index = [folder / WEIGHTS_FILE], folder / f"{WEIGHTS_FILE}.index.json"
     if not paths[0].exists():
         if not index.exists():
@@ -350,7 +351,7 @@ def _open_parts(folder: Path, *, prefix: str) -> dict:
         if missing or not paths:
             raise ConvertError(f"{str(index)!r} names {len(missing)} files that are not there "
                                f"({', '.join(missing[:3])}); copy them too")
-    parts = {}
+    prefix, parts = table.split(".")[0] + ".", {}
     for path in paths:
         try:
             file = safe_open(path, framework="pt")  # reads the header and maps the file into memory
