@@ -111,8 +111,8 @@ def main(argv: list[str]) -> None:
     result = {"run": args.run}
     if task is None or args.data is not None:
         batches = _batches(args, load_config(run_dir / "config.toml").data, model, tokenizer, device)
-        result["data"] = str(args.data)
-        result |= asdict(evaluate(model, batches, token_bytes=tokenizer.token_bytes(), device=device))
+        score = evaluate(model, batches, token_bytes=tokenizer.token_bytes(), device=device)
+        result |= {"data": str(args.data), **asdict(score)}
     if task is not None:
         task = replace(task, examples=task.examples[:args.limit])
         if kind == "multiple choice":
@@ -154,8 +154,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--max-new-tokens", type=int, metavar="N", help="generation: default 256")
     add("--stop", nargs="+", action="extend", metavar="TEXT",
         help="generation: end an answer before any of these; end-of-text always ends it")
-    add("--metrics", metavar="NAMES",
-        help=f"generation: some of {','.join(scores.TEXT_METRICS)}; default all that are installed")
+    add("--metrics", metavar="NAMES", help=f"generation: of {','.join(scores.TEXT_METRICS)}; default all installed")
     args = parser.parse_args(argv)
     for name in ("batch_size", "limit", "max_new_tokens"):
         if getattr(args, name) is not None and getattr(args, name) < 1:

@@ -24,8 +24,7 @@ CORPUS_METRICS = ("bleu", "chrf")  # of all texts together, 0 to 100, by sacrebl
 
 def mean_and_stderr(values: list[float]) -> tuple[float, float | None]:
     """The mean and its standard error, of 0s and 1s sqrt(p (1 - p) / (n - 1)); None for the error of one value."""
-    n = len(values)
-    mean = math.fsum(values) / n
+    n, mean = len(values), math.fsum(values) / len(values)
     if n == 1:
         return mean, None
     return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1) / n)
@@ -147,8 +146,7 @@ def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
 
 def confusion_table(labels: list[str], confusion: np.ndarray) -> str:
     """The matrix as text, a row per true class, with each class's precision, recall and F1 behind it."""
-    scores = class_scores(confusion)
-    shares = ("precision", "recall", "f1")
+    scores, shares = class_scores(confusion), ("precision", "recall", "f1")
     rows = [["true \\ predicted", *labels, *shares]]
     for k, label in enumerate(labels):
         rows.append([label, *map(str, confusion[k]), *(f"{scores[name][k]:.3f}" for name in shares)])

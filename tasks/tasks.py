@@ -235,10 +235,8 @@ def log_likelihoods(model: GPT, requests: list[Request], *, batch_size: int) -> 
 
 def _batches(continuations: dict[tuple[int, ...], set[tuple[int, ...]]], batch_size: int,
              max_seq_len: int) -> Iterator[list[tuple[int, ...]]]:
-    """Contexts in batches of about one length, the longest first: what does not fit into memory fails at once.
-
-    The cache has as many slots as the longest context and the longest continuation of the batch need together.
-    """
+    """Contexts in batches of about one length, the longest first: what does not fit into memory fails at once. The
+    cache has as many slots as the longest context and the longest continuation of the batch need together."""
     batch: list[tuple[int, ...]] = []
     longest = 0  # tokens that a continuation of the batch adds to the cache
     for context in sorted(continuations, key=len, reverse=True):
@@ -403,10 +401,8 @@ def choose_labels(task: Task, names: str | None) -> list[str]:
 
 
 def encode_labels(tokenizer: Tokenizer, labels: list[str], vocab_size: int) -> tuple[list[tuple[int, ...]], bool]:
-    """The ids of ' label' each, and whether end-of-text stands behind them.
-
-    It does if one label's ids begin another's, which otherwise could never be the likelier one.
-    """
+    """The ids of ' label' each, and whether end-of-text stands behind them: it does if one label's ids begin another's,
+    which otherwise could never be the likelier one."""
     spelled = [tuple(sample.encode_prompt(tokenizer, f" {label}", vocab_size)) for label in labels]
     if len(set(spelled)) < len(labels):
         raise TaskError(f"labels {', '.join(map(repr, labels))}: to the run's tokenizer two of them are the same text")
@@ -417,12 +413,9 @@ def encode_labels(tokenizer: Tokenizer, labels: list[str], vocab_size: int) -> t
 def generation(model: GPT, tokenizer: Tokenizer, task: Task, template: str | None, *, metrics: tuple[str, ...],
                max_new_tokens: int, stop: tuple[str, ...], batch_size: int) -> tuple[dict, list[dict]]:
     """The scores of the greedy continuations of the prompts, and of each example the prediction. template: the run's,
-    for a chat.
-
-    A continuation ends with end-of-text (an answer in a chat also with what ends a turn there), before a stop text, or
-    unfinished: at max_new_tokens, or where the context is full, since a model that no longer sees its prompt answers
-    nothing.
-    """
+    for a chat. A continuation ends with end-of-text (in a chat also with what ends a turn there), before a stop text,
+    or unfinished: at max_new_tokens, or where the context is full, since a model that no longer sees its prompt answers
+    nothing."""
     ends = {tokenizer.eot}
     if task.kind == "chat":
         if template is None:
