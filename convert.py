@@ -276,7 +276,6 @@ class HuggingFaceModel:
 def read_hf(folder: Path, *, max_seq_len: int | None = None) -> HuggingFaceModel:
     """A Hugging Face folder without its weights: of safetensors the headers alone are read, and of our own exports the
     biases that may be left out. max_seq_len as in model_config. Raises ConvertError, TokenizerError and ChatError."""
-    folder = Path(folder)
     table = read_config(folder)
     try:
         model = model_config(table, max_seq_len)

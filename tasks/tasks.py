@@ -118,6 +118,8 @@ def read_task(path: Path) -> Task:
             row = json.loads(line.decode().rstrip())
         except UnicodeDecodeError as error:
             raise wrong(f"is not UTF-8 at byte {error.start}; convert the file first") from None
+        except json.JSONDecodeError as error:
+            raise wrong(f"is not JSON: {error.msg} at column {error.colno}") from None
         except (ValueError, RecursionError) as error:
             raise wrong(f"is not JSON: {error}") from None
         if not isinstance(row, dict):

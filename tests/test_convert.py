@@ -402,6 +402,8 @@ def test_a_sliding_window_is_taken_where_all_layers_have_it_or_none_needs_it(tmp
     assert config_of(folder, max_seq_len=17).window is None
     with pytest.raises(ConfigError, match="some layers only.*--max-seq-len 17"):
         config_of(folder)
+    with pytest.raises(ConvertError, match="config.json.*max_window_layers = 'x' should be a whole number"):
+        read_hf(change_config(folder, max_window_layers="x"))
 
 
 def test_end_of_text_is_what_the_folder_says(tmp_path):
