@@ -9,12 +9,11 @@ written under another name and renamed when it is whole. What maps to no family 
 Dims: C width, D head dim, V vocabulary (rows without padding).
 """
 
-import errno
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,7 +25,7 @@ import checkpoint
 import cli
 import config as configuration
 import files
-from config import Config, ConfigError, MachineError, ModelConfig, TrainConfig, UserError, exit_cleanly
+from config import Config, ConfigError, ModelConfig, TrainConfig, UserError, exit_cleanly
 from data.chat import load_template, save_template
 from data.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Tokenizer, from_vocab_and_merges, load_tokenizer
 from finetune import lora
@@ -35,33 +34,36 @@ from model import GPT, padded_vocab_size
 
 FAMILIES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM",
             "qwen3": "Qwen3ForCausalLM"}
-# config.json's keys and what [model] calls them, for both directions; of two for the same the last one counts.
+# config.json's keys and what [model] calls them, for both directions; of two for the same the last one counts
+GPT2_KEYS = {"n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd", "n_inner": "mlp_hidden",
+             "vocab_size": "vocab_size", "n_ctx": "max_seq_len", "n_positions": "max_seq_len",
+             "layer_norm_epsilon": "norm_eps", "tie_word_embeddings": "tie_embeddings"}
 LLAMA_KEYS = {"num_hidden_layers": "n_layer", "num_attention_heads": "n_head", "num_key_value_heads": "n_kv_head",
               "hidden_size": "n_embd", "head_dim": "head_dim", "intermediate_size": "mlp_hidden",
               "vocab_size": "vocab_size", "max_position_embeddings": "max_seq_len", "rms_norm_eps": "norm_eps",
               "tie_word_embeddings": "tie_embeddings"}
-GPT2_KEYS = {"n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd", "n_inner": "mlp_hidden",
-             "vocab_size": "vocab_size", "n_ctx": "max_seq_len", "n_positions": "max_seq_len",
-             "layer_norm_epsilon": "norm_eps", "tie_word_embeddings": "tie_embeddings"}
-KEYS = {"gpt2": GPT2_KEYS, "llama": LLAMA_KEYS, "qwen2": LLAMA_KEYS, "qwen3": LLAMA_KEYS}
-OPTIONAL_KEYS = {"num_key_value_heads", "head_dim", "n_inner", "n_positions"}
+OPTIONAL_KEYS = ("n_inner", "n_positions", "num_key_value_heads", "head_dim")
 # transformers' values of keys that config.json leaves out
 LLAMA_DEFAULTS = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
-                  "attention_bias": False, "mlp_bias": False, "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
+                  "attention_bias": False, "mlp_bias": False, "rope_theta": 10000.0, "rope_type": "default"}
 QWEN_DEFAULTS = LLAMA_DEFAULTS | {"max_position_embeddings": 32768, "use_sliding_window": False, "sliding_window": 4096,
                                   "max_window_layers": 28}
 DEFAULTS = {"gpt2": {"n_ctx": 1024, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True,
                      "activation_function": "gelu_new"},
             "llama": LLAMA_DEFAULTS, "qwen2": QWEN_DEFAULTS, "qwen3": QWEN_DEFAULTS | {"head_dim": 128}}
 GELUS = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu_fast": "gelu", "gelu": "gelu_exact", "relu2": "relu2"}
+# Values under which the model computes what ours does, and what kinds of RoPE need
+ALLOWED = {"activation_function": tuple(GELUS), "scale_attn_weights": (True,), "add_cross_attention": (False,),
+           "scale_attn_by_inverse_layer_idx": (False,), "hidden_act": ("silu", "swish"), "rope_interleaved": (False,),
+           "use_mrope": (False,), "partial_rotary_factor": (1.0,), "rope_type": ("default", "linear", "llama3")}
+ROPE_KEYS = {"default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
 DEFAULT_CONTEXT = 8192  # of a RoPE model that knows more: a run's windows, caches and tables are that long
 WEIGHTS_FILE = "model.safetensors"
 WEIGHT_DTYPES = ("F32", "BF16", "F16")  # those that float32 holds exactly
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
-IS_A_PICKLE = ("is a pickle, which could execute code, and is never loaded; docs/CONVERT.md shows how to turn it into "
-               "safetensors where it was made")
 # Buffers that old transformers saved: causal masks and RoPE's frequencies. They follow from the config.
 BUFFER = re.compile(r"(^|\.)(h\.\d+\.attn\.(bias|masked_bias)|layers\.\d+\.self_attn\.rotary_emb\.inv_freq)$")
+HEAD = "lm_head.weight"
 OURS = "flatgpt"  # key of config.json under which to-hf notes switches that the family cannot express
 
 
@@ -77,62 +79,48 @@ class Rule:
     """One tensor of ours and those of theirs whose rows it holds one after the other."""
 
     ours: str
-    theirs: tuple[str, ...]
-    rows: tuple[int, ...]  # of each of theirs, as ours counts rows (outputs)
-    columns: int | None = None  # None = a vector
+    theirs: dict[str, int]  # name -> rows, as ours counts them (outputs)
+    shape: tuple[int, ...]  # of ours, padding included
     transposed: bool = False  # GPT-2's Conv1D holds (in, out)
-    padded_rows: int | None = None  # of ours; None = the sum of rows
-
-    def empty(self, device: str = "cpu") -> Tensor:
-        """Ours, zeros."""
-        rows = self.padded_rows or sum(self.rows)
-        return torch.zeros([rows] if self.columns is None else [rows, self.columns], device=device)
 
     def split(self, ours: Tensor) -> dict[str, Tensor]:
         """Theirs of ours, views of it; the padding belongs to none."""
-        parts = ours[:sum(self.rows)].split(self.rows)
-        return dict(zip(self.theirs, [part.T for part in parts] if self.transposed else parts, strict=True))
+        parts = ours[:sum(self.theirs.values())].split(list(self.theirs.values()))
+        return {name: part.T if self.transposed else part for name, part in zip(self.theirs, parts, strict=True)}
 
 
-def rules(config: ModelConfig, family: str) -> list[Rule]:
+def rules(config: ModelConfig, family: str) -> Iterator[Rule]:
     """Every tensor of the model, the table of tokens first. config: one that the family can have (family_config)."""
-    C, V, is_gpt2 = config.n_embd, config.vocab_size, family == "gpt2"
-    blocks, modules = lora.FAMILIES["gpt2" if is_gpt2 else "llama"]  # Qwen2 and Qwen3 share Llama's names
-    base, table, final_norm = ("transformer", "wte", "ln_f") if is_gpt2 else ("model", "embed_tokens", "norm")
-    table_rows = {"rows": (V,), "columns": C, "padded_rows": padded_vocab_size(V)}
-    found = [Rule("wte.weight", (f"{base}.{table}.weight",), **table_rows)]
-    if is_gpt2:
-        found.append(Rule("wpe.weight", (f"{base}.wpe.weight",), (config.max_seq_len,), C))
-    for layer in range(config.n_layer):
-        found += _block_rules(config, f"blocks.{layer}", f"{blocks}{layer}", modules, is_gpt2=is_gpt2)
-    found += _norm_rules(config, "final_norm", f"{base}.{final_norm}")
-    return found if config.tie_embeddings else [*found, Rule("lm_head.weight", ("lm_head.weight",), **table_rows)]
-
-
-def _block_rules(config: ModelConfig, ours: str, theirs: str, modules: dict[str, tuple[str, ...]], *,
-                 is_gpt2: bool) -> Iterator[Rule]:
-    C, hidden, D = config.n_embd, config.mlp_width, config.dim_per_head
+    C, V, D, hidden, is_gpt2 = config.n_embd, config.vocab_size, config.dim_per_head, config.mlp_width, family == "gpt2"
     queries, keys = config.n_head * D, config.kv_heads * D
-    attn_norm, mlp_norm = ("ln_1", "ln_2") if is_gpt2 else ("input_layernorm", "post_attention_layernorm")
-    yield from _norm_rules(config, f"{ours}.attn_norm", f"{theirs}.{attn_norm}")
-    yield from _norm_rules(config, f"{ours}.mlp_norm", f"{theirs}.{mlp_norm}")
-    if config.qk_norm:
-        for name in ("q_norm", "k_norm"):
-            yield Rule(f"{ours}.attn.{name}.weight", (f"{theirs}.self_attn.{name}.weight",), (D,))
-    for layer, rows, columns, has_bias in (
-            ("attn.qkv", (3 * C,) if is_gpt2 else (queries, keys, keys), C, config.has_qkv_bias),
-            ("attn.proj", (C,), queries, config.bias),
-            ("mlp.fc", (hidden,) * len(modules["mlp.fc"]), C, config.has_mlp_bias),
-            ("mlp.proj", (C,), hidden, config.has_mlp_bias)):
-        names = [f"{theirs}.{module}" for module in modules[layer]]
-        yield Rule(f"{ours}.{layer}.weight", tuple(f"{name}.weight" for name in names), rows, columns, is_gpt2)
-        if has_bias:
-            yield Rule(f"{ours}.{layer}.bias", tuple(f"{name}.bias" for name in names), rows)
+    blocks, modules = lora.FAMILIES["gpt2" if is_gpt2 else "llama"]  # Qwen2 and Qwen3 share Llama's names
+    base, table, attn_norm, mlp_norm, final_norm = ("transformer", "wte", "ln_1", "ln_2", "ln_f") if is_gpt2 else (
+        "model", "embed_tokens", "input_layernorm", "post_attention_layernorm", "norm")
 
+    def norm(ours: str, theirs: str) -> Iterator[Rule]:
+        for kind in ("weight", "bias") if config.norm == "layernorm" else ("weight",):
+            yield Rule(f"{ours}.{kind}", {f"{theirs}.{kind}": C}, (C,))
 
-def _norm_rules(config: ModelConfig, ours: str, theirs: str) -> list[Rule]:
-    kinds = ("weight", "bias") if config.norm == "layernorm" else ("weight",)
-    return [Rule(f"{ours}.{kind}", (f"{theirs}.{kind}",), (config.n_embd,)) for kind in kinds]
+    yield Rule("wte.weight", {f"{base}.{table}.weight": V}, (padded_vocab_size(V), C))
+    if is_gpt2:
+        yield Rule("wpe.weight", {f"{base}.wpe.weight": config.max_seq_len}, (config.max_seq_len, C))
+    for layer in range(config.n_layer):
+        ours, theirs = f"blocks.{layer}", f"{blocks}{layer}"
+        yield from norm(f"{ours}.attn_norm", f"{theirs}.{attn_norm}")
+        yield from norm(f"{ours}.mlp_norm", f"{theirs}.{mlp_norm}")
+        for name in ("q_norm", "k_norm") if config.qk_norm else ():
+            yield Rule(f"{ours}.attn.{name}.weight", {f"{theirs}.self_attn.{name}.weight": D}, (D,))
+        for name, rows, columns, has_bias in (
+                ("attn.qkv", [3 * C] if is_gpt2 else [queries, keys, keys], C, config.has_qkv_bias),
+                ("attn.proj", [C], queries, config.bias),
+                ("mlp.fc", [hidden] * len(modules["mlp.fc"]), C, config.has_mlp_bias),
+                ("mlp.proj", [C], hidden, config.has_mlp_bias)):
+            for kind, shape in (("weight", (sum(rows), columns)), ("bias", (sum(rows),)))[:1 + has_bias]:
+                parts = {f"{theirs}.{module}.{kind}": n for module, n in zip(modules[name], rows, strict=True)}
+                yield Rule(f"{ours}.{name}.{kind}", parts, shape, transposed=is_gpt2 and kind == "weight")
+    yield from norm("final_norm", f"{base}.{final_norm}")
+    if not config.tie_embeddings:
+        yield Rule(HEAD, {HEAD: V}, (padded_vocab_size(V), C))
 
 
 def _misfits(expected: dict[str, list[int]], found: dict[str, list[int]]) -> str:
@@ -148,156 +136,110 @@ def _misfits(expected: dict[str, list[int]], found: dict[str, list[int]]) -> str
 # ----------------------------------------------------------------------------------------------------------------------
 # config.json -> ModelConfig
 
-@dataclass(frozen=True)
-class ConfigFile:
-    """config.json. A key whose value is null counts as left out; what is left out has transformers' value."""
-
-    path: str
-    family: str
-    table: dict
-
-    def need(self, key: str) -> object:
-        if key not in self.table:
-            raise ConvertError(f"{self.path!r} has no {key!r}; copy it again")
-        return self.table[key]
-
-    def only(self, key: str, *allowed: object) -> None:
-        """Raise ConvertError if a key has a value under which the model would compute something else than ours."""
-        if key in self.table and self.table[key] not in allowed:
-            raise ConvertError(f"{self.path!r}: {key} = {self.table[key]!r} cannot be converted, only "
-                               f"{' or '.join(repr(value) for value in allowed)}")
-
-
-def read_config(folder: Path) -> ConfigFile:
-    """config.json of a Hugging Face folder. Raises ConvertError, with the way out, for all else that may be there."""
+def read_config(folder: Path) -> dict:
+    """config.json of a Hugging Face folder, with model_type, transformers' values of what it leaves out, and RoPE's
+    keys beside the others. Raises ConvertError, with the way out, for all else that may be there."""
     path = folder / "config.json"
-    if folder.is_file() and folder.suffix in PICKLES:
-        raise ConvertError(f"{str(folder)!r} {IS_A_PICKLE}")
-    if not folder.is_dir():
-        raise ConvertError(f"model folder {str(folder)!r} does not exist; name a folder with config.json and "
-                           f"{WEIGHTS_FILE} (hf download NAME --local-dir DIR fetches one)")
-    if not path.exists() and (folder / "config.toml").exists():
-        raise ConvertError(f"{str(folder)!r} is a run already (it has a config.toml); use it as it is")
     if not path.exists():
-        raise ConvertError(f"model folder {str(folder)!r} has no config.json" + (
-            _pickle_in(folder) or f"; name a folder with config.json and {WEIGHTS_FILE}"))
+        _refuse_pickle(folder)
+        if (folder / "config.toml").exists():
+            raise ConvertError(f"{str(folder)!r} is a run already (it has a config.toml); use it as it is")
+        problem = "has no config.json" if folder.is_dir() else "does not exist"
+        raise ConvertError(f"model folder {str(folder)!r} {problem}; name a folder with config.json and {WEIGHTS_FILE} "
+                           "(hf download NAME --local-dir DIR fetches one)")
     table = {key: value for key, value in _read_json(path).items() if value is not None}
-    kind, classes = table.get("model_type"), table.get("architectures", [])
-    if kind is None:
-        kind = next((family for family, name in FAMILIES.items() if name in classes), None)
-    if not isinstance(kind, str) or kind not in FAMILIES:
-        raise ConvertError(f"{str(path)!r}: model_type {kind!r} (architectures {classes}) is none of "
+    classes = table.get("architectures", [])
+    family = table.get("model_type", next((family for family, name in FAMILIES.items() if name in classes), None))
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise ConvertError(f"{str(path)!r}: model_type {family!r} (architectures {classes}) is none of "
                            f"{', '.join(FAMILIES)}; other models cannot be converted")
-    return ConfigFile(str(path), kind, DEFAULTS[kind] | table)
+    rope = table.get("rope_scaling") or table.get("rope_parameters") or {}  # the second is transformers 5's
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+        raise ConvertError(f"{str(path)!r}: rope_scaling or rope_parameters = {rope!r} cannot be converted, only one "
+                           "flat table for all layers")
+    rope = {"rope_type": rope.get("type", "default")} | rope
+    table = DEFAULTS[family] | table | rope | {"model_type": family}
+    for key, allowed in ALLOWED.items():
+        if key in table and table[key] not in allowed:
+            raise ConvertError(f"{str(path)!r}: {key} = {table[key]!r} cannot be converted, only "
+                               f"{' or '.join(map(repr, allowed))}")
+    for key in (*(GPT2_KEYS if family == "gpt2" else LLAMA_KEYS), *ROPE_KEYS[table["rope_type"]]):
+        if key not in table and key not in OPTIONAL_KEYS:
+            raise ConvertError(f"{str(path)!r} has no {key!r}; copy it again")
+    if "quantization_config" in table:
+        raise ConvertError(f"{str(path)!r}: quantization_config: the weights are quantized; use the model's original "
+                           "in float32, bfloat16 or float16")
+    return table
 
 
-def _pickle_in(folder: Path) -> str | None:
-    """Half a sentence on the pickle in a folder that lacks what is needed, if there is one."""
-    name = next((path.name for path in sorted(folder.iterdir()) if path.suffix in PICKLES), None)
-    return name and f", and {name!r} {IS_A_PICKLE}"
+def _refuse_pickle(folder: Path) -> None:
+    """Raise ConvertError if there is a pickle, where what can be read is missing."""
+    for path in sorted(folder.iterdir()) if folder.is_dir() else [folder]:
+        if path.is_file() and path.suffix in PICKLES:
+            raise ConvertError(f"{str(path)!r} is a pickle, which could execute code, and is never loaded; "
+                               "docs/CONVERT.md shows how to turn it into safetensors where it was made")
 
 
 def _read_json(path: Path) -> dict:
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConvertError(f"{str(path)!r} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise ConvertError(f"{str(path)!r} is not JSON ({error}); copy it again") from None
-    if not isinstance(table, dict):
-        raise ConvertError(f"{str(path)!r} holds a {type(table).__name__}, not a table; copy it again")
-    return table
+        if not isinstance(table, dict):
+            raise ValueError(f"it holds a {type(table).__name__}, not a table")
+        return table
+    except (OSError, ValueError) as error:
+        raise ConvertError(f"{str(path)!r} cannot be read as JSON: {error}; copy it again") from None
 
 
-def model_config(file: ConfigFile, max_seq_len: int | None = None) -> tuple[ModelConfig, int]:
-    """[model], and the tokens of context that the model knows. max_seq_len: the context wanted, at most that; None =
-    all of it, of a RoPE model up to DEFAULT_CONTEXT. Raises ConvertError."""
-    if "quantization_config" in file.table:
-        raise ConvertError(f"{file.path!r}: quantization_config: the weights are quantized; use the model's original "
-                           "in float32, bfloat16 or float16")
-    values = {ours: file.need(theirs) for theirs, ours in KEYS[file.family].items()
-              if theirs in file.table or theirs not in OPTIONAL_KEYS}
-    values |= _gpt2_values(file) if file.family == "gpt2" else _llama_values(file)
-    try:
-        model = configuration.apply_table(Config(), {"model": values}).model
-        known = model.max_seq_len
-        if max_seq_len is not None and not 1 <= max_seq_len <= known:
-            raise ConvertError(f"--max-seq-len {max_seq_len} should lie between 1 and the {known} tokens that the "
-                               f"model knows ({file.path!r})")
-        if file.family == "gpt2" and max_seq_len not in (None, known):
-            raise ConvertError(f"--max-seq-len {max_seq_len}: GPT-2's table of positions has {known} rows; give a "
-                               "shorter context where it is used (model.max_seq_len)")
-        if file.family != "gpt2":
-            fills_width = model.n_head * model.dim_per_head == model.n_embd
-            model = replace(model, max_seq_len=max_seq_len or min(known, DEFAULT_CONTEXT),
-                            n_kv_head=None if model.kv_heads == model.n_head else model.kv_heads,
-                            head_dim=None if fills_width else model.dim_per_head)
-        configuration.check(Config(model=model, train=TrainConfig(tokens_per_step=model.max_seq_len)))
-    except ConfigError as error:
-        raise ConvertError(f"{file.path!r}: {error}") from None
-    return (model if _window_hides(file, model) else replace(model, window=None)), known
+def model_config(table: dict, max_seq_len: int | None = None) -> ModelConfig:
+    """[model] of what read_config gives. max_seq_len: the context wanted, at most what the model knows; None = all of
+    it, of a RoPE model up to DEFAULT_CONTEXT. Raises ConfigError."""
+    is_gpt2 = table["model_type"] == "gpt2"
+    values = {ours: table[theirs] for theirs, ours in (GPT2_KEYS if is_gpt2 else LLAMA_KEYS).items() if theirs in table}
+    values |= {"mlp": GELUS[table["activation_function"]]} if is_gpt2 else _llama_values(table)
+    model = configuration.apply_table(Config(), {"model": values}).model
+    known = model.max_seq_len
+    if max_seq_len is not None and not 1 <= max_seq_len <= known:
+        raise ConfigError(f"--max-seq-len {max_seq_len} should be 1 to the {known} tokens that the model knows")
+    if is_gpt2 and max_seq_len not in (None, known):
+        raise ConfigError(f"--max-seq-len {max_seq_len}: GPT-2's table of positions has {known} rows; give a shorter "
+                           "context where it is used (model.max_seq_len)")
+    if not is_gpt2:
+        model = replace(model, max_seq_len=max_seq_len or min(known, DEFAULT_CONTEXT),
+                        n_kv_head=None if model.kv_heads == model.n_head else model.kv_heads,
+                        head_dim=None if model.n_head * model.dim_per_head == model.n_embd else model.dim_per_head)
+    if model.window is not None:
+        first = table["max_window_layers"]
+        if not isinstance(first, int):
+            raise ConfigError(f"max_window_layers = {first!r} should be a whole number")
+        types = set(table.get("layer_types") or (
+            "sliding_attention" if layer >= first else "full_attention" for layer in range(model.n_layer)))
+        if types == {"full_attention"} or model.window >= model.max_seq_len:  # such a window hides nothing
+            model = replace(model, window=None)
+        elif types != {"sliding_attention"}:
+            raise ConfigError("use_sliding_window = True in some layers only cannot be converted; a context of at most "
+                              f"sliding_window = {model.window} tokens does not need it: --max-seq-len {model.window}")
+    configuration.check(Config(model=model, train=TrainConfig(tokens_per_step=model.max_seq_len)))
+    return model
 
 
-def _gpt2_values(file: ConfigFile) -> dict:
-    file.only("activation_function", *GELUS)
-    file.only("scale_attn_weights", True)
-    file.only("scale_attn_by_inverse_layer_idx", False)
-    file.only("add_cross_attention", False)
-    return {"mlp": GELUS[file.table["activation_function"]]}
-
-
-def _llama_values(file: ConfigFile) -> dict:
-    file.only("hidden_act", "silu", "swish")
-    file.only("rope_interleaved", False)
-    file.only("use_mrope", False)
-    table, family = file.table, file.family
-    values = {"norm": "rmsnorm", "mlp": "swiglu", "qk_norm": family == "qwen3"}
-    mlp_bias = table["mlp_bias"] if family == "llama" else False
+def _llama_values(table: dict) -> dict:
+    """[model]'s knobs that config.json's names do not give one by one."""
+    family, rope_type = table["model_type"], table["rope_type"]
+    values = {"norm": "rmsnorm", "mlp": "swiglu", "qk_norm": family == "qwen3", "position": "rope",
+              "rope_theta": table["rope_theta"], "bias": family != "qwen2" and table["attention_bias"]}
+    mlp_bias = family == "llama" and table["mlp_bias"]
     if family == "qwen2":
-        values |= {"bias": False, "qkv_bias": True}
-    else:
-        values |= {"bias": table["attention_bias"]} | (
-            {"mlp_bias": mlp_bias} if mlp_bias != table["attention_bias"] else {})
+        values["qkv_bias"] = True
+    elif mlp_bias != values["bias"]:
+        values["mlp_bias"] = mlp_bias
+    if rope_type != "default":
+        values["rope_scaling"] = {"kind": rope_type} | {key: table[key] for key in ROPE_KEYS[rope_type]}
+    if rope_type == "llama3":
+        values["rope_scaling"]["original_max_seq_len"] = table.get("original_max_position_embeddings",
+                                                                   table["max_position_embeddings"])
     if family != "llama" and table["use_sliding_window"]:
         values["window"] = table["sliding_window"]
-    return values | _rope_values(file)
-
-
-def _rope_values(file: ConfigFile) -> dict:
-    """RoPE's switches, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling`."""
-    table = file.table.get("rope_scaling") or file.table.get("rope_parameters") or {}
-    if not isinstance(table, dict) or any(isinstance(value, dict) for value in table.values()):
-        raise ConvertError(f"{file.path!r}: rope_scaling or rope_parameters = {table!r} cannot be converted, only one "
-                           "flat table for all layers")
-    rope = replace(file, table={
-        "rope_type": table.get("type", "default"), "rope_theta": file.table["rope_theta"],
-        "partial_rotary_factor": file.table["partial_rotary_factor"],
-        "original_max_position_embeddings": file.table["max_position_embeddings"]} | table)
-    rope.only("rope_type", "default", "linear", "llama3")
-    rope.only("partial_rotary_factor", 1.0)
-    kind, values = rope.table["rope_type"], {"position": "rope", "rope_theta": rope.table["rope_theta"]}
-    if kind != "default":
-        values["rope_scaling"] = {"kind": kind, "factor": rope.need("factor")}
-    if kind == "llama3":
-        values["rope_scaling"] |= {"original_max_seq_len": rope.table["original_max_position_embeddings"]} | {
-            key: rope.need(key) for key in ("low_freq_factor", "high_freq_factor")}
     return values
-
-
-def _window_hides(file: ConfigFile, model: ModelConfig) -> bool:
-    """Whether the sliding window of Qwen2 and Qwen3 hides tokens, in every layer."""
-    if model.window is None or model.window >= model.max_seq_len:
-        return False
-    first = file.table["max_window_layers"]
-    if not isinstance(first, int):
-        raise ConvertError(f"{file.path!r}: max_window_layers = {first!r} should be a whole number; copy it again")
-    types = set(file.table.get("layer_types") or (
-        "sliding_attention" if layer >= first else "full_attention" for layer in range(model.n_layer)))
-    if types not in ({"full_attention"}, {"sliding_attention"}):
-        raise ConvertError(f"{file.path!r}: use_sliding_window = True in some layers only cannot be converted; a "
-                           f"context of at most sliding_window = {model.window} tokens does not need it: --max-seq-len "
-                           f"{model.window}")
-    return types == {"sliding_attention"}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -312,65 +254,68 @@ class HuggingFaceModel:
     known_seq_len: int  # tokens of context that the model knows; model.max_seq_len may be fewer
     tokenizer: Tokenizer
     chat_template: str | None
-    rules: tuple[Rule, ...]  # the tensors of model
-    places: dict[str, tuple[Path, str]]  # their name -> safetensors file and the name in it
+    rules: list[Rule]  # of all tensors of model
 
     def weights(self) -> dict[str, Tensor]:
         """The model's tensors, float32, by our names, tables padded; in memory once. Raises ConvertError."""
-        with _opened({path for path, _ in self.places.values()}) as opened:
-            def read(name: str) -> Tensor:
-                path, there = self.places[name]
-                return opened[path].get_tensor(there)
-
-            if self.model.tie_embeddings and "lm_head.weight" in self.places:
-                name = self.rules[0].theirs[0]
-                table, head = read(name), read("lm_head.weight")
-                if table.dtype != head.dtype or not torch.equal(table, head):
-                    raise ConvertError(f"{str(self.dir)!r}: config.json ties the embeddings but lm_head.weight differs "
-                                       f"from {name}; set tie_word_embeddings to false if the head is its own, or "
-                                       "remove lm_head.weight")
-            tensors = {}
-            for rule in self.rules:
-                tensors[rule.ours] = rule.empty()
-                for name, part in rule.split(tensors[rule.ours]).items():
-                    part.copy_(read(name))  # in place: nothing exists twice but pages of the file
+        name = next(iter(self.rules[0].theirs))
+        parts = _open_parts(self.dir, name)
+        if self.model.tie_embeddings and HEAD in parts:
+            table, head = parts.setdefault(name, parts[HEAD]), parts[HEAD]  # the head may stand for both
+            if table.get_dtype() != head.get_dtype() or not torch.equal(table[:], head[:]):
+                raise ConvertError(f"{str(self.dir)!r}: config.json ties the embeddings but {HEAD} differs from "
+                                   f"{name}; set tie_word_embeddings to false if the head is its own, or remove {HEAD}")
+        tensors = {}
+        for rule in self.rules:
+            tensors[rule.ours] = torch.zeros(rule.shape)
+            for name, part in rule.split(tensors[rule.ours]).items():
+                part.copy_(parts[name][:])  # in place: nothing exists twice but pages of the file
         return tensors
 
 
 def read_hf(folder: Path, *, max_seq_len: int | None = None) -> HuggingFaceModel:
     """A Hugging Face folder without its weights: of safetensors the headers alone are read, and of our own exports the
     biases that may be left out. max_seq_len as in model_config. Raises ConvertError, TokenizerError and ChatError."""
-    folder = Path(folder)
-    file = read_config(folder)
-    model, known = model_config(file, max_seq_len)
-    tokenizer = _tokenizer(folder, file)
+    table = read_config(folder)
+    try:
+        model = model_config(table, max_seq_len)
+    except ConfigError as error:
+        raise ConvertError(f"{str(folder / 'config.json')!r}: {error}") from None
+    tokenizer = _tokenizer(folder, table)
     if tokenizer.vocab_size > model.vocab_size:
         raise ConvertError(f"{str(folder)!r}: the tokenizer has ids up to {tokenizer.vocab_size - 1} but vocab_size in "
                            f"config.json is {model.vocab_size}; remove the added tokens, or give the model rows for "
                            "them")
-    wanted = rules(model, file.family)
-    table = wanted[0].theirs[0]
-    with _opened(_weight_files(folder)) as opened:
-        places = {_canonical(name, table): (path, name) for path, tensors in opened.items()
-                  for name in tensors.keys() if not BUFFER.search(name)}
-        if model.tie_embeddings and "lm_head.weight" in places and table not in places:
-            places[table] = places.pop("lm_head.weight")  # the head stands for both
-        headers = {name: opened[path].get_slice(there) for name, (path, there) in places.items()
-                   if not (model.tie_embeddings and name == "lm_head.weight")}  # weights() compares it with the table
-        _check_headers(folder, wanted, headers)
-        model = _without_zero_biases(file.table.get(OURS), model, wanted, headers)
-    kept = [rule for rule in wanted if _has(model, rule)]
-    return HuggingFaceModel(folder, model, known, tokenizer, _chat_template(folder), kept, places)
+    wanted = list(rules(model, table["model_type"]))
+    expected = {name: list(part.shape) for rule in wanted
+                for name, part in rule.split(torch.empty(rule.shape, device="meta")).items()}
+    first = next(iter(expected))
+    parts = _open_parts(folder, first)
+    if model.tie_embeddings and HEAD in parts:
+        parts.setdefault(first, parts[HEAD])  # the head may stand for both; weights() compares the two
+        expected[HEAD] = expected[first]
+    problems = _misfits(expected, {name: part.get_shape() for name, part in parts.items()})
+    if problems:
+        raise ConvertError(f"the weights in {str(folder)!r} do not fit its config.json: {problems}; copy the folder "
+                           "again")
+    for name, part in parts.items():
+        if part.get_dtype() not in WEIGHT_DTYPES:
+            raise ConvertError(f"the weights in {str(folder)!r} are not all float32, bfloat16 or float16: {name} "
+                               f"{part.get_dtype()}; use the model's original")
+    if isinstance(table.get(OURS), dict):
+        model = _without_zero_biases(model, table[OURS], wanted, parts)
+    return HuggingFaceModel(folder, model, table.get("max_position_embeddings", model.max_seq_len), tokenizer,
+                            _chat_template(folder), [rule for rule in wanted if _has(model, rule)])
 
 
-def _tokenizer(folder: Path, file: ConfigFile) -> Tokenizer:
+def _tokenizer(folder: Path, table: dict) -> Tokenizer:
     """Its end-of-text is the eos_token of tokenizer_config.json, else config.json's eos_token_id, else the special
     token with a known name."""
-    eos = file.table.get("eos_token_id")
+    eos = table.get("eos_token_id")
     eos = eos[0] if isinstance(eos, list) and eos else eos
     if (folder / TOKENIZER_FILE).exists():
         return load_tokenizer(str(folder / TOKENIZER_FILE), end_of_text=eos)  # a folder called gpt2 is no name
-    if (folder / "vocab.json").exists() and (folder / "merges.txt").exists() and file.family == "gpt2":
+    if (folder / "vocab.json").exists() and (folder / "merges.txt").exists() and table["model_type"] == "gpt2":
         return from_vocab_and_merges(folder, end_of_text=eos)
     other = next((f"{name} but " for name in ("tokenizer.model", "vocab.json") if (folder / name).exists()), "")
     raise ConvertError(f"{str(folder)!r} holds {other}no {TOKENIZER_FILE}; make one where transformers is installed: "
@@ -380,77 +325,50 @@ def _tokenizer(folder: Path, file: ConfigFile) -> Tokenizer:
 def _chat_template(folder: Path) -> str | None:
     """chat_template.jinja, else that of tokenizer_config.json (of a list of named ones the default)."""
     template = load_template(folder)
-    path = folder / TOKENIZER_CONFIG_FILE
-    if template is None and path.exists():
-        template = _read_json(path).get("chat_template")
-        if isinstance(template, list):
-            named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-            template = named.get("default")
+    if template is None and (folder / TOKENIZER_CONFIG_FILE).exists():
+        template = _read_json(folder / TOKENIZER_CONFIG_FILE).get("chat_template")
+    if isinstance(template, list):
+        template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}.get(
+            "default")
     return template if isinstance(template, str) else None
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """model.safetensors, or the shards that its index names. Raises ConvertError if one is not there."""
-    if (folder / WEIGHTS_FILE).exists():
-        return [folder / WEIGHTS_FILE]
-    index = folder / f"{WEIGHTS_FILE}.index.json"
-    if not index.exists():
-        raise ConvertError(f"{str(folder)!r} holds neither {WEIGHTS_FILE} nor {index.name}"
-                           + (_pickle_in(folder) or "; copy the folder again"))
-    names = _read_json(index).get("weight_map")
-    if not isinstance(names, dict) or not all(isinstance(n, str) and Path(n).name == n for n in names.values()):
-        raise ConvertError(f"{str(index)!r} has no weight_map of file names in its folder; copy it again")
-    paths = [folder / name for name in sorted(set(names.values()))]
-    missing = [path.name for path in paths if not path.exists()]
-    if missing or not paths:
-        raise ConvertError(f"{str(index)!r} names {len(missing)} files that are not there ({', '.join(missing[:3])}); "
-                           "copy them too")
-    return paths
+def _open_parts(folder: Path, table: str) -> dict:
+    """The tensors of model.safetensors, or of the shards that its index names, by the names that the model with a head
+    gives them: the body saved alone (openai's gpt2, say) lacks the prefix of its table of tokens. A value knows shape
+    and dtype; [:] reads it; the files are open as long as there are values. Raises ConvertError."""
+    paths, index = [folder / WEIGHTS_FILE], folder / f"{WEIGHTS_FILE}.index.json"
+    if not paths[0].exists():
+        if not index.exists():
+            _refuse_pickle(folder)
+            raise ConvertError(f"{str(folder)!r} holds neither {WEIGHTS_FILE} nor {index.name}; copy the folder again")
+        names = _read_json(index).get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(n, str) and Path(n).name == n for n in names.values()):
+            raise ConvertError(f"{str(index)!r} has no weight_map of file names in its folder; copy it again")
+        paths = [folder / name for name in sorted(set(names.values()))]
+        missing = [path.name for path in paths if not path.exists()]
+        if missing or not paths:
+            raise ConvertError(f"{str(index)!r} names {len(missing)} files that are not there "
+                               f"({', '.join(missing[:3])}); copy them too")
+    prefix, parts = table.split(".")[0] + ".", {}
+    for path in paths:
+        try:
+            file = safe_open(path, framework="pt")  # reads the header and maps the file into memory
+        except (OSError, SafetensorError) as error:
+            raise ConvertError(f"{str(path)!r} cannot be read as safetensors: {error}; copy it again") from None
+        for name in file.keys():
+            if not BUFFER.search(name):
+                full_name = name if name.startswith((prefix, "lm_head.")) else prefix + name
+                parts[full_name] = file.get_slice(name)
+    return parts
 
 
-@contextmanager
-def _opened(paths: Iterable[Path]) -> Iterator[dict[Path, "safe_open"]]:
-    """safetensors files: headers are read, tensors mapped into memory. Raises ConvertError."""
-    with ExitStack() as stack:
-        opened = {}
-        for path in paths:
-            try:
-                opened[path] = stack.enter_context(safe_open(path, framework="pt"))
-            except (OSError, SafetensorError) as error:
-                raise ConvertError(f"{str(path)!r} cannot be read as safetensors: {error}; copy it again") from None
-        yield opened
-
-
-def _canonical(name: str, table: str) -> str:
-    """name as the model with a head has it: the body saved alone (openai's gpt2, say) lacks the prefix."""
-    prefix = table.split(".")[0] + "."
-    return name if name.startswith((prefix, "lm_head.")) else prefix + name
-
-
-def _check_headers(folder: Path, wanted: list[Rule], headers: dict) -> None:
-    """Raise ConvertError if the tensors are others than the rules say, by name, shape or dtype."""
-    expected = {name: list(part.shape) for rule in wanted for name, part in rule.split(rule.empty("meta")).items()}
-    problems = _misfits(expected, {name: list(header.get_shape()) for name, header in headers.items()})
-    if problems:
-        raise ConvertError(f"the weights in {str(folder)!r} do not fit its config.json: {problems}; copy the folder "
-                           "again")
-    for name, header in headers.items():
-        if header.get_dtype() not in WEIGHT_DTYPES:
-            raise ConvertError(f"the weights in {str(folder)!r} are not all float32, bfloat16 or float16: {name} "
-                               f"{header.get_dtype()}; use the model's original")
-
-
-def _without_zero_biases(switches: object, model: ModelConfig, wanted: list[Rule], headers: dict) -> ModelConfig:
-    """[model] without what to-hf added: biases that the run did not have, if they are still 0 (training may have moved
-    them)."""
-    if not isinstance(switches, dict):
-        return model
-    had = {name: bool(switches.get(name)) for name in _biases(model)}
-    if any(had[name] and not has for name, has in _biases(model).items()):
-        return model  # the note is not of this model
-    smaller = replace(model, **had)
+def _without_zero_biases(model: ModelConfig, switches: dict, wanted: list[Rule], parts: dict) -> ModelConfig:
+    """[model] without the biases that to-hf added to a run of these switches, if they are still 0: training may have
+    moved them."""
+    smaller = replace(model, **{name: has and bool(switches.get(name)) for name, has in _biases(model).items()})
     added = [name for rule in wanted if not _has(smaller, rule) for name in rule.theirs]
-    return model if any(headers[name][:].any() for name in added) else smaller
+    return model if any(parts[name][:].any() for name in added) else smaller
 
 
 def _biases(config: ModelConfig) -> dict[str, bool]:
@@ -469,25 +387,18 @@ def _has(config: ModelConfig, rule: Rule) -> bool:
 
 def choose_family(config: ModelConfig) -> str:
     """The family that computes what the model computes. Raises ConvertError naming the switches in the way."""
-    if config.position == "learned":
-        family = "gpt2"
-        wrong = {"norm": config.norm != "layernorm", "mlp": config.mlp not in GELUS.values(),
-                 "qk_norm": config.qk_norm, "n_kv_head": config.kv_heads != config.n_head,
-                 "head_dim": config.n_head * config.dim_per_head != config.n_embd,
-                 "window": config.window is not None}
-    else:
-        attention_biases = (config.has_qkv_bias, config.bias)
-        if config.qk_norm:
-            family = "qwen3"
-        elif config.window is not None or (attention_biases == (True, False) and not config.has_mlp_bias):
-            family = "qwen2"
-        else:
-            family = "llama"
-        wrong = {"norm": config.norm != "rmsnorm", "mlp": config.mlp != "swiglu",
-                 "bias": family == "qwen2" and config.bias,
-                 "mlp_bias": family != "llama" and config.has_mlp_bias,
-                 "n_embd": family == "llama" and config.n_embd % config.n_head != 0}
-    wrong["logit_softcap"] = config.logit_softcap != 0.0
+    is_gpt2 = config.position == "learned"
+    only_qkv_bias = config.has_qkv_bias and not (config.bias or config.has_mlp_bias)
+    family = "gpt2" if is_gpt2 else "qwen3" if config.qk_norm else \
+        "qwen2" if config.window is not None or only_qkv_bias else "llama"
+    wrong = {"norm": config.norm != ("layernorm" if is_gpt2 else "rmsnorm"),
+             "mlp": config.mlp not in (GELUS.values() if is_gpt2 else ("swiglu",)),
+             "qk_norm": is_gpt2 and config.qk_norm, "n_kv_head": is_gpt2 and config.kv_heads != config.n_head,
+             "head_dim": is_gpt2 and config.n_head * config.dim_per_head != config.n_embd,
+             "window": is_gpt2 and config.window is not None, "bias": family == "qwen2" and config.bias,
+             "mlp_bias": family in ("qwen2", "qwen3") and config.has_mlp_bias,
+             "n_embd": family == "llama" and config.n_embd % config.n_head != 0,
+             "logit_softcap": config.logit_softcap != 0.0}
     switches = [f"model.{name} = {getattr(config, name)!r}" for name, is_wrong in wrong.items() if is_wrong]
     if switches:
         raise ConvertError(f"the model maps to no Hugging Face family: with model.position = {config.position!r} the "
@@ -498,12 +409,9 @@ def choose_family(config: ModelConfig) -> str:
 
 def family_config(config: ModelConfig, family: str) -> ModelConfig:
     """config with the biases that its family always has (to be written as 0 where the model lacks them)."""
-    if family == "gpt2":
-        return replace(config, bias=True, qkv_bias=None, mlp_bias=None)
-    if family == "qwen2":
-        return replace(config, bias=False, qkv_bias=True, mlp_bias=None)
-    attention_bias = config.bias or config.has_qkv_bias
-    return replace(config, bias=attention_bias, qkv_bias=None, mlp_bias=config.has_mlp_bias)
+    if family in ("gpt2", "qwen2"):
+        return replace(config, bias=family == "gpt2", qkv_bias=True, mlp_bias=None)
+    return replace(config, bias=config.bias or config.has_qkv_bias, qkv_bias=None, mlp_bias=config.has_mlp_bias)
 
 
 def hf_config(config: ModelConfig, family: str, *, bos: int, eos: int, dtype: str) -> dict:
@@ -512,43 +420,37 @@ def hf_config(config: ModelConfig, family: str, *, bos: int, eos: int, dtype: st
     sizes = replace(config, mlp_hidden=config.mlp_width, n_kv_head=config.kv_heads, head_dim=config.dim_per_head)
     table = {"architectures": [FAMILIES[family]], "model_type": family, "bos_token_id": bos, "eos_token_id": eos,
              "dtype": dtype, "torch_dtype": dtype, "initializer_range": 0.02, "use_cache": True}
-    table |= {theirs: getattr(sizes, ours) for theirs, ours in KEYS[family].items()}
+    table |= {theirs: getattr(sizes, ours) for theirs, ours in (GPT2_KEYS if family == "gpt2" else LLAMA_KEYS).items()}
     if _biases(config) != _biases(complete):
         table[OURS] = _biases(config)
     if family == "gpt2":
         activation = next(theirs for theirs, ours in GELUS.items() if ours == config.mlp)
         return table | {"activation_function": activation, "scale_attn_weights": True, "attn_pdrop": 0.0,
                         "embd_pdrop": 0.0, "resid_pdrop": 0.0}
-    table |= {"hidden_act": "silu", "attention_dropout": 0.0} | _rope_table(config)
+    scaling, kind = config.rope_scaling, config.rope_scaling.kind if config.rope_scaling is not None else "default"
+    rope = {"rope_type": kind} | {key: getattr(scaling, key) for key in ROPE_KEYS[kind]}
+    if kind == "llama3":
+        rope["original_max_position_embeddings"] = scaling.original_max_seq_len
+    # RoPE by transformers 5's key and by the older ones, which other programs read
+    table |= {"rope_parameters": rope | {"rope_theta": config.rope_theta}, "rope_theta": config.rope_theta,
+              "rope_scaling": rope if scaling is not None else None, "hidden_act": "silu", "attention_dropout": 0.0}
     if family in ("llama", "qwen3"):
         table["attention_bias"] = complete.bias
     if family == "llama":
         table["mlp_bias"] = complete.has_mlp_bias
-    elif config.window is None:
-        table["use_sliding_window"] = False
     else:
-        table |= {"use_sliding_window": True, "sliding_window": config.window, "max_window_layers": 0,
+        table["use_sliding_window"] = config.window is not None
+    if config.window is not None:
+        table |= {"sliding_window": config.window, "max_window_layers": 0,
                   "layer_types": ["sliding_attention"] * config.n_layer}
     return table
-
-
-def _rope_table(config: ModelConfig) -> dict:
-    """RoPE by transformers 5's key and by the older ones, which other programs read."""
-    scaling, rope = config.rope_scaling, {"rope_type": "default"}
-    if scaling is not None:
-        rope = {"rope_type": scaling.kind, "factor": scaling.factor}
-    if scaling is not None and scaling.kind == "llama3":
-        rope |= {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor,
-                 "original_max_position_embeddings": scaling.original_max_seq_len}
-    return {"rope_parameters": rope | {"rope_theta": config.rope_theta}, "rope_theta": config.rope_theta,
-            "rope_scaling": None if scaling is None else rope}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The two commands
 
 def from_hf(folder: Path, run: Path, *, max_seq_len: int | None = None,
-            note: Callable[[str], None] = cli.note) -> None:
+            note: Callable[[str], None] = lambda line: None) -> None:
     """Write the run folder of a Hugging Face folder, whole or not at all. Raises UserError and MachineError."""
     _refuse_full(run, "run folder")
     hf = read_hf(folder, max_seq_len=max_seq_len)
@@ -556,8 +458,8 @@ def from_hf(folder: Path, run: Path, *, max_seq_len: int | None = None,
     if T < hf.known_seq_len and max_seq_len is None:
         note(f"context: {T:,} of the {hf.known_seq_len:,} tokens that the model knows; --max-seq-len "
              f"{hf.known_seq_len} takes all")
-    config = Config(model=hf.model, train=TrainConfig(tokens_per_step=max(1, 524_288 // T) * T))
-    config = configuration.apply_table(config, {"train": {"out_dir": str(run)}})
+    train = {"out_dir": str(run), "tokens_per_step": max(1, 524_288 // T) * T}
+    config = configuration.apply_table(Config(model=hf.model), {"train": train})
     weights = hf.weights()
     with _new_folder(run) as temporary:
         checkpoint.save(temporary, 0, model=weights, optimizer=None, state={"val_loss": None}, keep=1)
@@ -571,18 +473,22 @@ def from_hf(folder: Path, run: Path, *, max_seq_len: int | None = None,
          f"end-of-text {hf.tokenizer.eot_token}")
 
 
-def to_hf(run: Path, folder: Path, *, dtype: str = "float32", note: Callable[[str], None] = cli.note) -> None:
-    """Write the Hugging Face folder of a run or of one checkpoint, whole or not at all. dtype float32 or bfloat16.
-
+def to_hf(run: Path, folder: Path, *, dtype: str = "float32", note: Callable[[str], None] = lambda line: None) -> None:
+    """Write the Hugging Face folder of a run or of one checkpoint, whole or not at all. dtype: float32 or bfloat16.
     Raises UserError and MachineError."""
     _refuse_full(folder, "model folder")
     saved = read_run(run, note)
-    config, tokenizer = saved.config.model, saved.tokenizer
+    config, tokenizer, bos, eos = saved.config.model, saved.tokenizer, saved.tokenizer.start, saved.tokenizer.eot
     family = choose_family(config)
-    bos, eos = tokenizer.start, tokenizer.eot
-    tensors = _hf_tensors(config, family, saved.weights(), where=str(saved.checkpoint))
-    if dtype != "float32":
-        tensors = {name: t.to(getattr(torch, dtype)) for name, t in tensors.items()}
+    ours, theirs, wanted = saved.weights(), {}, list(rules(family_config(config, family), family))
+    problems = _misfits({rule.ours: list(rule.shape) for rule in wanted if _has(config, rule)},
+                        {name: list(tensor.shape) for name, tensor in ours.items()})
+    if problems:
+        raise ConvertError(f"checkpoint {str(saved.checkpoint)!r} does not fit the run's config.toml: {problems}; put "
+                           "back the config it was trained with")
+    for rule in wanted:  # views where that is possible; biases that the family has and the model lacks are 0
+        tensor = ours[rule.ours] if rule.ours in ours else torch.zeros(rule.shape)
+        theirs |= {name: part.to(getattr(torch, dtype)) for name, part in rule.split(tensor).items()}
     tables = {
         "config.json": hf_config(config, family, bos=bos, eos=eos, dtype=dtype),
         "generation_config.json": {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": eos},
@@ -591,27 +497,13 @@ def to_hf(run: Path, folder: Path, *, dtype: str = "float32", note: Callable[[st
             "eos_token": tokenizer.eot_token, "model_max_length": config.max_seq_len,
             "clean_up_tokenization_spaces": False}}
     with _new_folder(folder) as temporary:
-        checkpoint.write_tensor_file(temporary / WEIGHTS_FILE, tensors)
+        checkpoint.write_tensor_file(temporary / WEIGHTS_FILE, theirs)
         tokenizer.save(temporary / TOKENIZER_FILE)  # may write a tokenizer_config.json, of which ours says more
         for name, table in tables.items():
             files.write_whole(temporary / name, json.dumps(table, indent=2, ensure_ascii=False) + "\n")
         if saved.chat_template is not None:
             save_template(temporary, saved.chat_template)
     note(f"model {str(folder)!r}: {FAMILIES[family]}, {dtype}, of {str(saved.checkpoint)!r}")
-
-
-def _hf_tensors(config: ModelConfig, family: str, ours: dict[str, Tensor], *, where: str) -> dict[str, Tensor]:
-    """Their tensors of ours, views where possible; biases that the family has and the model lacks are 0."""
-    wanted = rules(family_config(config, family), family)
-    problems = _misfits({rule.ours: list(rule.empty("meta").shape) for rule in wanted if _has(config, rule)},
-                        {name: list(t.shape) for name, t in ours.items()})
-    if problems:
-        raise ConvertError(f"checkpoint {where!r} does not fit the run's config.toml: {problems}; put back the config "
-                           "it was trained with")
-    theirs = {}
-    for rule in wanted:
-        theirs |= rule.split(ours[rule.ours] if rule.ours in ours else rule.empty())
-    return theirs
 
 
 def _refuse_full(folder: Path, what: str) -> None:
@@ -626,40 +518,32 @@ def _new_folder(path: Path) -> Iterator[Path]:
     path = path.absolute()
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
-        files.make_folder(temporary)
-        yield temporary
-        files.publish(temporary, path)  # an empty folder may stand there
-    except OSError as error:
-        kind = MachineError if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO) else ConvertError
-        raise kind(f"folder {str(path)!r} cannot be written: {error.strerror}; nothing was left behind") from None
+        with files.disk_errors(path):
+            files.make_folder(temporary)
+            yield temporary
+            files.publish(temporary, path)  # an empty folder may stand there
     finally:
         files.delete_folder(temporary, ignore_errors=True)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Command line
-
 def main(argv: list[str]) -> None:
     parser = cli.Parser(prog="python convert.py", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="{from-hf,to-hf}")
-    reading = commands.add_parser("from-hf", help="make a run of a Hugging Face folder")
-    reading.add_argument("folder", type=Path, metavar="HF_DIR", help="config.json, safetensors, tokenizer.json")
-    reading.add_argument("run", type=Path, metavar="RUN",
-                         help="new run folder: to sample from, evaluate, and for train.init_from")
-    reading.add_argument("--max-seq-len", type=int, metavar="N",
-                         help=f"context of the run; left out = the model's, with RoPE at most {DEFAULT_CONTEXT}")
-    writing = commands.add_parser("to-hf", help="make a Hugging Face folder of a run")
-    writing.add_argument("run", type=Path, metavar="RUN",
-                         help="run folder (its newest checkpoint) or one checkpoint inside it")
-    writing.add_argument("folder", type=Path, metavar="HF_DIR",
-                         help="new folder, for from_pretrained and what reads its like")
-    writing.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"),
-                         help="of the weights; default float32, the run's own")
+    add = commands.add_parser("from-hf", help="make a run of a Hugging Face folder").add_argument
+    add("folder", type=Path, metavar="HF_DIR", help="config.json, safetensors, tokenizer.json")
+    add("run", type=Path, metavar="RUN", help="new run folder: to sample from, evaluate, and for train.init_from")
+    add("--max-seq-len", type=int, metavar="N",
+        help=f"context of the run; left out = the model's, with RoPE at most {DEFAULT_CONTEXT}")
+    add = commands.add_parser("to-hf", help="make a Hugging Face folder of a run").add_argument
+    add("run", type=Path, metavar="RUN", help="run folder (its newest checkpoint) or one checkpoint inside it")
+    add("folder", type=Path, metavar="HF_DIR", help="new folder, for from_pretrained and what reads its like")
+    add("--dtype", default="float32", choices=("float32", "bfloat16"),
+        help="of the weights; default float32, the run's own")
     args = parser.parse_args(argv)
     if args.command == "from-hf":
-        from_hf(args.folder, args.run, max_seq_len=args.max_seq_len)
+        from_hf(args.folder, args.run, max_seq_len=args.max_seq_len, note=cli.note)
     else:
-        to_hf(args.run, args.folder, dtype=args.dtype)
+        to_hf(args.run, args.folder, dtype=args.dtype, note=cli.note)
 
 
 if __name__ == "__main__":

@@ -5,16 +5,17 @@ the package rouge-score computes it, without stemming. Translations: BLEU and ch
 Classes: confusion matrix, precision, recall, F1. Of several references the best counts.
 """
 
-import importlib.util
 import io
 import math
 import re
 import string
 from collections import Counter
 from collections.abc import Callable
+from itertools import zip_longest
 
 import numpy as np
 
+import cli
 from config import UserError
 
 TEXT_METRICS = ("exact_match", "f1", "rouge_l", "bleu", "chrf")
@@ -23,8 +24,7 @@ CORPUS_METRICS = ("bleu", "chrf")  # of all texts together, 0 to 100, by sacrebl
 
 def mean_and_stderr(values: list[float]) -> tuple[float, float | None]:
     """The mean and its standard error, of 0s and 1s sqrt(p (1 - p) / (n - 1)); None for the error of one value."""
-    n = len(values)
-    mean = math.fsum(values) / n
+    n, mean = len(values), math.fsum(values) / len(values)
     if n == 1:
         return mean, None
     return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1) / n)
@@ -79,35 +79,23 @@ def _f1_of_overlap(overlap: int, predicted: int, expected: int) -> float:
     return 2 * precision * recall / (precision + recall)
 
 
-def best(score: Callable[[str, str], float], prediction: str, references: tuple[str, ...]) -> float:
-    return max(score(prediction, reference) for reference in references)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Texts, all together
-
-def has_sacrebleu() -> bool:
-    spec = importlib.util.find_spec("sacrebleu")
-    return spec is not None and spec.origin is not None  # no origin: a folder of that name passing for the package
-
 
 def choose_metrics(names: str | None, note: Callable[[str], None]) -> tuple[str, ...]:
     """The text metrics of a comma-separated list; None = all that are installed, and a note names the missing.
 
     Raises UserError for an unknown name, or one whose package is missing.
     """
-    if names is None:
-        if has_sacrebleu():
-            return TEXT_METRICS
+    if names is None and not cli.is_installed("sacrebleu"):
         note("bleu and chrf are left out: they need the package sacrebleu (pip install sacrebleu)")
         return tuple(name for name in TEXT_METRICS if name not in CORPUS_METRICS)
-    chosen = tuple(dict.fromkeys(name.strip() for name in names.split(",")))
+    chosen = TEXT_METRICS if names is None else tuple(dict.fromkeys(name.strip() for name in names.split(",")))
     for name in chosen:
         if name not in TEXT_METRICS:
             raise UserError(f"--metrics {names!r} names {name!r}; there are {', '.join(TEXT_METRICS)}")
-        if name in CORPUS_METRICS and not has_sacrebleu():
-            raise UserError(f"--metrics {name} needs the package sacrebleu, which is not installed; pip install "
-                            "sacrebleu, or leave the metric out")
+        if name in CORPUS_METRICS:
+            cli.require(f"--metrics {name}", "sacrebleu")
     return chosen
 
 
@@ -115,7 +103,8 @@ def text_scores(predictions: list[str], references: list[tuple[str, ...]],
                 metrics: tuple[str, ...]) -> tuple[dict, list[dict]]:
     """The scores of all texts, and of each one those that are means over examples (with their standard error)."""
     functions = {"exact_match": exact_match, "f1": answer_f1, "rouge_l": rouge_l}
-    rows = [{name: best(functions[name], prediction, expected) for name in metrics if name in functions}
+    rows = [{name: max(functions[name](prediction, reference) for reference in expected)
+             for name in metrics if name in functions}
             for prediction, expected in zip(predictions, references, strict=True)]
     total = {}
     for name in metrics:
@@ -130,8 +119,7 @@ def corpus_score(name: str, predictions: list[str], references: list[tuple[str, 
     """BLEU or chrF, 0 to 100, and sacrebleu's signature of how it was computed."""
     from sacrebleu.metrics import BLEU, CHRF
     metric = BLEU() if name == "bleu" else CHRF()
-    most = max(map(len, references))
-    streams = [[expected[i] if i < len(expected) else None for expected in references] for i in range(most)]
+    streams = list(zip_longest(*references))  # the first reference of each, the second where there is one, ...
     return metric.corpus_score(predictions, streams).score, metric.get_signature().format()
 
 
@@ -158,8 +146,7 @@ def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
 
 def confusion_table(labels: list[str], confusion: np.ndarray) -> str:
     """The matrix as text, a row per true class, with each class's precision, recall and F1 behind it."""
-    scores = class_scores(confusion)
-    shares = ("precision", "recall", "f1")
+    scores, shares = class_scores(confusion), ("precision", "recall", "f1")
     rows = [["true \\ predicted", *labels, *shares]]
     for k, label in enumerate(labels):
         rows.append([label, *map(str, confusion[k]), *(f"{scores[name][k]:.3f}" for name in shares)])

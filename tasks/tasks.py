@@ -19,24 +19,22 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 import kernels
 import sample
 from config import UserError
-from data.chat import ChatError, encode_chat
+from data.chat import ChatError, encode_chat, turn_end
+from data.loader import IGNORED
 from data.tokenizer import Tokenizer, replace_surrogates
 from model import GPT, KVCache
 from tasks import scores
-
-IGNORED = -100  # a target that is not scored
-GREEDY = sample.Sampling(temperature=0.0)
 
 
 class TaskError(UserError):
@@ -75,34 +73,58 @@ class Chat:
     references: tuple[str, ...]
 
 
-KINDS = {Choice: "multiple choice", Labelled: "classification", Answer: "generation", Chat: "chat"}
 Example = Choice | Labelled | Answer | Chat
+KINDS = {Choice: "multiple choice", Labelled: "classification", Answer: "generation", Chat: "chat"}
+OPTIONS = {"limit": "any kind", "predictions": "any kind", "labels": "classification", "plot": "classification",
+           "max_new_tokens": "generation", "stop": "generation", "metrics": "generation"}  # eval.py's; what each is for
 WrongLine = Callable[[str], TaskError]
 
 
 @dataclass(frozen=True)
 class Task:
     path: Path
-    examples: list[Choice] | list[Labelled] | list[Answer] | list[Chat]
+    examples: list[Example]  # of one kind
 
     @property
     def kind(self) -> str:
         return KINDS[type(self.examples[0])]
 
-    @property
-    def is_generation(self) -> bool:
-        return self.kind in ("generation", "chat")
-
     def wrong(self, line: int, text: str) -> TaskError:
         return TaskError(f"task {str(self.path)!r} line {line}: {text}")
+
+
+def check_options(task: Task | None, names: list[str]) -> None:
+    """Raise TaskError if one of the given OPTIONS has no meaning for the task, or there is none."""
+    for name in names:
+        kind, option = OPTIONS[name], f"--{name.replace('_', '-')}"
+        if task is None:
+            raise TaskError(f"{option} is for a task of {kind}; name one with --task, or leave it out")
+        if kind not in ("any kind", "generation" if task.kind == "chat" else task.kind):
+            raise TaskError(f"{option} is for {kind}, and {str(task.path)!r} is {task.kind}; leave it out")
 
 
 def read_task(path: Path) -> Task:
     """The examples of a JSONL file, all of one kind; blank lines are passed over. Raises TaskError."""
     task = Task(path, [])
-    for line, text in _lines(path):
-        wrong = functools.partial(task.wrong, line)
-        example = _example(_row(text, wrong), line, wrong)
+    try:
+        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    except OSError as error:
+        raise TaskError(f"task {str(path)!r} cannot be read: {error.strerror}; name a JSONL file") from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        wrong = functools.partial(task.wrong, number)
+        try:
+            row = json.loads(line.decode().rstrip())
+        except UnicodeDecodeError as error:
+            raise wrong(f"is not UTF-8 at byte {error.start}; convert the file first") from None
+        except json.JSONDecodeError as error:
+            raise wrong(f"is not JSON: {error.msg} at column {error.colno}") from None
+        except (ValueError, RecursionError) as error:
+            raise wrong(f"is not JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise wrong(f"holds {_shown(row)}, not an object with fields")
+        example = _example(row, number, wrong)
         if task.examples and type(example) is not type(task.examples[0]):
             raise wrong(f"is {KINDS[type(example)]}, the lines before it {task.kind}; a file holds one kind")
         task.examples.append(example)
@@ -111,95 +133,56 @@ def read_task(path: Path) -> Task:
     return task
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-                if line.strip():
-                    yield number, line
-    except FileNotFoundError:
-        raise TaskError(f"task {str(path)!r} does not exist; name a JSONL file") from None
-    except OSError as error:
-        raise TaskError(f"task {str(path)!r} cannot be read: {error.strerror}; name a JSONL file") from None
-
-
-def _row(line: bytes, wrong: WrongLine) -> dict:
-    try:
-        row = json.loads(line.decode().rstrip())
-    except UnicodeDecodeError as error:
-        raise wrong(f"is not UTF-8 at byte {error.start}; convert the file first") from None
-    except json.JSONDecodeError as error:
-        raise wrong(f"is not JSON: {error.msg} at column {error.colno}") from None
-    except (ValueError, RecursionError) as error:
-        raise wrong(f"is not JSON: {error}") from None
-    if not isinstance(row, dict):
-        raise wrong(f"holds {_shown(row)}, not an object with fields")
-    return row
-
-
 def _example(row: dict, line: int, wrong: WrongLine) -> Example:
     if {"query", "choices", "gold"} <= row.keys():
-        choices = tuple(_texts(row, "choices", wrong))
-        return Choice(line, _text(row, "query", wrong), choices, _index(row, "gold", choices, wrong))
+        choices = _texts(row["choices"], "choices", wrong)
+        return Choice(line, _text(row["query"], "query", wrong), choices, _index(row, "gold", choices, wrong))
     if {"ctx", "endings", "label"} <= row.keys():
         return _hellaswag(row, line, wrong)
     if {"text", "label"} <= row.keys():
-        label = row["label"]
-        is_number = isinstance(label, int) and not isinstance(label, bool)
-        label = str(label) if is_number else _text(row, "label", wrong, may_be_empty=False)
-        return Labelled(line, _text(row, "text", wrong), label)
+        text, label = _text(row["text"], "text", wrong), row["label"]
+        label = str(label) if isinstance(label, int) and not isinstance(label, bool) else label
+        return Labelled(line, text, _text(label, "label", wrong, may_be_empty=False))
     if "prompt" in row and ("reference" in row or "response" in row):
-        return Answer(line, _text(row, "prompt", wrong), _references(row, wrong))
+        name = "reference" if "reference" in row else "response"
+        references = _texts(row[name], name, wrong, at_least=1) if isinstance(row[name], list) else (
+            _text(row[name], name, wrong, may_be_empty=False),)
+        return Answer(line, _text(row["prompt"], "prompt", wrong), references)
     if "messages" in row:
-        return _chat(row, line, wrong)
+        return _chat(row["messages"], line, wrong)
     raise wrong(f"has the fields {', '.join(row) or '(none)'}; an example has query, choices, gold, or ctx, endings, "
                 "label, or text, label, or prompt, reference, or messages")
 
 
 def _hellaswag(row: dict, line: int, wrong: WrongLine) -> Choice:
-    query, endings = _text(row, "ctx", wrong), tuple(_texts(row, "endings", wrong))
+    query, endings = _text(row["ctx"], "ctx", wrong), _texts(row["endings"], "endings", wrong)
     gold = _index(row, "label", endings, wrong)
     if {"activity_label", "ctx_a", "ctx_b"} <= row.keys():
-        activity, start, end = (_text(row, name, wrong) for name in ("activity_label", "ctx_a", "ctx_b"))
-        query = without_brackets(f"{activity}: {start} {end.capitalize()}")
-        endings = tuple(map(without_brackets, endings))
+        activity, start, end = (_text(row[name], name, wrong) for name in ("activity_label", "ctx_a", "ctx_b"))
+        # WikiHow's half holds [title], [header], [step]: removed as the harness does, to the same characters
+        query, *endings = (re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+                           for text in (f"{activity}: {start} {end.capitalize()}", *endings))
         if "" in endings:
             raise wrong(f"endings[{endings.index('')}] is empty without its brackets; remove the line")
-    return Choice(line, query, endings, gold)
+    return Choice(line, query, tuple(endings), gold)
 
 
-def without_brackets(text: str) -> str:
-    """HellaSwag's WikiHow half holds [title], [header], [step]: removed as the harness does, to the same characters."""
-    text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
-    return text.replace("  ", " ")
-
-
-def _chat(row: dict, line: int, wrong: WrongLine) -> Chat:
-    messages = row["messages"]
+def _chat(messages: object, line: int, wrong: WrongLine) -> Chat:
     if not isinstance(messages, list) or len(messages) < 2:
         raise wrong(f"messages = {_shown(messages)} should be a list of at least two, the last one the answer")
     for number, message in enumerate(messages):
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
             raise wrong(f"messages[{number}] = {_shown(message)} should have a role and content")
         for name in ("role", "content"):
-            _text(message, name, wrong, name=f"messages[{number}].{name}", may_be_empty=name == "content")
+            _text(message[name], f"messages[{number}].{name}", wrong, may_be_empty=name == "content")
     if messages[-1]["role"] != "assistant":
         raise wrong(f"the last message is of the role {messages[-1]['role']!r}, not assistant: there is no answer to "
                     "compare with")
-    answer = _text(messages[-1], "content", wrong, name="the last message's content", may_be_empty=False)
+    answer = _text(messages[-1]["content"], "the last message's content", wrong, may_be_empty=False)
     return Chat(line, tuple(messages[:-1]), (answer,))
 
 
-def _references(row: dict, wrong: WrongLine) -> tuple[str, ...]:
-    name = "reference" if "reference" in row else "response"
-    if isinstance(row[name], list):
-        return tuple(_texts(row, name, wrong, at_least=1))
-    return (_text(row, name, wrong, may_be_empty=False),)
-
-
-def _text(row: dict, field: str, wrong: WrongLine, *, name: str | None = None, may_be_empty: bool = True) -> str:
-    name, value = name or field, row[field]
+def _text(value: object, name: str, wrong: WrongLine, *, may_be_empty: bool = True) -> str:
     if not isinstance(value, str):
         raise wrong(f"{name} = {_shown(value)} should be a text")
     if not may_be_empty and not value.strip():
@@ -207,20 +190,18 @@ def _text(row: dict, field: str, wrong: WrongLine, *, name: str | None = None, m
     return replace_surrogates(value)  # JSON may spell lone ones, which no file can hold
 
 
-def _texts(row: dict, field: str, wrong: WrongLine, *, at_least: int = 2) -> list[str]:
-    values = row[field]
+def _texts(values: object, name: str, wrong: WrongLine, *, at_least: int = 2) -> tuple[str, ...]:
     if not isinstance(values, list) or len(values) < at_least:
-        raise wrong(f"{field} = {_shown(values)} should be a list of at least {at_least} text{'s' * (at_least > 1)}")
-    return [_text({field: value}, field, wrong, name=f"{field}[{i}]", may_be_empty=False)
-            for i, value in enumerate(values)]
+        raise wrong(f"{name} = {_shown(values)} should be a list of at least {at_least} text{'s' * (at_least > 1)}")
+    return tuple(_text(value, f"{name}[{i}]", wrong, may_be_empty=False) for i, value in enumerate(values))
 
 
-def _index(row: dict, field: str, choices: tuple[str, ...], wrong: WrongLine) -> int:
-    value = row[field]
+def _index(row: dict, name: str, choices: tuple[str, ...], wrong: WrongLine) -> int:
+    value = row[name]
     if isinstance(value, str) and re.fullmatch("[0-9]{1,9}", value):  # HellaSwag on the Hugging Face hub has texts
         value = int(value)
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < len(choices):
-        raise wrong(f"{field} = {_shown(row[field])} should be the index of the right choice, 0 to {len(choices) - 1}")
+        raise wrong(f"{name} = {_shown(row[name])} should be the index of the right choice, 0 to {len(choices) - 1}")
     return value
 
 
@@ -245,10 +226,10 @@ def log_likelihoods(model: GPT, requests: list[Request], *, batch_size: int) -> 
     for context, continuation in requests:
         continuations.setdefault(context, set()).add(continuation)
     nats: dict[Request, float] = {}
-    with _progress("scoring", len(continuations), unit="context") as advance:
+    with tqdm(desc="scoring", total=len(continuations), unit=" contexts", mininterval=1.0) as bar:
         for contexts in _batches(continuations, batch_size, model.config.max_seq_len):
             nats |= _score_batch(model, contexts, [sorted(continuations[c]) for c in contexts], batch_size)
-            advance(len(contexts))
+            bar.update(len(contexts))
     if not all(map(math.isfinite, nats.values())):
         raise TaskError("the model's log-likelihoods are not finite; try --dtype float32, or an earlier checkpoint")
     return [-nats[request] for request in requests]
@@ -256,10 +237,8 @@ def log_likelihoods(model: GPT, requests: list[Request], *, batch_size: int) -> 
 
 def _batches(continuations: dict[tuple[int, ...], set[tuple[int, ...]]], batch_size: int,
              max_seq_len: int) -> Iterator[list[tuple[int, ...]]]:
-    """Contexts in batches of about one length, the longest first: what does not fit into memory fails at once.
-
-    The cache has as many slots as the longest context and the longest continuation of the batch need together.
-    """
+    """Contexts in batches of about one length, the longest first: what does not fit into memory fails at once. The
+    cache has as many slots as the longest context and the longest continuation of the batch need together."""
     batch: list[tuple[int, ...]] = []
     longest = 0  # tokens that a continuation of the batch adds to the cache
     for context in sorted(continuations, key=len, reverse=True):
@@ -320,27 +299,32 @@ def multiple_choice(model: GPT, tokenizer: Tokenizer, task: Task, *, batch_size:
     acc: the likeliest choice is right; acc_norm and acc_bytes: the likeliest per character (as the harness's acc_norm)
     and per byte. The lowest index of equals counts. A context too long loses its first tokens, as in the harness.
     """
-    requests, truncated = [], 0
+    config, requests, truncated = model.config, [], set()
     for example in task.examples:
-        whole = [encode_pair(tokenizer, example.query, f" {choice}", model.config.vocab_size)
-                 for choice in example.choices]
-        fitting = [_fitting(task, example.line, i, request, model.config.max_seq_len)
-                   for i, request in enumerate(whole)]
-        truncated += fitting != whole
-        requests += fitting
+        for i, choice in enumerate(example.choices):
+            context, continuation = encode_pair(tokenizer, example.query, f" {choice}", config.vocab_size)
+            if not continuation:
+                raise task.wrong(example.line, f"choice {i} adds no token to the query; remove the line")
+            if len(continuation) > config.max_seq_len:
+                raise task.wrong(example.line, f"choice {i} has {len(continuation):,} tokens, more than the context of "
+                                               f"{config.max_seq_len:,}; shorten it or remove the line")
+            room = config.max_seq_len + 1 - len(continuation)
+            requests.append((context[-room:], continuation))
+            if len(context) > room:
+                truncated.add(example.line)
     values = iter(log_likelihoods(model, requests, batch_size=batch_size))
     rows = []
     for example in task.examples:
         likelihoods = [next(values) for _ in example.choices]
-        lengths = {"acc": [1.0] * len(likelihoods), "acc_norm": [len(choice) for choice in example.choices],
+        lengths = {"acc": 1.0, "acc_norm": [len(choice) for choice in example.choices],
                    "acc_bytes": [len(choice.encode()) for choice in example.choices]}
         chosen = {name: int(np.argmax(np.divide(likelihoods, each))) for name, each in lengths.items()}
         rows.append({"line": example.line, "gold": example.gold, "predictions": chosen, "log_likelihoods": likelihoods})
     result = {}
-    for name in ("acc", "acc_norm", "acc_bytes"):
+    for name in lengths:
         hits = [float(row["predictions"][name] == row["gold"]) for row in rows]
         result[name], result[f"{name}_stderr"] = scores.mean_and_stderr(hits)
-    return result | {"truncated": truncated}, rows
+    return result | {"truncated": len(truncated)}, rows
 
 
 def encode_pair(tokenizer: Tokenizer, context: str, continuation: str, vocab_size: int) -> Request:
@@ -354,33 +338,37 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str, vocab_siz
     return tuple(ids), tuple(sample.encode_prompt(tokenizer, context + continuation, vocab_size)[len(ids):])
 
 
-def _fitting(task: Task, line: int, choice: int, request: Request, max_seq_len: int) -> Request:
-    """The request with as much of the end of its context as fits. Raises TaskError if no token of it does."""
-    context, continuation = request
-    if not continuation:
-        raise task.wrong(line, f"choice {choice} adds no token to the query; remove the line")
-    if len(continuation) > max_seq_len:
-        raise task.wrong(line, f"choice {choice} has {len(continuation):,} tokens, more than the context of "
-                               f"{max_seq_len:,}; shorten it or remove the line")
-    return context[-(max_seq_len + 1 - len(continuation)):], continuation
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# Classification
+# Classification and generation
+
+def encode_asked(model: GPT, tokenizer: Tokenizer, task: Task, example: Labelled | Answer | Chat,
+                 template: str | None = None, *, label_tokens: int = 0) -> list[int]:
+    """The ids of a text, a prompt or messages. Raises TaskError if they leave no room in the context for a label, or
+    for one token of an answer."""
+    try:
+        if isinstance(example, Chat):
+            ids = encode_chat(tokenizer, template, list(example.messages)).tolist()
+        else:
+            asked = example.text if isinstance(example, Labelled) else example.prompt
+            ids = sample.encode_prompt(tokenizer, asked, model.config.vocab_size)
+    except ChatError as error:
+        raise task.wrong(example.line, str(error)) from None
+    if len(ids) + (label_tokens or 1) > model.config.max_seq_len + 1:
+        what = f"text has {len(ids):,} tokens and the longest label {label_tokens}" if label_tokens else \
+            f"prompt has {len(ids):,} tokens"
+        raise task.wrong(example.line, f"the {what}, more than the context of {model.config.max_seq_len:,}; shorten it "
+                                       "or remove the line")
+    return ids
+
 
 def classification(model: GPT, tokenizer: Tokenizer, task: Task, labels: list[str], *,
-                   batch_size: int) -> tuple[dict, list[dict], np.ndarray]:
-    """The scores, of each example the prediction, and the confusion matrix. Each label is scored as what follows the
-    text, encoded on its own as in fine-tuning; the likeliest is predicted, the first of equals."""
+                   batch_size: int) -> tuple[dict, list[dict]]:
+    """The scores, and of each example the prediction. Each label is scored as what follows the text, encoded on its own
+    as in fine-tuning; the likeliest is predicted, the first of equals."""
     spelled, has_end = encode_labels(tokenizer, labels, model.config.vocab_size)
     longest = max(map(len, spelled))
-    requests = []
-    for example in task.examples:
-        context = tuple(sample.encode_prompt(tokenizer, example.text, model.config.vocab_size))
-        if len(context) + longest > model.config.max_seq_len + 1:
-            raise task.wrong(example.line, f"the text has {len(context):,} tokens and the longest label {longest}, "
-                                           f"more than the context of {model.config.max_seq_len:,}; shorten the text")
-        requests += [(context, label) for label in spelled]
+    contexts = [tuple(encode_asked(model, tokenizer, task, example, label_tokens=longest)) for example in task.examples]
+    requests = [(context, label) for context in contexts for label in spelled]
     values = np.reshape(log_likelihoods(model, requests, batch_size=batch_size), (-1, len(labels)))
     predicted, expected = values.argmax(axis=1), [labels.index(example.label) for example in task.examples]
     rows = [{"line": example.line, "text": example.text, "label": example.label, "prediction": labels[choice],
@@ -394,7 +382,7 @@ def classification(model: GPT, tokenizer: Tokenizer, task: Task, labels: list[st
               "classes": {label: {name: column[k] for name, column in by_class.items()}
                           for k, label in enumerate(labels)},
               "labels": labels, "confusion": confusion.tolist(), "end_of_text_scored": has_end}
-    return result, rows, confusion
+    return result, rows
 
 
 def choose_labels(task: Task, names: str | None) -> list[str]:
@@ -415,10 +403,8 @@ def choose_labels(task: Task, names: str | None) -> list[str]:
 
 
 def encode_labels(tokenizer: Tokenizer, labels: list[str], vocab_size: int) -> tuple[list[tuple[int, ...]], bool]:
-    """The ids of ' label' each, and whether end-of-text stands behind them.
-
-    It does if one label's ids begin another's, which otherwise could never be the likelier one.
-    """
+    """The ids of ' label' each, and whether end-of-text stands behind them: it does if one label's ids begin another's,
+    which otherwise could never be the likelier one."""
     spelled = [tuple(sample.encode_prompt(tokenizer, f" {label}", vocab_size)) for label in labels]
     if len(set(spelled)) < len(labels):
         raise TaskError(f"labels {', '.join(map(repr, labels))}: to the run's tokenizer two of them are the same text")
@@ -426,24 +412,19 @@ def encode_labels(tokenizer: Tokenizer, labels: list[str], vocab_size: int) -> t
     return [(*ids, tokenizer.eot) if needs_end else ids for ids in spelled], needs_end
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Generation
-
 def generation(model: GPT, tokenizer: Tokenizer, task: Task, template: str | None, *, metrics: tuple[str, ...],
                max_new_tokens: int, stop: tuple[str, ...], batch_size: int) -> tuple[dict, list[dict]]:
     """The scores of the greedy continuations of the prompts, and of each example the prediction. template: the run's,
-    for a chat.
-
-    A continuation ends with end-of-text (an answer in a chat with any special token, since templates end turns with
-    their own), before a stop text, or unfinished: at max_new_tokens, or where the context is full, since a model that
-    no longer sees its prompt answers nothing.
-    """
-    prompts = _prompts(tokenizer, task, template, model.config.vocab_size)
-    for example, prompt in zip(task.examples, prompts, strict=True):
-        if len(prompt) > model.config.max_seq_len:
-            raise task.wrong(example.line, f"the prompt has {len(prompt):,} tokens, more than the context of "
-                                           f"{model.config.max_seq_len:,}; shorten it or remove the line")
-    ends = {tokenizer.eot, *(tokenizer.special_ids.values() if task.kind == "chat" else ())}
+    for a chat. A continuation ends with end-of-text (in a chat also with what ends a turn there), before a stop text,
+    or unfinished: at max_new_tokens, or where the context is full, since a model that no longer sees its prompt answers
+    nothing."""
+    ends = {tokenizer.eot}
+    if task.kind == "chat":
+        if template is None:
+            raise TaskError(f"task {str(task.path)!r} holds messages, but the run has no chat template: it was not "
+                            "trained on chats; give the task as lines of prompt, reference")
+        ends.add(turn_end(tokenizer, template))
+    prompts = [encode_asked(model, tokenizer, task, example, template) for example in task.examples]
     texts, finished = continue_greedily(model, tokenizer, prompts, ends=ends, max_new_tokens=max_new_tokens, stop=stop,
                                         batch_size=batch_size)
     result, each = scores.text_scores(texts, [example.references for example in task.examples], metrics)
@@ -452,54 +433,29 @@ def generation(model: GPT, tokenizer: Tokenizer, task: Task, template: str | Non
     return result | {"unfinished": finished.count(False)}, rows
 
 
-def _prompts(tokenizer: Tokenizer, task: Task, template: str | None, vocab_size: int) -> list[list[int]]:
-    if task.kind == "generation":
-        return [sample.encode_prompt(tokenizer, example.prompt, vocab_size) for example in task.examples]
-    if template is None:
-        raise TaskError(f"task {str(task.path)!r} holds messages, but the run has no chat template: it was not trained "
-                        "on chats; give the task as lines of prompt, reference")
-    prompts = []
-    for example in task.examples:
-        try:
-            prompts.append(encode_chat(tokenizer, template, list(example.messages)).tolist())
-        except ChatError as error:
-            raise task.wrong(example.line, str(error)) from None
-    return prompts
-
-
 def continue_greedily(model: GPT, tokenizer: Tokenizer, contexts: list[list[int]], *, ends: set[int],
                       max_new_tokens: int, stop: tuple[str, ...],
                       batch_size: int) -> tuple[list[str], list[bool]]:
     """The text that follows each context up to one of the tokens that end it, and whether it came to its end."""
     texts, finished = [""] * len(contexts), [False] * len(contexts)
     order = sorted(range(len(contexts)), key=lambda i: len(contexts[i]), reverse=True)  # alike beside alike
-    with _progress("generating", len(contexts), unit="prompt") as advance:
+    with tqdm(desc="generating", total=len(contexts), unit=" prompts", mininterval=1.0) as bar:
         for first in range(0, len(order), batch_size):
             batch = order[first:first + batch_size]
             streams = {i: sample.TextStream(tokenizer, contexts[i], stop) for i in batch}
             room = {i: min(max_new_tokens, model.config.max_seq_len + 1 - len(contexts[i])) for i in batch}
             steps = sample.generate(model, [contexts[i] for i in batch], max_new_tokens=max(room.values()),
-                                    sampling=GREEDY)
+                                    sampling=sample.Sampling(temperature=0.0))
             for count, tokens in enumerate(steps, start=1):
                 for i, token in zip(batch, tokens, strict=True):
-                    if i not in streams:
-                        continue
-                    is_end = token in ends
-                    texts[i] += "" if is_end else streams[i].add(token)
-                    if is_end or count == room[i]:
-                        texts[i] += streams[i].end()
-                    finished[i] = is_end or streams[i].stopped
-                    if finished[i] or count == room[i]:
-                        del streams[i]
-                        advance(1)
+                    if i in streams:
+                        is_end, is_last = token in ends, count == room[i]
+                        texts[i] += "" if is_end else streams[i].add(token)
+                        texts[i] += streams[i].end() if is_end or is_last else ""
+                        finished[i] = is_end or streams[i].stopped
+                        if finished[i] or is_last:
+                            del streams[i]
+                            bar.update(1)
                 if not streams:
                     break
     return texts, finished
-
-
-@contextmanager
-def _progress(what: str, total: int, *, unit: str) -> Iterator[Callable[[int], None]]:
-    """A progress bar on stderr, and the function that moves it on."""
-    from tqdm import tqdm
-    with tqdm(desc=what, total=total, unit=f" {unit}s", mininterval=1.0) as bar:
-        yield bar.update

@@ -12,16 +12,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import checkpoint
 import convert
 import eval as evaluation
+import files
 import sample
 import start
 from config import (
     Config,
+    ConfigError,
     MachineError,
     ModelConfig,
     RopeScaling,
@@ -31,7 +34,7 @@ from config import (
     load_config,
     to_toml,
 )
-from convert import ConvertError, from_hf, load_hf, load_hf_config, to_hf
+from convert import ConvertError, from_hf, model_config, read_config, read_hf, to_hf
 from data.chat import load_template, save_template
 from data.tokenizer import load_tokenizer, train_bpe
 from model import GPT
@@ -219,7 +222,7 @@ def test_a_run_exported_and_converted_again_is_equal_to_the_bit(name, bench, tmp
     assert_same(run_tensors(tmp_path / "again"), run_tensors(bench.path(f"run_{name}", "run")))
     again = load_config(tmp_path / "again" / "config.toml").model
     ours = RUN_CASES[name][0]
-    for switch in ("n_head", "kv_heads", "dim_per_head", "hidden", "vocab_size", "max_seq_len", "norm", "norm_eps",
+    for switch in ("n_head", "kv_heads", "dim_per_head", "mlp_width", "vocab_size", "max_seq_len", "norm", "norm_eps",
                    "position", "rope_theta", "rope_scaling", "mlp", "qk_norm", "bias", "has_qkv_bias", "has_mlp_bias",
                    "tie_embeddings", "window"):
         assert getattr(again, switch) == getattr(ours, switch), switch
@@ -275,6 +278,10 @@ def change_config(folder: Path, **changes: object) -> Path:
     return folder
 
 
+def config_of(folder: Path, *, max_seq_len: int | None = None) -> ModelConfig:
+    return model_config(read_config(folder), max_seq_len)
+
+
 def change_weights(folder: Path, change) -> Path:
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
@@ -282,10 +289,54 @@ def change_weights(folder: Path, change) -> Path:
     return folder
 
 
+@pytest.fixture
+def tensors_read(monkeypatch) -> list[str]:
+    """The names of the tensors that are read from safetensors files, as they are."""
+    names = []
+
+    @dataclass
+    class Part:
+        part: object
+        name: str
+
+        def __getattr__(self, attribute: str):
+            return getattr(self.part, attribute)
+
+        def __getitem__(self, index: object) -> Tensor:
+            names.append(self.name)
+            return self.part[index]
+
+    class File:
+        def __init__(self, path: Path, framework: str):
+            self.file = safe_open(path, framework)
+            self.keys = self.file.keys
+
+        def get_slice(self, name: str) -> Part:
+            return Part(self.file.get_slice(name), name)
+
+    monkeypatch.setattr(convert, "safe_open", File)
+    return names
+
+
+def test_a_folder_is_known_from_its_headers_and_its_weights_are_read_once_when_asked_for(tmp_path, tensors_read):
+    folder = make_hf(tmp_path / "hf")
+    hf = read_hf(folder)
+    assert (hf.dir, hf.model.n_embd, hf.known_seq_len, hf.tokenizer.vocab_size) == (folder, 24, 60, 299)
+    assert tensors_read == []
+    assert_same(hf.weights(), run_tensors(tmp_path / "hf_of"))
+    assert sorted(tensors_read) == sorted(hf_tensors(folder))
+
+
+def test_of_our_own_exports_the_biases_that_may_be_left_out_are_looked_at(tmp_path, tensors_read):
+    folder = make_hf(tmp_path / "hf", replace(SMALL, bias=False))
+    assert read_hf(folder).model.bias is False
+    assert sorted(tensors_read) == sorted(name for name in hf_tensors(folder) if name.endswith(".bias"))
+
+
 def test_weights_saved_without_prefix_with_masks_and_the_tied_head_are_read(tmp_path):
     """As openai's own gpt2 folder and older transformers have them."""
     folder = make_hf(tmp_path / "hf")
-    expected = load_hf(folder).tensors
+    expected = read_hf(folder).weights()
 
     def change(tensors):
         for name in list(tensors):
@@ -294,29 +345,30 @@ def test_weights_saved_without_prefix_with_masks_and_the_tied_head_are_read(tmp_
         tensors["h.1.attn.masked_bias"] = torch.tensor(-1e4)
         tensors["lm_head.weight"] = tensors["wte.weight"].clone()
 
-    assert_same(load_hf(change_weights(folder, change)).tensors, expected)
+    assert_same(read_hf(change_weights(folder, change)).weights(), expected)
     change_weights(folder, lambda tensors: tensors.pop("wte.weight"))  # the head alone stands for both
-    assert_same(load_hf(folder).tensors, expected)
+    assert_same(read_hf(folder).weights(), expected)
 
 
 def test_a_head_that_differs_from_the_table_it_is_tied_to_is_refused(tmp_path):
     folder = make_hf(tmp_path / "hf")
     change_weights(folder, lambda tensors: tensors.update({"lm_head.weight": tensors["transformer.wte.weight"] + 1}))
     with pytest.raises(ConvertError, match="lm_head.weight differs.*tie_word_embeddings"):
-        load_hf(folder)
+        from_hf(folder, tmp_path / "run")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "hf_of"]
 
 
 @pytest.mark.parametrize("scaling", [None, RopeScaling(factor=4.0), RopeScaling(kind="llama3", factor=8.0)], ids=str)
 def test_configs_of_older_transformers_mean_the_same(tmp_path, scaling):
     config = replace(MODERN, rope_theta=5e5, rope_scaling=scaling, tie_embeddings=False, n_kv_head=None)
     folder = make_hf(tmp_path / "hf", config)
-    new = load_hf_config(change_config(folder, rope_scaling=None))
-    assert new == load_hf_config(change_config(folder, rope_parameters=None, rope_scaling=scaling and {
+    new = config_of(change_config(folder, rope_scaling=None))
+    assert new == config_of(change_config(folder, rope_parameters=None, rope_scaling=scaling and {
         "type" if scaling.kind == "linear" else "rope_type": scaling.kind, "factor": scaling.factor,
         "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}))
     assert (new.rope_theta, new.rope_scaling, new.kv_heads) == (5e5, scaling, 4)
     old = change_config(folder, num_key_value_heads=None, head_dim=None, attention_bias=None, mlp_bias=None)
-    assert load_hf_config(change_config(old, tie_word_embeddings=None)) == new
+    assert config_of(change_config(old, tie_word_embeddings=None)) == new
 
 
 def test_a_folder_may_be_called_as_a_tokenizer_is(tmp_path, monkeypatch):
@@ -324,7 +376,7 @@ def test_a_folder_may_be_called_as_a_tokenizer_is(tmp_path, monkeypatch):
     make_hf(Path("gpt2"))
     from_hf(Path("gpt2"), Path("bytes"))
     to_hf(Path("bytes"), Path("cl100k_base"))
-    assert load_hf(Path("cl100k_base")).tokenizer.vocab_size == 299
+    assert read_hf(Path("cl100k_base")).tokenizer.vocab_size == 299
 
 
 def test_a_long_context_is_cut_with_a_note_unless_it_is_asked_for(tmp_path):
@@ -334,22 +386,24 @@ def test_a_long_context_is_cut_with_a_note_unless_it_is_asked_for(tmp_path):
     assert "8,192 of the 131,072" in notes[0] and "--max-seq-len 131072" in notes[0]
     from_hf(folder, tmp_path / "long", max_seq_len=20_000, note=notes.append)
     assert load_config(tmp_path / "long" / "config.toml").model.max_seq_len == 20_000
-    with pytest.raises(ConvertError, match="--max-seq-len 131073.*131072"):
-        load_hf(folder, max_seq_len=131_073)
+    with pytest.raises(ConvertError, match="config.json.*--max-seq-len 131073.*131072"):
+        read_hf(folder, max_seq_len=131_073)
 
 
 def test_a_sliding_window_is_taken_where_all_layers_have_it_or_none_needs_it(tmp_path):
     folder = make_hf(tmp_path / "hf", replace(MODERN, qkv_bias=True))
     window = {"use_sliding_window": True, "sliding_window": 17}
-    assert load_hf_config(change_config(folder, use_sliding_window=False, sliding_window=17)).window is None
-    assert load_hf_config(change_config(folder, **window, max_window_layers=0)).window == 17
-    assert load_hf_config(change_config(folder, **window, max_window_layers=2)).window is None
+    assert config_of(change_config(folder, use_sliding_window=False, sliding_window=17)).window is None
+    assert config_of(change_config(folder, **window, max_window_layers=0)).window == 17
+    assert config_of(change_config(folder, **window, max_window_layers=2)).window is None
     llama = make_hf(tmp_path / "llama", MODERN)  # transformers' Llama has no window, whatever its config says
-    assert load_hf_config(change_config(llama, **window, max_window_layers=0)).window is None
+    assert config_of(change_config(llama, **window, max_window_layers=0)).window is None
     change_config(folder, max_window_layers=1)
-    assert load_hf_config(folder, max_seq_len=17).window is None
-    with pytest.raises(ConvertError, match="some layers only.*--max-seq-len 17"):
-        load_hf_config(folder)
+    assert config_of(folder, max_seq_len=17).window is None
+    with pytest.raises(ConfigError, match="some layers only.*--max-seq-len 17"):
+        config_of(folder)
+    with pytest.raises(ConvertError, match="config.json.*max_window_layers = 'x' should be a whole number"):
+        read_hf(change_config(folder, max_window_layers="x"))
 
 
 def test_end_of_text_is_what_the_folder_says(tmp_path):
@@ -367,22 +421,22 @@ def test_end_of_text_is_what_the_folder_says(tmp_path):
     assert json.loads((tmp_path / "again" / "config.json").read_text())["eos_token_id"] == 300
     (folder / "tokenizer_config.json").unlink()
     change_config(folder, eos_token_id=[300, 298])
-    assert load_hf(folder).tokenizer.eot == 300
-    assert load_hf(change_config(folder, eos_token_id=None)).tokenizer.eot == 298
+    assert read_hf(folder).tokenizer.eot == 300
+    assert read_hf(change_config(folder, eos_token_id=None)).tokenizer.eot == 298
     (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
     with pytest.raises(UserError, match="eos_token '</s>'.*none of its special tokens"):
-        load_hf(folder)
+        read_hf(folder)
 
 
 def test_vocab_and_merges_alone_make_gpt2s_tokenizer(tmp_path):
     folder = make_hf(tmp_path / "hf")
-    expected = load_hf(folder).tokenizer
+    expected = read_hf(folder).tokenizer
     model = json.loads((folder / "tokenizer.json").read_text())["model"]
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink()
     (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(model["merges"]) + "\n")
-    ours = load_hf(folder).tokenizer
+    ours = read_hf(folder).tokenizer
     assert (ours.encode(TEXT) == expected.encode(TEXT)).all() and (ours.eot, ours.vocab_size) == (298, 299)
 
 
@@ -399,10 +453,10 @@ def test_the_chat_template_of_tokenizer_config_is_kept(tmp_path, template, expec
 
 def test_zero_biases_added_by_an_export_stay_if_training_moved_them(tmp_path):
     folder = make_hf(tmp_path / "hf", replace(SMALL, bias=False))
-    assert load_hf(folder).model.bias is False
+    assert read_hf(folder).model.bias is False
     change_weights(folder, lambda tensors: tensors["transformer.h.1.mlp.c_fc.bias"].add_(1e-3))
-    hf = load_hf(folder)
-    assert hf.model.bias is True and (hf.tensors["blocks.1.mlp.fc.bias"] == 1e-3).all()
+    hf = read_hf(folder)
+    assert hf.model.bias is True and (hf.weights()["blocks.1.mlp.fc.bias"] == 1e-3).all()
 
 
 def test_bfloat16_exports_are_the_rounded_weights_and_say_so(tmp_path):
@@ -493,13 +547,13 @@ def only(folder: Path, *names: str) -> None:
 
 
 @pytest.mark.parametrize(("damage", "message"), [
-    (lambda f: (f / "config.json").write_text("{"), "config.json' is not JSON"),
+    (lambda f: (f / "config.json").write_text("{"), "config.json' cannot be read as JSON"),
     (lambda f: (f / "config.json").write_text("[]"), "holds a list"),
     (lambda f: (f / "config.json").unlink(), "has no config.json"),
     (lambda f: (f / "model.safetensors").write_bytes(b"version https://git-lfs"), "cannot be read as safetensors"),
     (lambda f: (f / "model.safetensors").unlink(), "holds neither model.safetensors nor"),
-    (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "'pytorch_model.bin' is a pickle"),
-    (lambda f: (only(f), (f / "ckpt.pt").write_bytes(b"")), "'ckpt.pt' is a pickle.*CONVERT.md"),
+    (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "pytorch_model.bin' is a pickle.*CONVERT.md"),
+    (lambda f: (only(f), (f / "ckpt.pt").write_bytes(b"")), "ckpt.pt' is a pickle.*CONVERT.md"),
     (lambda f: make_index(f, {"a": "model-00002-of-00002.safetensors"}), "1 files.*model-00002"),
     (lambda f: make_index(f, {"a": "../hf_of/checkpoints/step_00000003/model.safetensors"}), "no weight_map of file"),
     (lambda f: make_index(f, None), "no weight_map"),
@@ -526,7 +580,7 @@ def test_what_is_no_model_folder_and_what_is_no_new_folder_is_refused(tmp_path, 
     assert "is not empty" in refused(capsys, "from-hf", folder, folder)
     assert "is not empty" in refused(capsys, "to-hf", run, folder)
     assert "is a Hugging Face folder, not a run" in refused(capsys, "to-hf", folder, tmp_path / "new")
-    assert "convert.py --help" in refused(capsys, "to-hf", run)
+    assert "convert.py to-hf --help" in refused(capsys, "to-hf", run)
     assert "--max-seq-len 12" in refused(capsys, "from-hf", folder, tmp_path / "new", "--max-seq-len", 12)
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -556,11 +610,11 @@ def test_a_run_whose_config_was_changed_is_refused(tmp_path, capsys):
 def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch, direction):
     folder = make_hf(tmp_path / "hf")
 
-    def write(path, *rest):
+    def write(path, parts):
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_write_tensors", write)
+    monkeypatch.setattr(files, "write", write)
     source = folder if direction == "from-hf" else tmp_path / "hf_of"
     with pytest.raises(MachineError, match="disk full|No space left"):
         convert.main([direction, str(source), str(tmp_path / "new")])
@@ -646,16 +700,28 @@ save_file({"tokens": x, "logits": logits}, "logits.safetensors")
 """
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_the_documented_script_turns_a_nanogpt_checkpoint_into_a_model(tmp_path, bias):
+BOTH = """
+import os
+for folder, programs in PROGRAMS.items():
+    os.mkdir(folder)
+    os.chdir(folder)
+    for program in programs:
+        exec(program, {})
+    os.chdir("..")
+"""
+
+
+def test_the_documented_script_turns_a_nanogpt_checkpoint_into_a_model(tmp_path):
     document = Path(convert.__file__).parent / "docs" / "CONVERT.md"
     script = re.search(r"```python\n(.*?)```", document.read_text(encoding="utf-8"), re.DOTALL)[1]
-    for program in (NANOGPT.replace("BIAS", str(bias)), script):
-        done = subprocess.run([sys.executable, "-I", "-c", program, "ckpt.pt", "hf"], cwd=tmp_path, capture_output=True,
-                              text=True)
-        assert done.returncode == 0, done.stderr
-    small_tokenizer().save(tmp_path / "hf" / "tokenizer.json")
-    from_hf(tmp_path / "hf", tmp_path / "run")
-    assert load_config(tmp_path / "run" / "config.toml").model.bias is bias
-    expected = load_file(tmp_path / "logits.safetensors")
-    torch.testing.assert_close(our_logits(tmp_path / "run", expected["tokens"]), expected["logits"], **F32)
+    programs = {str(bias): [NANOGPT.replace("BIAS", str(bias)), script] for bias in (True, False)}
+    done = subprocess.run([sys.executable, "-I", "-c", BOTH.replace("PROGRAMS", repr(programs)), "ckpt.pt", "hf"],
+                          cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for bias in (True, False):
+        folder = tmp_path / str(bias)
+        small_tokenizer().save(folder / "hf" / "tokenizer.json")
+        from_hf(folder / "hf", folder / "run")
+        assert load_config(folder / "run" / "config.toml").model.bias is bias
+        expected = load_file(folder / "logits.safetensors")
+        torch.testing.assert_close(our_logits(folder / "run", expected["tokens"]), expected["logits"], **F32)

@@ -152,7 +152,7 @@ CHATS = [{"messages": [{"role": "user", "content": "the"}, {"role": "assistant",
 ], ids=["multiple-choice", "classification", "generation", "chat"])
 def test_a_task_is_scored_into_json_and_its_predictions_into_a_file(settings, capsys, rows, words, expected):  # noqa: F811
     run_dir = run(settings, "scored", "train.max_steps=1")
-    (run_dir / "chat_template.jinja").write_text("{{ messages[0].content }}: ")
+    (run_dir / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}: {% endfor %}")
     write_task("task.jsonl", *rows)
     capsys.readouterr()
     evaluation.main(["scored", "--task", "task.jsonl", "--predictions", "made.jsonl", *words])
@@ -189,7 +189,7 @@ def test_data_and_a_task_share_one_json_object(settings, capsys):  # noqa: F811
 
 
 @pytest.mark.parametrize("words, message", [
-    (["--task", "missing.jsonl"], "task 'missing.jsonl' does not exist"),
+    (["--task", "missing.jsonl"], "task 'missing.jsonl' cannot be read: No such file"),
     (["--task", "bad.jsonl"], "task 'bad.jsonl' line 2: is not JSON"),
     (["--limit", "3"], "--limit is for a task of any kind; name one with --task"),
     (["--task", "choices.jsonl", "--limit", "0"], "--limit 0 should be at least 1"),
@@ -197,8 +197,8 @@ def test_data_and_a_task_share_one_json_object(settings, capsys):  # noqa: F811
     (["--task", "labels.jsonl", "--metrics", "f1"], "--metrics is for generation, and 'labels.jsonl' is class"),
     (["--task", "labels.jsonl", "--labels", "sat,mat"], "line 2: label \"on\" is not in --labels sat,mat"),
     (["--task", "labels.jsonl", "--plot", "m.svg"], "--plot 'm.svg' should end in .png"),
-    (["--task", "labels.jsonl", "--plot", "no/m.png"], "folder that does not exist; make 'no' first"),
-    (["--task", "answers.jsonl", "--predictions", "no/p.jsonl"], "folder that does not exist; make 'no' first"),
+    (["--task", "labels.jsonl", "--plot", "no/m.png"], "lies in no folder that exists; make 'no' first"),
+    (["--task", "answers.jsonl", "--predictions", "no/p.jsonl"], "lies in no folder that exists; make 'no' first"),
     (["--task", "answers.jsonl", "--predictions", "answers.jsonl"], "is the task itself"),
     (["--task", "answers.jsonl", "--predictions", "pipe"], "--predictions 'pipe' is no regular file"),
     (["--task", "answers.jsonl", "--predictions", "scored"], "--predictions 'scored' is no regular file"),
@@ -227,6 +227,6 @@ def test_predictions_that_cannot_be_written_leave_the_old_file_as_it_was(setting
     def full(*paths: object) -> None:
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(MachineError, match="--predictions 'made.jsonl' cannot be written: No space left on device"):
+    with pytest.raises(MachineError, match="writing 'made.jsonl' failed: No space left on device"):
         evaluation.main(["scored", "--task", "task.jsonl", "--predictions", "made.jsonl"])
     assert Path("made.jsonl").read_text() == "old" and list(Path().glob(".made*")) == []
