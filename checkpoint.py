@@ -98,13 +98,14 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, s
     files.write(path, (part for parts in ([len(text).to_bytes(8, "little") + text], bodies) for part in parts))
 
 
-def write_tensor_file(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """A safetensors file outside any checkpoint, whole and durable. Raises SaveError, with nothing changed."""
+def write_tensor_file(path: Path, tensors: dict[str, Tensor]) -> None:
+    """A safetensors file outside any checkpoint, as Hugging Face's programs read it, whole and durable. Raises
+    SaveError, with nothing changed."""
     temporary = path.with_name(TEMPORARY + path.name)
     needed = _bytes_of(tensors) + MARGIN_BYTES
     try:
         _check_space(path.parent, needed)
-        _write_tensors(temporary, tensors, metadata)
+        _write_tensors(temporary, tensors, {"format": "pt"})
         files.publish(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)

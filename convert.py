@@ -462,7 +462,7 @@ def from_hf(folder: Path, run: Path, *, max_seq_len: int | None = None,
     config = configuration.apply_table(Config(model=hf.model), {"train": train})
     weights = hf.weights()
     with _new_folder(run) as temporary:
-        checkpoint.save(temporary, 0, model=weights, optimizer=None, state={"val_loss": None}, keep=1)
+        checkpoint.save(temporary, 0, tensors={"model": weights}, state={"val_loss": None}, keep=1)
         hf.tokenizer.save(temporary / TOKENIZER_FILE)
         if hf.chat_template is not None:
             save_template(temporary, hf.chat_template)

@@ -17,18 +17,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import checkpoint
 import cli
 import files
 import kernels
 import sample
-from config import DataConfig, UserError, exit_cleanly, load_config
-from data.chat import load_template
+from config import DataConfig, UserError, exit_cleanly
 from data.loader import IGNORED, MicroBatch, ValLoader
 from data.shards import open_dataset, open_split
 from data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from distributed import World, choose_device, sum_over_ranks
+from finetune.runs import read_run
 from kernels import self_check
+from kernels.cpu import pack_for_decoding
 from model import GPT
 from tasks import scores, tasks
 
@@ -102,15 +102,14 @@ def main(argv: list[str]) -> None:
     metrics = scores.choose_metrics(args.metrics, cli.note) if kind in ("generation", "chat") else ()
     labels = tasks.choose_labels(task, args.labels) if kind == "classification" else []
     device, _ = choose_device(args.device, option="--device ")
-    model, tokenizer = sample.load_model(args.run, device=device, dtype=args.dtype, note=cli.note)
+    saved = read_run(args.run, cli.note)
+    model, tokenizer = sample.build_model(saved, device=device, dtype=args.dtype, note=cli.note), saved.tokenizer
     verdicts = self_check.verdicts("auto", model.config, table_rows=model.wte.num_embeddings,
                                    dtype=model.compute_dtype, device=device)
     kernels.choose_backends(op for op, problem in verdicts.items() if problem is None)
-    run = Path(args.run)
-    run_dir = run if (run / "config.toml").exists() else checkpoint.run_dir_of(run)
     result = {"run": args.run}
     if task is None or args.data is not None:
-        batches = _batches(args, load_config(run_dir / "config.toml").data, model, tokenizer, device)
+        batches = _batches(args, saved.config.data, model, tokenizer, device)
         score = evaluate(model, batches, token_bytes=tokenizer.token_bytes(), device=device)
         result |= {"data": str(args.data), **asdict(score)}
     if task is not None:
@@ -121,8 +120,8 @@ def main(argv: list[str]) -> None:
             found, rows = tasks.classification(model, tokenizer, task, labels, batch_size=args.batch_size)
             cli.note(scores.confusion_table(labels, np.array(found["confusion"])))
         else:
-            cli.note(sample.pack_for_decoding(model))
-            found, rows = tasks.generation(model, tokenizer, task, load_template(run_dir), metrics=metrics,
+            cli.note(pack_for_decoding(model))
+            found, rows = tasks.generation(model, tokenizer, task, saved.chat_template, metrics=metrics,
                                            max_new_tokens=args.max_new_tokens or 256,
                                            stop=tuple(args.stop or ()), batch_size=args.batch_size)
         result |= {"task": str(args.task), "kind": kind, "examples": len(task.examples), **found}
