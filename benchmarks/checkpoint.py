@@ -55,7 +55,8 @@ def _save_and_load(repeat: int, *, model: GPT, optimizer: Optimizer, folder: Pat
 
     os.sync()  # what others left to write is not ours
     tensors = {"model": model.state_dict(), "optimizer": optimizer.state_tensors()}
-    save_s, path = measure.seconds_of(lambda: checkpoint.save(folder / "run", repeat, tensors=tensors, state={}, keep=1))
+    save_s, path = measure.seconds_of(
+        lambda: checkpoint.save(folder / "run", repeat, tensors=tensors, state={}, keep=1))
     verify_s, _ = measure.seconds_of(lambda: checkpoint.resolve(path, cli.note))
     load_s, _ = measure.seconds_of(load)
     shutil.rmtree(folder / "run")
