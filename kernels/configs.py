@@ -8,10 +8,12 @@ from dataclasses import dataclass
 
 import torch
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # what the kernels compute in and for
-
-
 WARP_SIZE = 64 if torch.version.hip else 32  # threads
+
+
+def computes_on(x: torch.Tensor) -> bool:
+    """Whether the kernels compute for x's dtype and device: the GPU if there is one, else they are interpreted."""
+    return x.dtype in (torch.float32, torch.float16, torch.bfloat16) and x.is_cuda == torch.cuda.is_available()
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,8 @@ def next_power_of_2(n: int) -> int:
 # ----------------------------------------------------------------------------------------------------------------------
 # Norms: a tile holds whole rows
 
-MAX_NORM_WIDTH = 16_384
-NORM_BLOCKS = tuple(2 ** n for n in range(4, 15))  # the columns of a tile: the width rounded up to a power of 2
+MAX_NORM_WIDTH = 8192  # beyond, the backward's sums for the weight do not fit in registers beside a row
+NORM_BLOCKS = tuple(2 ** n for n in range(4, 14))  # the columns of a tile: the width rounded up to a power of 2
 
 
 def norm_forward(width: int) -> Tile:
@@ -47,10 +49,6 @@ def norm_backward(width: int) -> Tile:
     """Half of that a thread: x, dy and the sums for the weight and the bias stay in registers over all tiles."""
     columns = max(NORM_BLOCKS[0], next_power_of_2(width))
     return Tile(rows=max(1, 2048 // columns), columns=columns, threads=max(128, columns // 16))
-
-
-NORM_ONE_PASS_WIDTH = 8192  # beyond, the sums do not fit in registers beside a row: a second kernel makes them
-NORM_WEIGHT = Tile(rows=4, columns=512, threads=128)  # of that kernel
 
 
 NORM_BACKWARD_PROGRAMS_PER_SM = 4  # each writes one row of partial sums for the weight: few rows, all SMs busy

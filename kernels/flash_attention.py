@@ -3,7 +3,7 @@
 Forward and backward as in FlashAttention-2 (arXiv:2307.08691): scores exist one tile at a time, the softmax runs along
 with its largest score and its sum, and the backward recomputes the probabilities from the saved log of that sum. One
 int32 per query, the first key that it sees, covers windows, documents and padding; tiles that no query of a tile sees
-are not visited. No dropout, no scores added, no decoding kernel: one query goes to PyTorch (see takes()).
+are not visited. No dropout, no scores added, no decoding kernel: one query goes to PyTorch (see supports()).
 
 The backward is split by default: one kernel sums over keys (for q), one over queries (for k, v), each in a fixed order,
 so equal inputs give equal bits. The fused one computes the probabilities once and adds up q's gradient by atomics.
@@ -26,69 +26,54 @@ from kernels import configs
 def supports(q: Tensor) -> bool:
     """Whether these kernels compute for q (B, Tq, H, D). A single query is left to PyTorch: its kernel splits the keys
     over programs, where here one program would walk all of them."""
-    return q.dtype in configs.DTYPES and q.shape[-1] <= configs.MAX_HEAD_DIM and q.shape[1] > 1 and q.numel() > 0
+    return configs.computes_on(q) and q.shape[-1] <= configs.MAX_HEAD_DIM and q.shape[1] > 1 and q.numel() > 0
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, first_key: Tensor | None = None,
-              deterministic: bool | None = None) -> Tensor:
-    """kernels.attention by Triton. deterministic: the gradients have the same bits every time; None = as PyTorch is set
-    (train.deterministic)."""
-    if deterministic is None:
-        deterministic = torch.are_deterministic_algorithms_enabled()
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if torch.is_autocast_enabled(q.device.type):  # as PyTorch's attention does
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    if scale <= 0.0:  # the kernels look for the largest score before they scale it
-        q, scale = (-q, -scale) if scale < 0.0 else (q * 0.0, 1.0)
-    out, _ = attention_forward(q, k, v, first_key, scale, deterministic)
-    return out
+def attention(q: Tensor, k: Tensor, v: Tensor, *, first_key: Tensor | None = None) -> Tensor:
+    """kernels.attention by Triton. Where PyTorch is set to be deterministic (train.deterministic) the gradients have
+    the same bits every time."""
+    return attention_forward(q, k, v, first_key, torch.are_deterministic_algorithms_enabled())[0]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Operators
 
 @library.custom_op("flatgpt::attention_forward", mutates_args=())
-def attention_forward(q: Tensor, k: Tensor, v: Tensor, first_key: Tensor | None, scale: float,
+def attention_forward(q: Tensor, k: Tensor, v: Tensor, first_key: Tensor | None,
                       deterministic: bool) -> tuple[Tensor, Tensor]:
-    """Attention (B, Tq, H, D), contiguous, and the log of the sum of exp(scores), float32 (B, H, Tq).
-    scale > 0; deterministic is for the backward."""
+    """Attention (B, Tq, H, D), contiguous, and the log of the sum of exp(scores), float32 (B, H, Tq). deterministic is
+    for the backward."""
+    out, lse = _outputs(q, k, v, first_key, deterministic)
     q, k, v = _addressable(q), _addressable(k), _addressable(v)
     B, Tq, H, D = q.shape
-    out, lse = _outputs(q)
     first, first_b = _first_keys(first_key, q)
     tile = configs.attention(D, q.dtype, _arch(q.device)).forward
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     with torch.cuda.device_of(q):  # Triton launches on the current one; for backward, autograd's thread sets it
         _forward_kernel[(triton.cdiv(Tq, tile.queries) * B * H,)](
-            q, k, v, first, out, lse, scale, H, Tq, k.shape[1], *strides, first_b,
+            q, k, v, first, out, lse, D ** -0.5, H, Tq, k.shape[1], *strides, first_b,
             G=H // k.shape[2], D=D, BLOCK_D=configs.head_block(D), BLOCK_Q=tile.queries, BLOCK_K=tile.keys,
             HAS_FIRST=first_key is not None, num_warps=tile.warps, num_stages=tile.stages)
     return out, lse
 
 
-def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:
-    B, Tq, H, _ = q.shape
-    return (torch.empty_like(q, memory_format=torch.contiguous_format),
-            q.new_empty((B, H, Tq), dtype=torch.float32))
-
-
 @attention_forward.register_fake
-def _(q, k, v, first_key, scale, deterministic):
-    return _outputs(q)
+def _outputs(q, k, v, first_key, deterministic):
+    B, Tq, H, _ = q.shape
+    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty((B, H, Tq), dtype=torch.float32)
 
 
 @library.custom_op("flatgpt::attention_backward", mutates_args=())
 def attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-                       first_key: Tensor | None, scale: float, deterministic: bool) -> tuple[Tensor, Tensor, Tensor]:
+                       first_key: Tensor | None, deterministic: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, contiguous, in their dtypes; grad (B, Tq, H, D) is that of out."""
+    grad_q, grad_k, grad_v = _gradient_outputs(grad, q, k, v, out, lse, first_key, deterministic)
     grad, q, k, v = _addressable(grad), _addressable(q), _addressable(k), _addressable(v)
     B, Tq, H, D = q.shape
     Tk, Hkv = k.shape[1], k.shape[2]
     arch = _arch(q.device)
     tiles = configs.attention(D, q.dtype, arch)
-    fused = (not deterministic and tiles.fused is not None
-             and configs.attention_backward_is_fused(D, q.dtype, arch))
+    fused = not deterministic and tiles.fused is not None and configs.attention_backward_is_fused(D, q.dtype, arch)
     tile = tiles.fused if fused else tiles.backward_kv
     first, first_b = _first_keys(first_key, q)
     last, last_b = _last_queries(first_key, first, Tq, Tk, tile.keys)
@@ -96,39 +81,36 @@ def attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tenso
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad.stride()[:3])
     constants = {"G": H // Hkv, "D": D, "BLOCK_D": configs.head_block(D), "HAS_FIRST": first_key is not None}
     if fused:
-        grad_q = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
+        grad_q = torch.zeros_like(grad_q, dtype=torch.float32)
         _delta_kernel[(triton.cdiv(Tq, configs.ATTENTION_DELTA.queries) * B * H,)](
             out, grad, delta, H, Tq, *grad.stride()[:3], D=D, BLOCK_D=configs.head_block(D),
             BLOCK_Q=configs.ATTENTION_DELTA.queries, num_warps=configs.ATTENTION_DELTA.warps)
     else:
-        grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
         of_q = tiles.backward_q
         _backward_q_kernel[(triton.cdiv(Tq, of_q.queries) * B * H,)](
-            q, k, v, grad, out, lse, delta, first, grad_q, scale, H, Tq, Tk, *strides, first_b, **constants,
+            q, k, v, grad, out, lse, delta, first, grad_q, D ** -0.5, H, Tq, Tk, *strides, first_b, **constants,
             BLOCK_Q=of_q.queries, BLOCK_K=of_q.keys, num_warps=of_q.warps, num_stages=of_q.stages)
-    grad_k = torch.empty_like(k, memory_format=torch.contiguous_format)
-    grad_v = torch.empty_like(v, memory_format=torch.contiguous_format)
     _backward_kv_kernel[(triton.cdiv(Tk, tile.keys) * B * Hkv,)](
-        q, k, v, grad, lse, delta, first, last, grad_q, grad_k, grad_v, scale, Hkv, Tq, Tk, *strides, first_b, last_b,
-        **constants, BLOCK_Q=tile.queries, BLOCK_K=tile.keys, ADD_GRAD_Q=fused, num_warps=tile.warps,
+        q, k, v, grad, lse, delta, first, last, grad_q, grad_k, grad_v, D ** -0.5, Hkv, Tq, Tk, *strides, first_b,
+        last_b, **constants, BLOCK_Q=tile.queries, BLOCK_K=tile.keys, ADD_GRAD_Q=fused, num_warps=tile.warps,
         num_stages=tile.stages)
     return grad_q.to(q.dtype), grad_k, grad_v
 
 
 @attention_backward.register_fake
-def _(grad, q, k, v, out, lse, first_key, scale, deterministic):
+def _gradient_outputs(grad, q, k, v, out, lse, first_key, deterministic):
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
 
 
 def _save_for_backward(ctx, inputs, output) -> None:
-    q, k, v, first_key, ctx.scale, ctx.deterministic = inputs
+    q, k, v, first_key, ctx.deterministic = inputs
     ctx.save_for_backward(q, k, v, *output, first_key)
     ctx.set_materialize_grads(False)  # no zeros for the log-sum-exp, whose gradient nobody asks for
 
 
 def _gradients(ctx, grad, _grad_lse):
     q, k, v, out, lse, first_key = ctx.saved_tensors
-    return *attention_backward(grad, q, k, v, out, lse, first_key, ctx.scale, ctx.deterministic), None, None, None
+    return *attention_backward(grad, q, k, v, out, lse, first_key, ctx.deterministic), None, None
 
 
 attention_forward.register_autograd(_gradients, setup_context=_save_for_backward)

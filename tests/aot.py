@@ -100,18 +100,8 @@ def norm_cases(arch: str) -> Iterator[Case]:
             f"{name} backward", "kernels.norm", "_backward_kernel", arch, dtype,
             signature={**pointers, "N": "i32", **strides},
             constants={"C": width, "BLOCK_C": tile.columns, "BLOCK_N": tile.rows, "IS_RMS": rms, "HAS_BIAS": not rms,
-                       "HAS_ADDED": not rms, "WEIGHT_TOO": width <= configs.NORM_ONE_PASS_WIDTH},
+                       "HAS_ADDED": not rms},
             warps=tile.warps(WARP_SIZE[arch]), divisible_by_16=(*pointers, *strides), wide_loads=width >= 512)
-    tile, width = configs.NORM_WEIGHT, configs.MAX_NORM_WIDTH
-    for dtype in dtypes_of(arch):
-        x = "*" + TRITON_DTYPE[dtype]
-        pointers = {"GRAD": x, "X": x, "MEAN": "*fp32", "RSTD": "*fp32", "GRAD_WEIGHT": "*fp32", "GRAD_BIAS": "*fp32"}
-        strides = {"grad_stride": "i32", "x_stride": "i32"}
-        yield Case(
-            f"layer_norm {width} weight", "kernels.norm", "_weight_kernel", arch, dtype,
-            signature={**pointers, "N": "i32", **strides},
-            constants={"C": width, "BLOCK_C": tile.columns, "BLOCK_N": tile.rows, "IS_RMS": False, "HAS_BIAS": True},
-            warps=tile.warps(WARP_SIZE[arch]), divisible_by_16=(*pointers, *strides), wide_loads=True)
 
 
 def cross_entropy_cases(arch: str) -> Iterator[Case]:
@@ -125,7 +115,7 @@ def cross_entropy_cases(arch: str) -> Iterator[Case]:
         pointers = {"LOGITS": "*" + TRITON_DTYPE[dtype], "TARGETS": "*i64", "LOSSES": "*fp32"}
         yield Case(
             f"cross_entropy {V}{' softcap' if softcap else ''}", "kernels.cross_entropy", "_loss_kernel", arch, dtype,
-            signature={**pointers, "ignore_index": "i32", "softcap": "fp32", "z_loss": "fp32"},
+            signature={**pointers, "softcap": "fp32"},
             constants={"V": V, "VOCAB_SIZE": vocab_size, "BLOCK_V": tile.columns, "HAS_SOFTCAP": softcap,
                        "WANTS_GRAD": True},
             warps=tile.warps(WARP_SIZE[arch]), divisible_by_16=tuple(pointers), wide_loads=V % 16 == 0)
