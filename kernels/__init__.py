@@ -46,7 +46,7 @@ def why_no_triton(device: torch.device) -> str | None:
 
 
 def choose_backends(backends: Mapping[str, str]) -> None:
-    """From now on each operation is computed by the backend given for it, those without one by torch."""
+    """From now on each operation is computed by the backend ("torch", "cpu", "triton") given for it, others by torch."""
     _chosen.clear()
     _chosen.update((op, (name, module_of(op, name))) for op, name in backends.items() if name != "torch")
 
@@ -56,8 +56,7 @@ def backend(op: str) -> str:
 
 
 def module_of(op: str, backend: str) -> ModuleType:
-    """The module whose function named op is that of cpu or triton. triton is imported only here: without a GPU nothing
-    should wait for it."""
+    """The module whose function op is that of cpu or triton, imported only here: without a GPU nothing waits for it."""
     return cpu if backend == "cpu" else importlib.import_module(f"kernels.{TRITON[op]}")
 
 
@@ -82,10 +81,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, *, eps: float,
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float,
              residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-    """RMSNorm over the last dim (arXiv:1910.07467). x (..., C), weight (C,) -> (..., C) in x's dtype.
-
-    With a residual (..., C) of x's dtype: the norm of x + residual, and x + residual itself.
-    """
+    """RMSNorm over the last dim (arXiv:1910.07467). x (..., C), weight (C,) -> (..., C) in x's dtype; with a residual as
+    layer_norm."""
     return _of("rms_norm", x).rms_norm(x, weight, eps=eps, residual=residual)
 
 
@@ -97,9 +94,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor, *, first_key: Tensor | None = None) -> Tensor:
     """Causal attention. q (B, Tq, H, D), k and v (B, Tk, Hkv, D) with Hkv | H -> (B, Tq, H, D).
 
-    Scores are scaled by D ** -0.5. Query i stands at key Tk-Tq+i and sees the keys first_key[b, i] up to that one;
-    first_key is int (B or 1, Tq) as first_visible_key makes it, None = from key 0. Every query sees itself, so no row
-    is empty.
+    Scores are scaled by D ** -0.5. Query i stands at key Tk-Tq+i and sees the keys first_key[b, i] up to that one, at
+    least itself; first_key is int (B or 1, Tq) as first_visible_key makes it, None = from key 0.
     """
     return _of("attention", q).attention(q, k, v, first_key=first_key)
 

@@ -1,14 +1,15 @@
 """What is faster on a CPU than PyTorch's own operations (docs/BENCHMARKS.md): a backend like the Triton kernels.
 
 Same functions and arguments as reference.py's, trusted after self_check.py only; what is not faster here (products in
-bfloat16, attention over long rows, anything that torch.compile fuses) they hand to reference.py. oneDNN is reached by
-private operators of PyTorch: where they are missing or wrong, the check fails and PyTorch computes. Beside the
-operations: linear layers with packed weights, for models that only generate.
+bfloat16, attention over long rows, what torch.compile fuses) they hand to it. oneDNN is reached by private operators of
+PyTorch: where they are missing or wrong, the check fails and PyTorch computes. Beside the operations: linear layers
+with packed weights, for models that only generate.
 
 Shapes: B batch, T sequence (Tq queries, Tk keys), H query heads, Hkv key/value heads, D head dim, C width.
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ def computes(op: str, dtype: torch.dtype) -> bool:
 
 
 def supports(x: Tensor) -> bool:
+    """Of any dtype and size: what is not faster goes to reference.py."""
     return x.device.type == "cpu"
 
 
@@ -33,8 +35,7 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float,
              residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
     if torch.compiler.is_compiling():
         return reference.rms_norm(x, weight, eps=eps, residual=residual)
-    if residual is not None:
-        x = x + residual
+    x = x if residual is None else x + residual
     y = _RMSNorm.apply(x, weight, eps)
     return y if residual is None else (y, x)
 
@@ -75,8 +76,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _is_for_onednn(x: Tensor) -> bool:
-    """PyTorch multiplies float32 by MKL, which leaves AMD's wide registers unused. oneDNN, just as exact, is twice as
-    fast on them; bfloat16 goes to oneDNN by itself."""
+    """PyTorch multiplies float32 by MKL, which leaves AMD's wide registers unused: oneDNN, just as exact, is twice as
+    fast on them. bfloat16 goes to oneDNN by itself."""
     return x.dtype == torch.float32 and not torch.compiler.is_compiling()
 
 
@@ -100,13 +101,6 @@ class _Linear(torch.autograd.Function):
         return grad_x, grad_weight, grad_rows.sum(0) if ctx.needs_input_grad[2] else None
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, vocab_size: int, reduction: str,
-                         softcap: float, chunk_rows: int | None = None) -> Tensor:
-    return chunked_loss.linear_cross_entropy(
-        hidden, weight, targets, vocab_size=vocab_size, reduction=reduction, softcap=softcap, chunk_rows=chunk_rows,
-        matmul=_matmul, add_product=_add_product)
-
-
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
     return _onednn(a, b.T) if _is_for_onednn(a) else a @ b
 
@@ -116,6 +110,9 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     rows = max(256, 2 ** 22 // b.shape[1])
     for block, a_rows in zip(total.split(rows), a.split(rows), strict=True):
         block += _matmul(a_rows, b)
+
+
+linear_cross_entropy = partial(chunked_loss.linear_cross_entropy, matmul=_matmul, add_product=_add_product)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -130,11 +127,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, first_key: Tensor | None = Non
     G = H // Hkv  # the G query heads of one key head stand as more rows of one matmul: k and v are never repeated
     mask = reference.visible_keys(Tq, Tk, first_key, device=q.device)  # (B or 1, 1, Tq, Tk)
     additive = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, -math.inf)
-    additive = additive.expand(mask.shape[0], G, Tq, Tk).reshape(-1, 1, G * Tq, Tk)  # (B or 1, 1, G*Tq, Tk)
-    if mask.shape[0] > 1:
-        additive = additive.expand(B, Hkv, G * Tq, Tk).flatten(0, 1)
-    else:
-        additive = additive[0]
+    additive = additive.expand(-1, G, Tq, Tk).reshape(-1, 1, G * Tq, Tk)  # (B or 1, 1, G*Tq, Tk)
+    additive = additive[0] if mask.shape[0] == 1 else additive.expand(B, Hkv, -1, -1).flatten(0, 1)
     q = q.transpose(1, 2).reshape(B * Hkv, G * Tq, D)
     k, v = (x.transpose(1, 2).reshape(B * Hkv, Tk, D) for x in (k, v))
     scores = torch.baddbmm(additive, q, k.mT, alpha=D ** -0.5)  # (B*Hkv, G*Tq, Tk); scale and mask cost no extra pass

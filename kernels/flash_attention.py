@@ -46,12 +46,12 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, first_key: Tensor | None,
     out, lse = _outputs(q, k, v, first_key, deterministic)
     q, k, v = _addressable(q), _addressable(k), _addressable(v)
     B, Tq, H, D = q.shape
-    first, first_b = _first_keys(first_key, q)
+    first = _first_keys(first_key, q)
     tile = configs.attention(D, q.dtype, _arch(q.device)).forward
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     with torch.cuda.device_of(q):  # Triton launches on the current one; for backward, autograd's thread sets it
         _forward_kernel[(triton.cdiv(Tq, tile.queries) * B * H,)](
-            q, k, v, first, out, lse, D ** -0.5, H, Tq, k.shape[1], *strides, first_b,
+            q, k, v, first, out, lse, D ** -0.5, H, Tq, k.shape[1], *strides, first.stride(0),
             G=H // k.shape[2], D=D, BLOCK_D=configs.head_block(D), BLOCK_Q=tile.queries, BLOCK_K=tile.keys,
             HAS_FIRST=first_key is not None, num_warps=tile.warps, num_stages=tile.stages)
     return out, lse
@@ -75,25 +75,21 @@ def attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tenso
     tiles = configs.attention(D, q.dtype, arch)
     fused = not deterministic and tiles.fused is not None and configs.attention_backward_is_fused(D, q.dtype, arch)
     tile = tiles.fused if fused else tiles.backward_kv
-    first, first_b = _first_keys(first_key, q)
-    last, last_b = _last_queries(first_key, first, Tq, Tk, tile.keys)
+    first = _first_keys(first_key, q)
+    last = first if first_key is None else _last_queries(first, Tk, tile.keys)
     delta = torch.empty_like(lse)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad.stride()[:3])
     constants = {"G": H // Hkv, "D": D, "BLOCK_D": configs.head_block(D), "HAS_FIRST": first_key is not None}
     if fused:
         grad_q = torch.zeros_like(grad_q, dtype=torch.float32)
-        _delta_kernel[(triton.cdiv(Tq, configs.ATTENTION_DELTA.queries) * B * H,)](
-            out, grad, delta, H, Tq, *grad.stride()[:3], D=D, BLOCK_D=configs.head_block(D),
-            BLOCK_Q=configs.ATTENTION_DELTA.queries, num_warps=configs.ATTENTION_DELTA.warps)
-    else:
-        of_q = tiles.backward_q
-        _backward_q_kernel[(triton.cdiv(Tq, of_q.queries) * B * H,)](
-            q, k, v, grad, out, lse, delta, first, grad_q, D ** -0.5, H, Tq, Tk, *strides, first_b, **constants,
-            BLOCK_Q=of_q.queries, BLOCK_K=of_q.keys, num_warps=of_q.warps, num_stages=of_q.stages)
+    of_q = tiles.backward_q
+    _backward_q_kernel[(triton.cdiv(Tq, of_q.queries) * B * H,)](
+        q, k, v, grad, out, lse, delta, first, grad_q, D ** -0.5, H, Tq, Tk, *strides, first.stride(0), **constants,
+        BLOCK_Q=of_q.queries, BLOCK_K=of_q.keys, ONLY_DELTA=fused, num_warps=of_q.warps, num_stages=of_q.stages)
     _backward_kv_kernel[(triton.cdiv(Tk, tile.keys) * B * Hkv,)](
-        q, k, v, grad, lse, delta, first, last, grad_q, grad_k, grad_v, D ** -0.5, Hkv, Tq, Tk, *strides, first_b,
-        last_b, **constants, BLOCK_Q=tile.queries, BLOCK_K=tile.keys, ADD_GRAD_Q=fused, num_warps=tile.warps,
-        num_stages=tile.stages)
+        q, k, v, grad, lse, delta, first, last, grad_q, grad_k, grad_v, D ** -0.5, Hkv, Tq, Tk, *strides,
+        first.stride(0), last.stride(0), **constants, BLOCK_Q=tile.queries, BLOCK_K=tile.keys, ADD_GRAD_Q=fused,
+        num_warps=tile.warps, num_stages=tile.stages)
     return grad_q.to(q.dtype), grad_k, grad_v
 
 
@@ -124,25 +120,19 @@ def _addressable(x: Tensor) -> Tensor:
     return x if x.stride(3) == 1 else x.contiguous()
 
 
-def _first_keys(first_key: Tensor | None, q: Tensor) -> tuple[Tensor, int]:
-    """first_key for the kernels, int32 (B or 1, Tq), and its stride over the batch; a tensor never read if None."""
-    if first_key is None:
-        return q, 0
-    first = first_key.to(torch.int32).contiguous()
-    return first, q.shape[1] if first.shape[0] > 1 else 0
+def _first_keys(first_key: Tensor | None, q: Tensor) -> Tensor:
+    """first_key for the kernels, int32 (B, Tq) with numbers in a row; any tensor if None, since it is never read."""
+    return q if first_key is None else first_key.to(torch.int32).contiguous().expand(q.shape[0], -1)
 
 
-def _last_queries(first_key: Tensor | None, first: Tensor, Tq: int, Tk: int, block: int) -> tuple[Tensor, int]:
-    """For each tile of `block` keys one more than the last query that sees any of it, int32 (B or 1, tiles), and the
-    stride over the batch. Right for any first_key: none need rise along the sequence."""
-    if first_key is None:
-        return first, 0
-    tiles = triton.cdiv(Tk, block)
-    last = first.new_empty((first.shape[0], tiles))
-    _last_query_kernel[(tiles * first.shape[0],)](
-        first, last, Tq, Tk, BLOCK_K=block, BLOCK=configs.ATTENTION_LAST_QUERY.queries,
-        num_warps=configs.ATTENTION_LAST_QUERY.warps)
-    return last, tiles if first.shape[0] > 1 else 0
+def _last_queries(first: Tensor, Tk: int, block: int) -> Tensor:
+    """For each tile of `block` keys one more than the last query that sees any of it, int32 (B, tiles). first (B, Tq)
+    need not rise along the sequence."""
+    B, Tq = first.shape
+    rows, tiles = 1 if first.stride(0) == 0 else B, triton.cdiv(Tk, block)
+    last = first.new_empty((rows, tiles))
+    _last_query_kernel[(tiles * rows,)](first, last, Tq, Tk, BLOCK_K=block, BLOCK=configs.LAST_QUERY_BLOCK)
+    return last.expand(B, -1)
 
 
 @functools.cache
@@ -212,8 +202,9 @@ def _forward_kernel(Q, K, V, FIRST, OUT, LSE, scale, H, Tq, Tk, q_b, q_t, q_h, k
 def _backward_q_kernel(Q, K, V, GRAD, OUT, LSE, DELTA, FIRST, GRAD_Q, scale, H, Tq, Tk,
                        q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, grad_b, grad_t, grad_h, first_b,
                        G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, HAS_FIRST: tl.constexpr,
-                       BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
-    """GRAD_Q for BLOCK_Q queries of one head, and their DELTA (B, H, Tq) for the other kernel: sum of out * grad."""
+                       BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, ONLY_DELTA: tl.constexpr):
+    """GRAD_Q for BLOCK_Q queries of one head, and for the other kernel DELTA (B, H, Tq): what the softmax takes off the
+    gradient of each score of a query, the sum of out * grad."""
     tiles = tl.cdiv(Tq, BLOCK_Q)
     start_q = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_Q
     head = (tl.program_id(0) // tiles).to(tl.int64)
@@ -223,8 +214,11 @@ def _backward_q_kernel(Q, K, V, GRAD, OUT, LSE, DELTA, FIRST, GRAD_Q, scale, H, 
     query = start_q + tl.arange(0, BLOCK_Q)
     q = _load_tile(Q + b * q_b + h * q_h, start_q, Tq, q_t, BLOCK_Q, D, BLOCK_D)
     grad = _load_tile(GRAD + b * grad_b + h * grad_h, start_q, Tq, grad_t, BLOCK_Q, D, BLOCK_D)
-    delta = _delta(OUT + (b * Tq * H + h) * D, grad, start_q, Tq, H * D, BLOCK_Q, D, BLOCK_D)
+    out = _load_tile(OUT + (b * Tq * H + h) * D, start_q, Tq, H * D, BLOCK_Q, D, BLOCK_D)
+    delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), axis=1)
     tl.store(DELTA + head * Tq + query, delta, mask=query < Tq)
+    if ONLY_DELTA:
+        return
     lse_2 = tl.load(LSE + head * Tq + query, mask=query < Tq, other=INFINITY) * LOG2_E  # past Tq nothing is probable
     own, first, start_k, end_k = _visible_range(FIRST + b * first_b, start_q, Tq, Tk, BLOCK_Q, BLOCK_K, HAS_FIRST)
 
@@ -300,20 +294,6 @@ def _backward_kv_kernel(Q, K, V, GRAD, LSE, DELTA, FIRST, LAST, GRAD_Q, GRAD_K, 
     _store_tile(GRAD_V + (b * Tk * Hkv + h_kv) * D, grad_v, start_k, Tk, Hkv * D, BLOCK_K, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["Tq"])
-def _delta_kernel(OUT, GRAD, DELTA, H, Tq, grad_b, grad_t, grad_h,
-                  D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr):
-    """DELTA (B, H, Tq): the sum of out * grad over D."""
-    tiles = tl.cdiv(Tq, BLOCK_Q)
-    start_q = tl.program_id(0) % tiles * BLOCK_Q
-    head = (tl.program_id(0) // tiles).to(tl.int64)
-    b, h = head // H, head % H
-    grad = _load_tile(GRAD + b * grad_b + h * grad_h, start_q, Tq, grad_t, BLOCK_Q, D, BLOCK_D)
-    delta = _delta(OUT + (b * Tq * H + h) * D, grad, start_q, Tq, H * D, BLOCK_Q, D, BLOCK_D)
-    query = start_q + tl.arange(0, BLOCK_Q)
-    tl.store(DELTA + head * Tq + query, delta, mask=query < Tq)
-
-
 @triton.jit(do_not_specialize=["Tq", "Tk"])
 def _last_query_kernel(FIRST, LAST, Tq, Tk, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr):
     """Program i of a row of FIRST (Tq,): LAST[i] = 1 + the last query that sees a key before (i + 1) * BLOCK_K."""
@@ -359,10 +339,3 @@ def _visible_range(FIRST, start_q, Tq, Tk, BLOCK_Q: tl.constexpr, BLOCK_K: tl.co
         first = tl.minimum(tl.load(FIRST + query, mask=query < Tq, other=Tk), own)
         start_k = tl.maximum(tl.min(first, axis=0), 0) // BLOCK_K * BLOCK_K
     return own, first, start_k, tl.minimum(Tk - Tq + start_q + BLOCK_Q, Tk)
-
-
-@triton.jit
-def _delta(OUT, grad, start_q, Tq, stride, BLOCK_Q: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """What the softmax takes off the gradient of each score of a query: the sum of out * grad, (BLOCK_Q,)."""
-    out = _load_tile(OUT, start_q, Tq, stride, BLOCK_Q, D, BLOCK_D)
-    return tl.sum(out.to(tl.float32) * grad.to(tl.float32), axis=1)

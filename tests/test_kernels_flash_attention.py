@@ -157,16 +157,17 @@ def test_the_fused_backward_is_as_exact_as_pytorch(name, dtype, kernel_device, m
 
 
 def test_a_deterministic_backward_is_split_whatever_the_table_says(kernel_device, monkeypatch):
-    monkeypatch.setattr(configs, "attention_backward_is_fused", lambda *_: True)
-    monkeypatch.setattr(flash_attention, "_delta_kernel", None)  # which the fused one launches
-    *inputs, grad = make_qkv(1, 20, 20, 1, 1, 16, device=kernel_device)
+    def ask(*_):
+        raise LookupError
+    monkeypatch.setattr(configs, "attention_backward_is_fused", ask)
+    inputs = make_qkv(1, 20, 20, 1, 1, 16, device=kernel_device)
     torch.use_deterministic_algorithms(True)
     try:
-        results(flash_attention.attention, *inputs, grad)
+        results(flash_attention.attention, *inputs)
     finally:
         torch.use_deterministic_algorithms(False)
-    with pytest.raises(TypeError):
-        results(flash_attention.attention, *inputs, grad)
+    with pytest.raises(LookupError):
+        results(flash_attention.attention, *inputs)
 
 
 def test_the_split_backward_gives_the_same_bits_every_time(kernel_device):
@@ -308,7 +309,7 @@ def test_a_tile_of_keys_knows_the_last_query_that_sees_it(Tq, only_itself, kerne
     Tk, block = 1300, 128
     first_key = torch.full((2, Tq), Tk) if only_itself else any_keys(2, Tq, Tk)
     first_key = first_key.int().to(kernel_device)
-    last, _ = flash_attention._last_queries(first_key, first_key, Tq, Tk, block)
+    last = flash_attention._last_queries(first_key, Tk, block)
     own = torch.arange(Tq) + Tk - Tq
     sees_from = torch.minimum(first_key.cpu(), own)  # (B, Tq)
     expected = [[max((i + 1 for i in range(Tq) if row[i] < end), default=0) for end in range(block, Tk + block, block)]
