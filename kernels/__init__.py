@@ -46,7 +46,7 @@ def why_no_triton(device: torch.device) -> str | None:
 
 
 def choose_backends(backends: Mapping[str, str]) -> None:
-    """From now on each operation is computed by the backend ("torch", "cpu", "triton") given for it, others by torch."""
+    """From now on each operation is computed by the backend given for it (torch, cpu, triton), others by torch."""
     _chosen.clear()
     _chosen.update((op, (name, module_of(op, name))) for op, name in backends.items() if name != "torch")
 
@@ -56,7 +56,9 @@ def backend(op: str) -> str:
 
 
 def module_of(op: str, backend: str) -> ModuleType:
-    """The module whose function op is that of cpu or triton, imported only here: without a GPU nothing waits for it."""
+    """The module whose function op is the backend's. triton is imported only here: nothing waits for it without need."""
+    if backend == "torch":
+        return chunked_loss if op == "linear_cross_entropy" else reference
     return cpu if backend == "cpu" else importlib.import_module(f"kernels.{TRITON[op]}")
 
 
@@ -64,7 +66,7 @@ def _of(op: str, x: Tensor) -> ModuleType:
     """The module that computes op for x: torch's if x is not of the device, dtype or size that the chosen one takes."""
     if op in _chosen and _chosen[op][1].supports(x):
         return _chosen[op][1]
-    return chunked_loss if op == "linear_cross_entropy" else reference
+    return module_of(op, "torch")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -81,8 +83,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, *, eps: float,
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float,
              residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-    """RMSNorm over the last dim (arXiv:1910.07467). x (..., C), weight (C,) -> (..., C) in x's dtype; with a residual as
-    layer_norm."""
+    """RMSNorm over the last dim (arXiv:1910.07467). x (..., C), weight (C,) -> (..., C) in x's dtype; with a residual
+    as layer_norm."""
     return _of("rms_norm", x).rms_norm(x, weight, eps=eps, residual=residual)
 
 

@@ -1,7 +1,8 @@
 """LayerNorm and RMSNorm as fused Triton kernels, forward and backward, with an optional residual add in front.
 
 One pass over the rows each way: statistics in float32 registers, the input read once. The weight's gradient is summed
-in two stages, per program in registers and then over programs in a fixed order, so equal inputs give equal bits.
+in two stages, per program in registers and then over programs in a fixed order, so equal inputs give equal bits. Rows
+too wide for those registers are PyTorch's.
 LayerNorm: arXiv:1607.06450; RMSNorm: arXiv:1910.07467.
 
 Dims: N rows, C width.

@@ -54,10 +54,10 @@ def verdicts(setting: str, model: ModelConfig, *, table_rows: int, dtype: torch.
     used = ["attention", "linear_cross_entropy", "linear"]
     used += ["layer_norm"] if model.norm == "layernorm" else []
     used += ["rms_norm"] if model.norm == "rmsnorm" or model.qk_norm else []
-    reason, backend = kernels.why_no_triton(device), "triton"
-    if reason is not None and device.type == "cpu":
-        reason, backend = None, "cpu"
-    reason = "asked for" if setting == "torch" else f"no kernels for {dtype}" if dtype not in ALLOWANCE else reason
+    no_triton = kernels.why_no_triton(device)
+    backend = "cpu" if no_triton is not None and device.type == "cpu" else "triton"
+    reason = ("asked for" if setting == "torch" else f"no kernels for {dtype}" if dtype not in ALLOWANCE
+              else no_triton if backend == "triton" else None)
     if reason is not None:
         return dict.fromkeys(used, ("torch", reason))
     has_own = {op: cpu.computes(op, dtype) if backend == "cpu" else op in kernels.TRITON for op in used}
