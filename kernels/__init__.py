@@ -9,7 +9,6 @@ Dims: B batch, T sequence (Tq queries, Tk keys), H query heads, Hkv key/value he
 V vocabulary (rows of the padded table). Statistics and losses are float32 whatever the dtype of the inputs.
 """
 
-import importlib
 import os
 from collections.abc import Mapping
 from types import ModuleType
@@ -22,8 +21,7 @@ from kernels import chunked_loss, cpu, reference
 from kernels.reference import document_starts, first_visible_key
 
 OPS = ("attention", "layer_norm", "rms_norm", "linear", "linear_cross_entropy")
-TRITON = {"attention": "flash_attention", "layer_norm": "norm", "rms_norm": "norm",
-          "linear_cross_entropy": "cross_entropy"}  # the file that holds the kernel of each operation that has one
+TRITON = ("attention", "layer_norm", "rms_norm", "linear_cross_entropy")  # those that have a Triton kernel
 __all__ = ["OPS", "TRITON", "attention", "backend", "choose_backends", "document_starts", "first_visible_key",
            "layer_norm", "linear", "linear_cross_entropy", "module_of", "rms_norm", "why_no_triton"]
 
@@ -56,10 +54,13 @@ def backend(op: str) -> str:
 
 
 def module_of(op: str, backend: str) -> ModuleType:
-    """The module whose function op is the backend's. triton is imported only here: nothing waits for it without need."""
+    """The module whose function op is the backend's. Triton is imported only here, where it is needed."""
     if backend == "torch":
         return chunked_loss if op == "linear_cross_entropy" else reference
-    return cpu if backend == "cpu" else importlib.import_module(f"kernels.{TRITON[op]}")
+    if backend == "cpu":
+        return cpu
+    from kernels import cross_entropy, flash_attention, norm
+    return {"attention": flash_attention, "linear_cross_entropy": cross_entropy}.get(op, norm)
 
 
 def _of(op: str, x: Tensor) -> ModuleType:
