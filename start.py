@@ -322,23 +322,12 @@ def check_kernels_can_run(config: Config, device: torch.device) -> None:
 
 
 def choose_kernels(config: Config, *, dtype: torch.dtype, device: torch.device, world: World) -> str:
-    """Switch each operation to Triton if its kernel is right on every rank. Returns the line that says which, and why.
+    """Choose the backend of each operation that is right on every rank. Returns the line that says which, and why.
 
-    Raises ConfigError on all ranks if train.kernels = triton and one is not.
+    Raises ConfigError on all ranks if train.kernels = triton and one of its kernels is not right.
     """
     mine = self_check.verdicts(config.train.kernels, config.model, dtype=dtype, device=device,
                                table_rows=padded_vocab_size(config.model.vocab_size))
-    problems: dict[str, str] = {}  # the first rank's for each operation
-    for rank, theirs in enumerate(distributed.gather(mine, world)):
-        for op, problem in theirs.items():
-            if problem is not None and op not in problems:
-                problems[op] = problem if world.size == 1 else f"rank {rank}: {problem}"
-    if config.train.kernels == "triton" and problems:
-        with distributed.raise_on_all_ranks(world):
-            raise ConfigError("train.kernels = 'triton' but " + "; ".join(f"{op}: {p}" for op, p in problems.items())
-                              + "; kernels=auto takes PyTorch for these")
-    kernels.choose_backends(op for op in mine if op not in problems)
-    by_backend: dict[str, list[str]] = {}
-    for op in mine:
-        by_backend.setdefault(f"torch ({problems[op]})" if op in problems else "triton", []).append(op)
-    return "kernels: " + "; ".join(f"{backend} for {', '.join(ops)}" for backend, ops in by_backend.items())
+    of_ranks = distributed.gather(mine, world)
+    with distributed.raise_on_all_ranks(world):
+        return self_check.agree(config.train.kernels, of_ranks)

@@ -4,18 +4,19 @@ Chosen by plain functions instead of triton.autotune: a training step never stop
 every choice that a launch can make is known to tests/test_kernels_aot.py, which compiles it for GPUs that are not here.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # what the kernels compute in and for
-
 
 WARP_SIZE = 64 if torch.version.hip else 32  # threads
 
 
-@dataclass(frozen=True)
-class Tile:
+def computes_on(x: torch.Tensor) -> bool:
+    """Whether the kernels compute for x's dtype and device: the GPU if there is one, else they are interpreted."""
+    return x.dtype in (torch.float32, torch.float16, torch.bfloat16) and x.is_cuda == torch.cuda.is_available()
+
+
+class Tile(NamedTuple):
     """rows x columns elements by so many threads."""
 
     rows: int
@@ -33,8 +34,9 @@ def next_power_of_2(n: int) -> int:
 # ----------------------------------------------------------------------------------------------------------------------
 # Norms: a tile holds whole rows
 
-MAX_NORM_WIDTH = 16_384
-NORM_BLOCKS = tuple(2 ** n for n in range(4, 15))  # the columns of a tile: the width rounded up to a power of 2
+MAX_NORM_WIDTH = 8192  # beyond, the backward's sums for the weight do not fit in registers beside a row
+NORM_BLOCKS = tuple(2 ** n for n in range(4, 14))  # the columns of a tile: the width rounded up to a power of 2
+NORM_BACKWARD_PROGRAMS_PER_SM = 4  # each writes one row of partial sums for the weight: few rows, all SMs busy
 
 
 def norm_forward(width: int) -> Tile:
@@ -49,15 +51,11 @@ def norm_backward(width: int) -> Tile:
     return Tile(rows=max(1, 2048 // columns), columns=columns, threads=max(128, columns // 16))
 
 
-NORM_ONE_PASS_WIDTH = 8192  # beyond, the sums do not fit in registers beside a row: a second kernel makes them
-NORM_WEIGHT = Tile(rows=4, columns=512, threads=128)  # of that kernel
-
-
-NORM_BACKWARD_PROGRAMS_PER_SM = 4  # each writes one row of partial sums for the weight: few rows, all SMs busy
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Cross-entropy: a program walks one row of logits in steps of `columns`
+
+CROSS_ENTROPY_CHUNK_ROWS = 8192  # fewer lose: each chunk reads and writes the float32 gradient of the weight once
+
 
 def cross_entropy(vocab_size: int) -> Tile:
     """16 elements a thread. Few programs an SM, so that rows read in the first sweep are still in L2 in the second:
@@ -66,17 +64,13 @@ def cross_entropy(vocab_size: int) -> Tile:
     return Tile(rows=1, columns=columns, threads=columns // 16)
 
 
-CROSS_ENTROPY_CHUNK_ROWS = 8192  # fewer lose: each chunk reads and writes the float32 gradient of the weight once
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Attention
 
 MAX_HEAD_DIM = 256
+LAST_QUERY_BLOCK = 1024  # queries that the search for a key tile's last one reads at a time
 
-
-@dataclass(frozen=True)
-class AttentionTile:
+class AttentionTile(NamedTuple):
     """queries x keys scores at a time, by warps x 32 threads, with the loads of `stages` tiles in flight."""
 
     queries: int
@@ -85,8 +79,7 @@ class AttentionTile:
     stages: int
 
 
-@dataclass(frozen=True)
-class AttentionTiles:
+class AttentionTiles(NamedTuple):
     """Of each kernel. fused: of the backward that makes all three gradients; None where it does not fit."""
 
     forward: AttentionTile
@@ -126,9 +119,6 @@ _ATTENTION_FLOAT32_GFX942 = {
     128: _tiles((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
     256: _tiles((16, 16, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
 }
-
-ATTENTION_DELTA = AttentionTile(queries=64, keys=0, warps=4, stages=1)
-ATTENTION_LAST_QUERY = AttentionTile(queries=1024, keys=0, warps=4, stages=1)
 
 
 def head_block(D: int) -> int:

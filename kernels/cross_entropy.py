@@ -16,55 +16,52 @@ import triton.language as tl
 from torch import Tensor, library
 
 from kernels import configs
+from kernels.reference import IGNORED
 
 
 def supports(hidden: Tensor) -> bool:
-    """Whether this file computes with hidden's dtype."""
-    return hidden.dtype in configs.DTYPES
+    """Whether the kernel computes for rows of hidden's dtype and device."""
+    return configs.computes_on(hidden)
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, vocab_size: int, ignore_index: int,
-                         reduction: str, softcap: float, z_loss: float, chunk_rows: int | None) -> Tensor:
-    """kernels.linear_cross_entropy by Triton."""
-    rows = configs.CROSS_ENTROPY_CHUNK_ROWS if chunk_rows is None else chunk_rows
-    args = vocab_size, ignore_index, softcap, z_loss, rows
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, vocab_size: int, reduction: str,
+                         softcap: float, chunk_rows: int = configs.CROSS_ENTROPY_CHUNK_ROWS) -> Tensor:
+    """kernels.linear_cross_entropy by Triton, chunk_rows rows of logits at a time."""
+    args = vocab_size, softcap, chunk_rows
     if reduction != "none" and torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         total, _, _ = summed_loss(hidden, weight, targets, *args, weight.requires_grad)
     else:
         total = token_losses(hidden.detach(), weight.detach(), targets, *args)
         total = total if reduction == "none" else total.sum()
-    return total / (targets != ignore_index).sum() if reduction == "mean" else total
+    return total / (targets != IGNORED).sum() if reduction == "mean" else total
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Operators
 
 @library.custom_op("flatgpt::token_losses", mutates_args=())
-def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, ignore_index: int, softcap: float,
-                 z_loss: float, rows: int) -> Tensor:
+def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, softcap: float, rows: int) -> Tensor:
     """Loss of each row, float32 (N,), without gradient."""
-    losses, _, _ = _by_chunk(hidden, weight, targets, vocab_size, ignore_index, softcap, z_loss, rows,
-                             wants_grad=False, weight_learns=False)
-    return losses
+    return _by_chunk(hidden, weight, targets, vocab_size, softcap, rows, wants_grad=False, weight_learns=False)[0]
 
 
 @token_losses.register_fake
-def _(hidden, weight, targets, vocab_size, ignore_index, softcap, z_loss, rows):
+def _(hidden, weight, targets, vocab_size, softcap, rows):
     return hidden.new_empty(hidden.shape[0], dtype=torch.float32)
 
 
 @library.custom_op("flatgpt::summed_loss", mutates_args=())
-def summed_loss(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, ignore_index: int, softcap: float,
-                z_loss: float, rows: int, weight_learns: bool) -> tuple[Tensor, Tensor, Tensor]:
+def summed_loss(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, softcap: float, rows: int,
+                weight_learns: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Sum of the losses, float32 (), and its gradients: (N, C) in hidden's dtype and (V, C) in float32, empty for a
     weight that does not learn (LoRA's)."""
-    losses, grad_hidden, grad_weight = _by_chunk(hidden, weight, targets, vocab_size, ignore_index, softcap, z_loss,
-                                                 rows, wants_grad=True, weight_learns=weight_learns)
+    losses, grad_hidden, grad_weight = _by_chunk(hidden, weight, targets, vocab_size, softcap, rows,
+                                                 wants_grad=True, weight_learns=weight_learns)
     return losses.sum(), grad_hidden, grad_weight
 
 
 @summed_loss.register_fake
-def _(hidden, weight, targets, vocab_size, ignore_index, softcap, z_loss, rows, weight_learns):
+def _(hidden, weight, targets, vocab_size, softcap, rows, weight_learns):
     return (hidden.new_empty((), dtype=torch.float32),
             torch.empty_like(hidden, memory_format=torch.contiguous_format),
             hidden.new_empty(weight.shape if weight_learns else 0, dtype=torch.float32))
@@ -81,7 +78,7 @@ def _gradients(ctx, grad_total, _grad_hidden, _grad_weight):
     # float32: in bfloat16 a factor such as 1/200 is off by up to 2^-9, and with it the whole gradient of the body
     grad_hidden = (grad_hidden.float() * grad_total).to(grad_hidden.dtype)
     grad_weight = (grad_weight * grad_total).to(ctx.weight_dtype) if ctx.weight_learns else None
-    return grad_hidden, grad_weight, *[None] * 7
+    return grad_hidden, grad_weight, *[None] * 5
 
 
 summed_loss.register_autograd(_gradients, setup_context=_save_for_backward)
@@ -90,8 +87,8 @@ summed_loss.register_autograd(_gradients, setup_context=_save_for_backward)
 # ----------------------------------------------------------------------------------------------------------------------
 # Chunks
 
-def _by_chunk(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, ignore_index: int, softcap: float,
-              z_loss: float, rows: int, *, wants_grad: bool, weight_learns: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _by_chunk(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, softcap: float, rows: int, *,
+              wants_grad: bool, weight_learns: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Losses (N,), gradient of their sum by hidden (N, C) and by weight (V, C) float32; empty unless wanted."""
     N, V = hidden.shape[0], weight.shape[0]
     hidden, targets = hidden.contiguous(), targets.contiguous()
@@ -103,8 +100,7 @@ def _by_chunk(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, 
     for start in range(0, N, rows):
         chunk = hidden[start:start + rows]
         logits = torch.matmul(chunk, compute_weight.T, out=buffer[:chunk.shape[0]])  # (rows, V)
-        _loss_and_gradient(logits, targets[start:], losses[start:], vocab_size, ignore_index, softcap, z_loss,
-                           wants_grad=wants_grad)
+        _loss_and_gradient(logits, targets[start:], losses[start:], vocab_size, softcap, wants_grad=wants_grad)
         if wants_grad:  # the logits have become their own gradient
             torch.matmul(logits, compute_weight, out=grad_hidden[start:start + rows])
             if weight_learns:
@@ -112,15 +108,14 @@ def _by_chunk(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, 
     return losses, grad_hidden, grad_weight
 
 
-def _loss_and_gradient(logits: Tensor, targets: Tensor, losses: Tensor, vocab_size: int, ignore_index: int,
-                       softcap: float, z_loss: float, *, wants_grad: bool) -> None:
+def _loss_and_gradient(logits: Tensor, targets: Tensor, losses: Tensor, vocab_size: int, softcap: float, *,
+                       wants_grad: bool) -> None:
     """Write the loss of each row of logits (rows, V) into losses, and its gradient over the logits."""
     rows, V = logits.shape
     tile = configs.cross_entropy(V)
     with torch.cuda.device_of(logits):  # Triton launches on the current one
-        _loss_kernel[(rows,)](logits, targets, losses, ignore_index, softcap, z_loss, V=V, VOCAB_SIZE=vocab_size,
-                              BLOCK_V=tile.columns, HAS_SOFTCAP=softcap != 0.0, WANTS_GRAD=wants_grad,
-                              num_warps=tile.warps())
+        _loss_kernel[(rows,)](logits, targets, losses, softcap, V=V, VOCAB_SIZE=vocab_size, BLOCK_V=tile.columns,
+                              HAS_SOFTCAP=softcap != 0.0, WANTS_GRAD=wants_grad, num_warps=tile.warps())
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -148,17 +143,18 @@ def _adds_to_float32(device: torch.device, dtype: torch.dtype) -> bool:
 # Kernel
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+IGNORED_TARGET = tl.constexpr(IGNORED)
 
 
 @triton.jit
-def _loss_kernel(LOGITS, TARGETS, LOSSES, ignore_index, softcap, z_loss, V: tl.constexpr, VOCAB_SIZE: tl.constexpr,
-                 BLOCK_V: tl.constexpr, HAS_SOFTCAP: tl.constexpr, WANTS_GRAD: tl.constexpr):
+def _loss_kernel(LOGITS, TARGETS, LOSSES, softcap, V: tl.constexpr, VOCAB_SIZE: tl.constexpr, BLOCK_V: tl.constexpr,
+                 HAS_SOFTCAP: tl.constexpr, WANTS_GRAD: tl.constexpr):
     """Program i: the loss of row i of LOGITS (rows, V), and its gradient in the row's place. Columns from VOCAB_SIZE on
     are padding. Two sweeps; the second goes backwards, over what the first left in the caches."""
     row = tl.program_id(0)
     LOGITS += row.to(tl.int64) * V  # rows * V passes 2^31 at 43k rows of GPT-2's vocabulary
     target = tl.load(TARGETS + row)
-    if target == ignore_index:
+    if target == IGNORED_TARGET:
         tl.store(LOSSES + row, 0.0)
         if WANTS_GRAD:
             for tile in range(0, tl.cdiv(V, BLOCK_V)):
@@ -178,17 +174,16 @@ def _loss_kernel(LOGITS, TARGETS, LOSSES, ignore_index, softcap, z_loss, V: tl.c
         sums = sums * tl.exp2((largest - new_largest) * LOG2_E) + tl.exp2((x - new_largest) * LOG2_E)
         largest = new_largest
     lse = largest + tl.log(tl.sum(sums, axis=0))
-    tl.store(LOSSES + row, lse - target_logit + z_loss * lse * lse)
+    tl.store(LOSSES + row, lse - target_logit)
 
-    # Sweep 2: softmax - one-hot, through the z-loss and the softcap
+    # Sweep 2: softmax - one-hot, through the softcap
     if WANTS_GRAD:
-        factor = 1.0 + 2.0 * z_loss * lse
         n_tiles: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
         for i in range(0, n_tiles):
             tile = n_tiles - 1 - i
             column = tile * BLOCK_V + tl.arange(0, BLOCK_V)
             x = _logits(LOGITS, tile, softcap, V, VOCAB_SIZE, BLOCK_V, HAS_SOFTCAP)
-            grad = factor * tl.exp2((x - lse) * LOG2_E) - tl.where(column == target, 1.0, 0.0)
+            grad = tl.exp2((x - lse) * LOG2_E) - tl.where(column == target, 1.0, 0.0)
             if HAS_SOFTCAP:
                 share = tl.where(column < VOCAB_SIZE, x / softcap, 1.0)
                 grad *= 1.0 - share * share

@@ -3,7 +3,7 @@
 Forward and backward as in FlashAttention-2 (arXiv:2307.08691): scores exist one tile at a time, the softmax runs along
 with its largest score and its sum, and the backward recomputes the probabilities from the saved log of that sum. One
 int32 per query, the first key that it sees, covers windows, documents and padding; tiles that no query of a tile sees
-are not visited. No dropout, no scores added, no decoding kernel: one query goes to PyTorch (see takes()).
+are not visited. No dropout, no scores added, no decoding kernel: one query goes to PyTorch (see supports()).
 
 The backward is split by default: one kernel sums over keys (for q), one over queries (for k, v), each in a fixed order,
 so equal inputs give equal bits. The fused one computes the probabilities once and adds up q's gradient by atomics.
@@ -26,109 +26,87 @@ from kernels import configs
 def supports(q: Tensor) -> bool:
     """Whether these kernels compute for q (B, Tq, H, D). A single query is left to PyTorch: its kernel splits the keys
     over programs, where here one program would walk all of them."""
-    return q.dtype in configs.DTYPES and q.shape[-1] <= configs.MAX_HEAD_DIM and q.shape[1] > 1 and q.numel() > 0
+    return configs.computes_on(q) and q.shape[-1] <= configs.MAX_HEAD_DIM and q.shape[1] > 1 and q.numel() > 0
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, first_key: Tensor | None = None,
-              deterministic: bool | None = None) -> Tensor:
-    """kernels.attention by Triton. deterministic: the gradients have the same bits every time; None = as PyTorch is set
-    (train.deterministic)."""
-    if deterministic is None:
-        deterministic = torch.are_deterministic_algorithms_enabled()
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if torch.is_autocast_enabled(q.device.type):  # as PyTorch's attention does
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    if scale <= 0.0:  # the kernels look for the largest score before they scale it
-        q, scale = (-q, -scale) if scale < 0.0 else (q * 0.0, 1.0)
-    out, _ = attention_forward(q, k, v, first_key, scale, deterministic)
-    return out
+def attention(q: Tensor, k: Tensor, v: Tensor, *, first_key: Tensor | None = None) -> Tensor:
+    """kernels.attention by Triton. Where PyTorch is set to be deterministic (train.deterministic) the gradients have
+    the same bits every time."""
+    return attention_forward(q, k, v, first_key, torch.are_deterministic_algorithms_enabled())[0]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Operators
 
 @library.custom_op("flatgpt::attention_forward", mutates_args=())
-def attention_forward(q: Tensor, k: Tensor, v: Tensor, first_key: Tensor | None, scale: float,
+def attention_forward(q: Tensor, k: Tensor, v: Tensor, first_key: Tensor | None,
                       deterministic: bool) -> tuple[Tensor, Tensor]:
-    """Attention (B, Tq, H, D), contiguous, and the log of the sum of exp(scores), float32 (B, H, Tq).
-    scale > 0; deterministic is for the backward."""
+    """Attention (B, Tq, H, D), contiguous, and the log of the sum of exp(scores), float32 (B, H, Tq). deterministic is
+    for the backward."""
+    out, lse = _outputs(q, k, v, first_key, deterministic)
     q, k, v = _addressable(q), _addressable(k), _addressable(v)
     B, Tq, H, D = q.shape
-    out, lse = _outputs(q)
-    first, first_b = _first_keys(first_key, q)
+    first = _first_keys(first_key, q)
     tile = configs.attention(D, q.dtype, _arch(q.device)).forward
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     with torch.cuda.device_of(q):  # Triton launches on the current one; for backward, autograd's thread sets it
         _forward_kernel[(triton.cdiv(Tq, tile.queries) * B * H,)](
-            q, k, v, first, out, lse, scale, H, Tq, k.shape[1], *strides, first_b,
+            q, k, v, first, out, lse, D ** -0.5, H, Tq, k.shape[1], *strides, first.stride(0),
             G=H // k.shape[2], D=D, BLOCK_D=configs.head_block(D), BLOCK_Q=tile.queries, BLOCK_K=tile.keys,
             HAS_FIRST=first_key is not None, num_warps=tile.warps, num_stages=tile.stages)
     return out, lse
 
 
-def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:
-    B, Tq, H, _ = q.shape
-    return (torch.empty_like(q, memory_format=torch.contiguous_format),
-            q.new_empty((B, H, Tq), dtype=torch.float32))
-
-
 @attention_forward.register_fake
-def _(q, k, v, first_key, scale, deterministic):
-    return _outputs(q)
+def _outputs(q, k, v, first_key, deterministic):
+    B, Tq, H, _ = q.shape
+    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty((B, H, Tq), dtype=torch.float32)
 
 
 @library.custom_op("flatgpt::attention_backward", mutates_args=())
 def attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-                       first_key: Tensor | None, scale: float, deterministic: bool) -> tuple[Tensor, Tensor, Tensor]:
+                       first_key: Tensor | None, deterministic: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, contiguous, in their dtypes; grad (B, Tq, H, D) is that of out."""
+    grad_q, grad_k, grad_v = _gradient_outputs(grad, q, k, v, out, lse, first_key, deterministic)
     grad, q, k, v = _addressable(grad), _addressable(q), _addressable(k), _addressable(v)
     B, Tq, H, D = q.shape
     Tk, Hkv = k.shape[1], k.shape[2]
     arch = _arch(q.device)
     tiles = configs.attention(D, q.dtype, arch)
-    fused = (not deterministic and tiles.fused is not None
-             and configs.attention_backward_is_fused(D, q.dtype, arch))
+    fused = not deterministic and tiles.fused is not None and configs.attention_backward_is_fused(D, q.dtype, arch)
     tile = tiles.fused if fused else tiles.backward_kv
-    first, first_b = _first_keys(first_key, q)
-    last, last_b = _last_queries(first_key, first, Tq, Tk, tile.keys)
+    first = _first_keys(first_key, q)
+    last = first if first_key is None else _last_queries(first, Tk, tile.keys)
     delta = torch.empty_like(lse)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad.stride()[:3])
     constants = {"G": H // Hkv, "D": D, "BLOCK_D": configs.head_block(D), "HAS_FIRST": first_key is not None}
     if fused:
-        grad_q = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
-        _delta_kernel[(triton.cdiv(Tq, configs.ATTENTION_DELTA.queries) * B * H,)](
-            out, grad, delta, H, Tq, *grad.stride()[:3], D=D, BLOCK_D=configs.head_block(D),
-            BLOCK_Q=configs.ATTENTION_DELTA.queries, num_warps=configs.ATTENTION_DELTA.warps)
-    else:
-        grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
-        of_q = tiles.backward_q
-        _backward_q_kernel[(triton.cdiv(Tq, of_q.queries) * B * H,)](
-            q, k, v, grad, out, lse, delta, first, grad_q, scale, H, Tq, Tk, *strides, first_b, **constants,
-            BLOCK_Q=of_q.queries, BLOCK_K=of_q.keys, num_warps=of_q.warps, num_stages=of_q.stages)
-    grad_k = torch.empty_like(k, memory_format=torch.contiguous_format)
-    grad_v = torch.empty_like(v, memory_format=torch.contiguous_format)
+        grad_q = torch.zeros_like(grad_q, dtype=torch.float32)
+    of_q = tiles.backward_q
+    _backward_q_kernel[(triton.cdiv(Tq, of_q.queries) * B * H,)](
+        q, k, v, grad, out, lse, delta, first, grad_q, D ** -0.5, H, Tq, Tk, *strides, first.stride(0), **constants,
+        BLOCK_Q=of_q.queries, BLOCK_K=of_q.keys, ONLY_DELTA=fused, num_warps=of_q.warps, num_stages=of_q.stages)
     _backward_kv_kernel[(triton.cdiv(Tk, tile.keys) * B * Hkv,)](
-        q, k, v, grad, lse, delta, first, last, grad_q, grad_k, grad_v, scale, Hkv, Tq, Tk, *strides, first_b, last_b,
-        **constants, BLOCK_Q=tile.queries, BLOCK_K=tile.keys, ADD_GRAD_Q=fused, num_warps=tile.warps,
-        num_stages=tile.stages)
+        q, k, v, grad, lse, delta, first, last, grad_q, grad_k, grad_v, D ** -0.5, Hkv, Tq, Tk, *strides,
+        first.stride(0), last.stride(0), **constants, BLOCK_Q=tile.queries, BLOCK_K=tile.keys, ADD_GRAD_Q=fused,
+        num_warps=tile.warps, num_stages=tile.stages)
     return grad_q.to(q.dtype), grad_k, grad_v
 
 
 @attention_backward.register_fake
-def _(grad, q, k, v, out, lse, first_key, scale, deterministic):
+def _gradient_outputs(grad, q, k, v, out, lse, first_key, deterministic):
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
 
 
 def _save_for_backward(ctx, inputs, output) -> None:
-    q, k, v, first_key, ctx.scale, ctx.deterministic = inputs
+    q, k, v, first_key, ctx.deterministic = inputs
     ctx.save_for_backward(q, k, v, *output, first_key)
     ctx.set_materialize_grads(False)  # no zeros for the log-sum-exp, whose gradient nobody asks for
 
 
 def _gradients(ctx, grad, _grad_lse):
     q, k, v, out, lse, first_key = ctx.saved_tensors
-    return *attention_backward(grad, q, k, v, out, lse, first_key, ctx.scale, ctx.deterministic), None, None, None
+    return *attention_backward(grad, q, k, v, out, lse, first_key, ctx.deterministic), None, None
 
 
 attention_forward.register_autograd(_gradients, setup_context=_save_for_backward)
@@ -142,25 +120,19 @@ def _addressable(x: Tensor) -> Tensor:
     return x if x.stride(3) == 1 else x.contiguous()
 
 
-def _first_keys(first_key: Tensor | None, q: Tensor) -> tuple[Tensor, int]:
-    """first_key for the kernels, int32 (B or 1, Tq), and its stride over the batch; a tensor never read if None."""
-    if first_key is None:
-        return q, 0
-    first = first_key.to(torch.int32).contiguous()
-    return first, q.shape[1] if first.shape[0] > 1 else 0
+def _first_keys(first_key: Tensor | None, q: Tensor) -> Tensor:
+    """first_key for the kernels, int32 (B, Tq) with numbers in a row; any tensor if None, since it is never read."""
+    return q if first_key is None else first_key.to(torch.int32).contiguous().expand(q.shape[0], -1)
 
 
-def _last_queries(first_key: Tensor | None, first: Tensor, Tq: int, Tk: int, block: int) -> tuple[Tensor, int]:
-    """For each tile of `block` keys one more than the last query that sees any of it, int32 (B or 1, tiles), and the
-    stride over the batch. Right for any first_key: none need rise along the sequence."""
-    if first_key is None:
-        return first, 0
-    tiles = triton.cdiv(Tk, block)
-    last = first.new_empty((first.shape[0], tiles))
-    _last_query_kernel[(tiles * first.shape[0],)](
-        first, last, Tq, Tk, BLOCK_K=block, BLOCK=configs.ATTENTION_LAST_QUERY.queries,
-        num_warps=configs.ATTENTION_LAST_QUERY.warps)
-    return last, tiles if first.shape[0] > 1 else 0
+def _last_queries(first: Tensor, Tk: int, block: int) -> Tensor:
+    """For each tile of `block` keys one more than the last query that sees any of it, int32 (B, tiles). first (B, Tq)
+    need not rise along the sequence."""
+    B, Tq = first.shape
+    rows, tiles = 1 if first.stride(0) == 0 else B, triton.cdiv(Tk, block)
+    last = first.new_empty((rows, tiles))
+    _last_query_kernel[(tiles * rows,)](first, last, Tq, Tk, BLOCK_K=block, BLOCK=configs.LAST_QUERY_BLOCK)
+    return last.expand(B, -1)
 
 
 @functools.cache
@@ -230,8 +202,9 @@ def _forward_kernel(Q, K, V, FIRST, OUT, LSE, scale, H, Tq, Tk, q_b, q_t, q_h, k
 def _backward_q_kernel(Q, K, V, GRAD, OUT, LSE, DELTA, FIRST, GRAD_Q, scale, H, Tq, Tk,
                        q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, grad_b, grad_t, grad_h, first_b,
                        G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, HAS_FIRST: tl.constexpr,
-                       BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
-    """GRAD_Q for BLOCK_Q queries of one head, and their DELTA (B, H, Tq) for the other kernel: sum of out * grad."""
+                       BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, ONLY_DELTA: tl.constexpr):
+    """GRAD_Q for BLOCK_Q queries of one head, and for the other kernel DELTA (B, H, Tq): what the softmax takes off the
+    gradient of each score of a query, the sum of out * grad."""
     tiles = tl.cdiv(Tq, BLOCK_Q)
     start_q = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_Q
     head = (tl.program_id(0) // tiles).to(tl.int64)
@@ -241,8 +214,11 @@ def _backward_q_kernel(Q, K, V, GRAD, OUT, LSE, DELTA, FIRST, GRAD_Q, scale, H, 
     query = start_q + tl.arange(0, BLOCK_Q)
     q = _load_tile(Q + b * q_b + h * q_h, start_q, Tq, q_t, BLOCK_Q, D, BLOCK_D)
     grad = _load_tile(GRAD + b * grad_b + h * grad_h, start_q, Tq, grad_t, BLOCK_Q, D, BLOCK_D)
-    delta = _delta(OUT + (b * Tq * H + h) * D, grad, start_q, Tq, H * D, BLOCK_Q, D, BLOCK_D)
+    out = _load_tile(OUT + (b * Tq * H + h) * D, start_q, Tq, H * D, BLOCK_Q, D, BLOCK_D)
+    delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), axis=1)
     tl.store(DELTA + head * Tq + query, delta, mask=query < Tq)
+    if ONLY_DELTA:
+        return
     lse_2 = tl.load(LSE + head * Tq + query, mask=query < Tq, other=INFINITY) * LOG2_E  # past Tq nothing is probable
     own, first, start_k, end_k = _visible_range(FIRST + b * first_b, start_q, Tq, Tk, BLOCK_Q, BLOCK_K, HAS_FIRST)
 
@@ -318,20 +294,6 @@ def _backward_kv_kernel(Q, K, V, GRAD, LSE, DELTA, FIRST, LAST, GRAD_Q, GRAD_K, 
     _store_tile(GRAD_V + (b * Tk * Hkv + h_kv) * D, grad_v, start_k, Tk, Hkv * D, BLOCK_K, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["Tq"])
-def _delta_kernel(OUT, GRAD, DELTA, H, Tq, grad_b, grad_t, grad_h,
-                  D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr):
-    """DELTA (B, H, Tq): the sum of out * grad over D."""
-    tiles = tl.cdiv(Tq, BLOCK_Q)
-    start_q = tl.program_id(0) % tiles * BLOCK_Q
-    head = (tl.program_id(0) // tiles).to(tl.int64)
-    b, h = head // H, head % H
-    grad = _load_tile(GRAD + b * grad_b + h * grad_h, start_q, Tq, grad_t, BLOCK_Q, D, BLOCK_D)
-    delta = _delta(OUT + (b * Tq * H + h) * D, grad, start_q, Tq, H * D, BLOCK_Q, D, BLOCK_D)
-    query = start_q + tl.arange(0, BLOCK_Q)
-    tl.store(DELTA + head * Tq + query, delta, mask=query < Tq)
-
-
 @triton.jit(do_not_specialize=["Tq", "Tk"])
 def _last_query_kernel(FIRST, LAST, Tq, Tk, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr):
     """Program i of a row of FIRST (Tq,): LAST[i] = 1 + the last query that sees a key before (i + 1) * BLOCK_K."""
@@ -377,10 +339,3 @@ def _visible_range(FIRST, start_q, Tq, Tk, BLOCK_Q: tl.constexpr, BLOCK_K: tl.co
         first = tl.minimum(tl.load(FIRST + query, mask=query < Tq, other=Tk), own)
         start_k = tl.maximum(tl.min(first, axis=0), 0) // BLOCK_K * BLOCK_K
     return own, first, start_k, tl.minimum(Tk - Tq + start_q + BLOCK_Q, Tk)
-
-
-@triton.jit
-def _delta(OUT, grad, start_q, Tq, stride, BLOCK_Q: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """What the softmax takes off the gradient of each score of a query: the sum of out * grad, (BLOCK_Q,)."""
-    out = _load_tile(OUT, start_q, Tq, stride, BLOCK_Q, D, BLOCK_D)
-    return tl.sum(out.to(tl.float32) * grad.to(tl.float32), axis=1)

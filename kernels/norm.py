@@ -1,7 +1,8 @@
 """LayerNorm and RMSNorm as fused Triton kernels, forward and backward, with an optional residual add in front.
 
 One pass over the rows each way: statistics in float32 registers, the input read once. The weight's gradient is summed
-in two stages, per program in registers and then over programs in a fixed order, so equal inputs give equal bits.
+in two stages, per program in registers and then over programs in a fixed order, so equal inputs give equal bits. Rows
+too wide for those registers are PyTorch's.
 LayerNorm: arXiv:1607.06450; RMSNorm: arXiv:1910.07467.
 
 Dims: N rows, C width.
@@ -16,8 +17,8 @@ from kernels import configs
 
 
 def supports(x: Tensor) -> bool:
-    """Whether these kernels compute rows of this width and dtype."""
-    return x.dtype in configs.DTYPES and x.shape[-1] <= configs.MAX_NORM_WIDTH and x.numel() > 0
+    """Whether these kernels compute rows of this width, dtype and device."""
+    return configs.computes_on(x) and x.shape[-1] <= configs.MAX_NORM_WIDTH and x.numel() > 0
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, *, eps: float,
@@ -48,12 +49,10 @@ def norm_forward(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tenso
                  rms: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y (..., C), x + residual (..., C), mean (N,), 1 / standard deviation (N,). Empty: the sum without a residual, the
     mean of RMSNorm."""
+    y, added, mean, rstd = _outputs(x, weight, bias, residual, eps, rms)
     rows = _rows(x)
-    N, C = rows.shape
-    y = torch.empty_like(rows, memory_format=torch.contiguous_format)
-    added = y.new_empty(0) if residual is None else torch.empty_like(y)
-    mean, rstd = _statistics(x, rms)
     residual_rows = rows if residual is None else _rows(residual)
+    N, C = rows.shape
     tile = configs.norm_forward(C)
     with torch.cuda.device_of(x):  # Triton launches on the current one; for backward, autograd's thread sets it
         _forward_kernel[(triton.cdiv(N, tile.rows),)](
@@ -61,18 +60,14 @@ def norm_forward(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tenso
             N, rows.stride(0), residual_rows.stride(0), eps,
             C=C, BLOCK_C=tile.columns, BLOCK_N=tile.rows, IS_RMS=rms, HAS_BIAS=bias is not None,
             HAS_RESIDUAL=residual is not None, num_warps=tile.warps())
-    return y.view(x.shape), added if residual is None else added.view(x.shape), mean, rstd
-
-
-def _statistics(x: Tensor, rms: bool) -> tuple[Tensor, Tensor]:
-    N = x.numel() // x.shape[-1]
-    return (x.new_empty(0 if rms else N, dtype=torch.float32), x.new_empty(N, dtype=torch.float32))
+    return y, added, mean, rstd
 
 
 @norm_forward.register_fake
-def _(x, weight, bias, residual, eps, rms):
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return y, x.new_empty(0) if residual is None else torch.empty_like(y), *_statistics(x, rms)
+def _outputs(x, weight, bias, residual, eps, rms):
+    y, N = torch.empty_like(x, memory_format=torch.contiguous_format), x.numel() // x.shape[-1]
+    return (y, x.new_empty(0) if residual is None else torch.empty_like(y),
+            x.new_empty(0 if rms else N, dtype=torch.float32), x.new_empty(N, dtype=torch.float32))
 
 
 @library.custom_op("flatgpt::norm_backward", mutates_args=())
@@ -83,29 +78,22 @@ def norm_backward(grad: Tensor, grad_added: Tensor | None, x: Tensor, weight: Te
     rows, grad_rows = _rows(x), _rows(grad)
     N, C = rows.shape
     added_rows = grad_rows if grad_added is None else _rows(grad_added)
-    grad_x = torch.empty_like(rows, memory_format=torch.contiguous_format)
-    tile, one_pass = configs.norm_backward(C), C <= configs.NORM_ONE_PASS_WIDTH
-    programs = min(triton.cdiv(N, tile.rows), _programs(x.device))
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    tile = configs.norm_backward(C)
+    programs = 3  # the interpreter: enough for a second stage that has something to sum
+    if x.is_cuda:
+        programs = (configs.NORM_BACKWARD_PROGRAMS_PER_SM
+                    * torch.cuda.get_device_properties(x.device).multi_processor_count)
+    programs = min(programs, triton.cdiv(N, tile.rows))
     grad_weight = torch.empty((programs, C), dtype=torch.float32, device=x.device)  # one partial sum a program
     grad_bias = torch.empty((programs if has_bias else 0, C), dtype=torch.float32, device=x.device)
     _backward_kernel[(programs,)](
         grad_rows, added_rows, rows, weight, mean, rstd, grad_x, grad_weight, grad_bias,
         N, grad_rows.stride(0), added_rows.stride(0), rows.stride(0),
         C=C, BLOCK_C=tile.columns, BLOCK_N=tile.rows, IS_RMS=rms, HAS_BIAS=has_bias,
-        HAS_ADDED=grad_added is not None, WEIGHT_TOO=one_pass, num_warps=tile.warps())
-    if not one_pass:
-        tile = configs.NORM_WEIGHT
-        _weight_kernel[(triton.cdiv(C, tile.columns), programs)](
-            grad_rows, rows, mean, rstd, grad_weight, grad_bias, N, grad_rows.stride(0), rows.stride(0),
-            C=C, BLOCK_C=tile.columns, BLOCK_N=tile.rows, IS_RMS=rms, HAS_BIAS=has_bias, num_warps=tile.warps())
+        HAS_ADDED=grad_added is not None, num_warps=tile.warps())
     grad_bias = grad_bias.sum(0).to(weight.dtype) if has_bias else weight.new_empty(0)
-    return grad_x.view(x.shape), grad_weight.sum(0).to(weight.dtype), grad_bias
-
-
-def _programs(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 3  # the interpreter: enough for a second stage that has something to sum
-    return configs.NORM_BACKWARD_PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
+    return grad_x, grad_weight.sum(0).to(weight.dtype), grad_bias
 
 
 @norm_backward.register_fake
@@ -169,7 +157,7 @@ def _forward_kernel(X, RESIDUAL, WEIGHT, BIAS, Y, ADDED, MEAN, RSTD, N, x_stride
 def _backward_kernel(GRAD, GRAD_ADDED, X, WEIGHT, MEAN, RSTD, GRAD_X, GRAD_WEIGHT, GRAD_BIAS,
                      N, grad_stride, added_stride, x_stride,
                      C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, IS_RMS: tl.constexpr,
-                     HAS_BIAS: tl.constexpr, HAS_ADDED: tl.constexpr, WEIGHT_TOO: tl.constexpr):
+                     HAS_BIAS: tl.constexpr, HAS_ADDED: tl.constexpr):
     """Program i takes the tiles i, i + programs, ... and writes row i of GRAD_WEIGHT and GRAD_BIAS (programs, C)."""
     program = tl.program_id(0)
     column = tl.arange(0, BLOCK_C)[None, :]
@@ -182,14 +170,15 @@ def _backward_kernel(GRAD, GRAD_ADDED, X, WEIGHT, MEAN, RSTD, GRAD_X, GRAD_WEIGH
         in_rows = row < N
         row = row.to(tl.int64)[:, None]
         mask = in_rows[:, None] & in_columns
-        grad, x_hat, rstd = _grad_and_x_hat(GRAD, X, MEAN, RSTD, row, column, mask, in_rows, grad_stride, x_stride,
-                                            IS_RMS)
-        if WEIGHT_TOO:
-            grad_weight += grad * x_hat
-            if HAS_BIAS:
-                grad_bias += grad
-        elif X.dtype.element_ty == tl.float32:  # a very wide row: read again, since kept registers would spill
-            weight = tl.load(WEIGHT + column, mask=in_columns, other=0.0).to(tl.float32)
+        grad = tl.load(GRAD + row * grad_stride + column, mask=mask, other=0.0).to(tl.float32)
+        x_hat = tl.load(X + row * x_stride + column, mask=mask, other=0.0).to(tl.float32)
+        rstd = tl.load(RSTD + row, mask=in_rows[:, None], other=0.0)  # (BLOCK_N, 1)
+        if not IS_RMS:
+            x_hat = tl.where(mask, x_hat - tl.load(MEAN + row, mask=in_rows[:, None], other=0.0), 0.0)
+        x_hat *= rstd
+        grad_weight += grad * x_hat
+        if HAS_BIAS:
+            grad_bias += grad
         grad_x_hat = grad * weight
         grad_x = grad_x_hat - x_hat * (tl.sum(grad_x_hat * x_hat, axis=1) / C)[:, None]
         if not IS_RMS:
@@ -198,46 +187,7 @@ def _backward_kernel(GRAD, GRAD_ADDED, X, WEIGHT, MEAN, RSTD, GRAD_X, GRAD_WEIGH
         if HAS_ADDED:
             grad_x += tl.load(GRAD_ADDED + row * added_stride + column, mask=mask, other=0.0).to(tl.float32)
         tl.store(GRAD_X + row * C + column, grad_x.to(GRAD_X.dtype.element_ty), mask=mask)
-    if WEIGHT_TOO:
-        _store_sums(GRAD_WEIGHT, GRAD_BIAS, grad_weight, grad_bias, program, tl.arange(0, BLOCK_C), C, HAS_BIAS)
-
-
-@triton.jit
-def _weight_kernel(GRAD, X, MEAN, RSTD, GRAD_WEIGHT, GRAD_BIAS, N, grad_stride, x_stride,
-                   C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, IS_RMS: tl.constexpr,
-                   HAS_BIAS: tl.constexpr):
-    """Program (j, i): columns j*BLOCK_C ... of row i of GRAD_WEIGHT and GRAD_BIAS, over the rows that i has above."""
-    program = tl.program_id(1)
-    columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    column = columns[None, :]
-    grad_weight = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
-    grad_bias = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
-    for tile in range(program, tl.cdiv(N, BLOCK_N), tl.num_programs(1)):
-        row = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        in_rows = row < N
-        row = row.to(tl.int64)[:, None]
-        grad, x_hat, _ = _grad_and_x_hat(GRAD, X, MEAN, RSTD, row, column, in_rows[:, None] & (column < C), in_rows,
-                                         grad_stride, x_stride, IS_RMS)
-        grad_weight += grad * x_hat
-        if HAS_BIAS:
-            grad_bias += grad
-    _store_sums(GRAD_WEIGHT, GRAD_BIAS, grad_weight, grad_bias, program, columns, C, HAS_BIAS)
-
-
-@triton.jit
-def _grad_and_x_hat(GRAD, X, MEAN, RSTD, row, column, mask, in_rows, grad_stride, x_stride, IS_RMS: tl.constexpr):
-    """A tile of the gradient, of the normalised x, both float32, and the rows' 1 / standard deviation."""
-    grad = tl.load(GRAD + row * grad_stride + column, mask=mask, other=0.0).to(tl.float32)
-    x = tl.load(X + row * x_stride + column, mask=mask, other=0.0).to(tl.float32)
-    rstd = tl.load(RSTD + row, mask=in_rows[:, None], other=0.0)  # (BLOCK_N, 1)
-    if not IS_RMS:
-        x = tl.where(mask, x - tl.load(MEAN + row, mask=in_rows[:, None], other=0.0), 0.0)
-    return grad, x * rstd, rstd
-
-
-@triton.jit
-def _store_sums(GRAD_WEIGHT, GRAD_BIAS, grad_weight, grad_bias, program, column, C: tl.constexpr,
-                HAS_BIAS: tl.constexpr):
+    column = tl.arange(0, BLOCK_C)
     tl.store(GRAD_WEIGHT + program * C + column, tl.sum(grad_weight, axis=0), mask=column < C)
     if HAS_BIAS:
         tl.store(GRAD_BIAS + program * C + column, tl.sum(grad_bias, axis=0), mask=column < C)

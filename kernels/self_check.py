@@ -1,47 +1,78 @@
-"""Each Triton kernel against its PyTorch reference, on this machine, at a run's dtype and widths, before it is trusted.
+"""Which backend computes each operation: each one against the definitions, on this machine, before it is trusted.
 
-A driver, a compiler or a chip that nobody tested can be wrong in ways that no test of ours saw; a run that would learn
-from wrong gradients for a month finds out in its first second instead.
+A driver, a compiler, a chip or a private operator that nobody tested can be wrong in ways that no test of ours saw; a
+run that would learn from wrong gradients for a month finds out in its first second instead.
 """
 
 from collections.abc import Callable, Iterator
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 import kernels
-from config import MachineError, ModelConfig
-from kernels import reference
+from config import ConfigError, MachineError, ModelConfig
+from kernels import cpu, reference
 
 # What may be added to twice the reference's own error: both are relative to float64, in the Frobenius norm. A wrong
 # index or a missing term is off by 0.1 and more.
 ALLOWANCE = {torch.float32: 2e-5, torch.float16: 1e-3, torch.bfloat16: 4e-3}  # the GPU sums float32 in other orders
 
+Verdicts = dict[str, tuple[str, str | None]]  # of each operation: the backend that might compute it, why it must not
+
+
+def choose(setting: str, model: ModelConfig, *, table_rows: int, dtype: torch.dtype, device: torch.device) -> str:
+    """Choose the backends of this process, the only one of its kind. Arguments as for verdicts, result as of agree."""
+    return agree(setting, [verdicts(setting, model, table_rows=table_rows, dtype=dtype, device=device)])
+
+
+def agree(setting: str, of_ranks: list[Verdicts]) -> str:
+    """Choose the backends that are right on every rank. Returns the line that says which, and why not the others.
+
+    Raises ConfigError if setting is triton and one of its kernels is not right.
+    """
+    chosen, wrong, by_reason = {}, [], {}
+    for op, (backend, _) in of_ranks[0].items():
+        reasons = [verdicts[op][1] for verdicts in of_ranks]
+        rank, reason = next(((rank, r) for rank, r in enumerate(reasons) if r is not None), (0, None))
+        if any(r != reason for r in reasons):
+            reason = f"rank {rank}: {reason}"
+        if reason is not None and backend == "triton":
+            wrong.append(f"{op}: {reason}")
+        chosen[op] = backend if reason is None else "torch"
+        by_reason.setdefault(backend if reason is None else f"torch ({reason})", []).append(op)
+    if setting == "triton" and wrong:
+        raise ConfigError(f"train.kernels = 'triton' but {'; '.join(wrong)}; kernels=auto takes PyTorch for these")
+    kernels.choose_backends(chosen)
+    return "kernels: " + "; ".join(f"{backend} for {', '.join(ops)}" for backend, ops in by_reason.items())
+
 
 def verdicts(setting: str, model: ModelConfig, *, table_rows: int, dtype: torch.dtype,
-             device: torch.device) -> dict[str, str | None]:
-    """Of each operation that the model uses, why Triton must not compute it here; None if it may.
-
-    setting: auto, triton or torch, as train.kernels; table_rows: rows of the padded embedding table.
-    """
-    used = ["attention", "linear_cross_entropy"]
+             device: torch.device) -> Verdicts:
+    """The verdict on each operation that the model uses. setting: auto, triton or torch, as train.kernels; table_rows:
+    rows of the padded embedding table."""
+    used = ["attention", "linear_cross_entropy", "linear"]
     used += ["layer_norm"] if model.norm == "layernorm" else []
     used += ["rms_norm"] if model.norm == "rmsnorm" or model.qk_norm else []
-    reason = "asked for" if setting == "torch" else kernels.why_no_triton(device)
-    if reason is None and dtype not in ALLOWANCE:
-        reason = f"no kernels for {dtype}"
+    no_triton = kernels.why_no_triton(device)
+    backend = "cpu" if no_triton is not None and device.type == "cpu" else "triton"
+    reason = ("asked for" if setting == "torch" else f"no kernels for {dtype}" if dtype not in ALLOWANCE
+              else no_triton if backend == "triton" else None)
     if reason is not None:
-        return dict.fromkeys(used, reason)
-    return {op: _problem(op, model, table_rows, dtype, device) for op in used}
+        return dict.fromkeys(used, ("torch", reason))
+    has_own = {op: cpu.computes(op, dtype) if backend == "cpu" else op in kernels.TRITON for op in used}
+    return {op: (backend, _problem(op, backend, model, table_rows, dtype, device)) if has_own[op] else
+            ("torch", "PyTorch's own is as fast") for op in used}
 
 
-def _problem(op: str, model: ModelConfig, table_rows: int, dtype: torch.dtype, device: torch.device) -> str | None:
-    cases = {"attention": _attention_cases, "layer_norm": _norm_cases, "rms_norm": _norm_cases,
-             "linear_cross_entropy": _cross_entropy_cases}[op]
+def _problem(op: str, backend: str, model: ModelConfig, table_rows: int, dtype: torch.dtype,
+             device: torch.device) -> str | None:
     try:
-        module = kernels.triton_module(op)
-        for run, inputs in cases(op, model, table_rows, dtype):
+        module = kernels.module_of(op, backend)
+        for run, inputs in _cases(op, backend, model, table_rows, dtype):
             inputs = [x.to(device) for x in inputs]
+            if not module.supports(inputs[0]):
+                return "not made for the model's size"
             for name, (error, allowed) in _errors(run, module, inputs).items():
                 if not error <= allowed:  # also if it is NaN
                     return f"relative error {error:.2g} of {name}, allowed {allowed:.2g}"
@@ -54,69 +85,60 @@ def _problem(op: str, model: ModelConfig, table_rows: int, dtype: torch.dtype, d
     return None
 
 
-Case = tuple[Callable, list[Tensor]]  # run(module, *inputs) -> the output; floating inputs get gradients
+def _cases(op: str, backend: str, model: ModelConfig, table_rows: int,
+           dtype: torch.dtype) -> Iterator[tuple[Callable[..., Tensor], list[Tensor]]]:
+    """run(module, *inputs) -> the output of op, and small inputs of the model's widths; the floating ones get
+    gradients."""
+    C, D, Hkv, eps = model.n_embd, model.dim_per_head, min(2, model.kv_heads), model.norm_eps
+    if op == "layer_norm":
+        inputs = [_randn(37, C).to(dtype) + 1.0, _randn(C) + 1.0, _randn(C)]
+        yield lambda m, x, w, b=None: m.layer_norm(x, w, b, eps=eps), inputs if model.bias else inputs[:2]
+    elif op == "rms_norm":
+        for width in ([C] if model.norm == "rmsnorm" else []) + ([D] if model.qk_norm else []):
+            yield lambda m, x, w: m.rms_norm(x, w, eps=eps), [_randn(37, width).to(dtype) + 1.0, _randn(width) + 1.0]
+    elif op == "linear":  # the projection to q, k and v, and the MLP's back
+        for columns, rows in ((C, (model.n_head + 2 * model.kv_heads) * D), (model.mlp_width, C)):
+            weight = _randn(rows, columns) / columns ** 0.5
+            yield lambda m, x, w, b: m.linear(x, w, b), [_randn(37, columns).to(dtype), weight, _randn(rows)]
+    elif op == "attention":  # causal (or the model's window), then documents too
+        # two of Triton's tiles and a bit; on the CPU short enough not to be handed to PyTorch
+        T = 150 if backend == "triton" else 60
+        documents = torch.tensor([0] * 40 + [1] + [2] * (T - 41))[None]
+        heads = (model.n_head // model.kv_heads * Hkv, Hkv, Hkv)
+        for ids in (None, documents):
+            def run(m: ModuleType, q: Tensor, k: Tensor, v: Tensor, ids: Tensor | None = ids) -> Tensor:
+                first_key = kernels.first_visible_key(ids, model.window, T=T, device=torch.device("cpu"))
+                return m.attention(q, k, v, first_key=None if first_key is None else first_key.to(q.device))
+            yield run, [_randn(1, T, H, D, seed=i).to(dtype) for i, H in enumerate(heads)]
+    else:  # the loss, of any width: the kernel sees the logits only. Two chunks, the second short
+        targets = torch.randint(model.vocab_size, (13,), generator=torch.Generator().manual_seed(0))
+        targets[3] = reference.IGNORED
+        def run(m: ModuleType, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+            return m.linear_cross_entropy(hidden, weight, targets, vocab_size=model.vocab_size, reduction="sum",
+                                          softcap=model.logit_softcap, **({} if m is reference else {"chunk_rows": 8}))
+        yield run, [_randn(13, 64).to(dtype), _randn(table_rows, 64) / 8.0, targets]
 
 
-def _norm_cases(op: str, model: ModelConfig, table_rows: int, dtype: torch.dtype) -> Iterator[Case]:
-    widths = set()
-    if op == "rms_norm" and model.qk_norm:
-        widths.add(model.dim_per_head)
-    if op == {"layernorm": "layer_norm", "rmsnorm": "rms_norm"}[model.norm]:
-        widths.add(model.n_embd)
-    for width in sorted(widths):
-        x, weight, bias = _randn(37, width).to(dtype) + 1.0, _randn(width) + 1.0, _randn(width)
-        if op == "rms_norm":
-            yield (lambda m, x, w: m.rms_norm(x, w, eps=model.norm_eps)), [x, weight]
-        elif model.bias:
-            yield (lambda m, x, w, b: m.layer_norm(x, w, b, eps=model.norm_eps)), [x, weight, bias]
-        else:
-            yield (lambda m, x, w: m.layer_norm(x, w, None, eps=model.norm_eps)), [x, weight]
+def _randn(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(1000 * seed + sum(shape))  # the run's own RNG stays untouched
+    return torch.randn(shape, generator=generator)
 
 
-def _attention_cases(op: str, model: ModelConfig, table_rows: int, dtype: torch.dtype) -> Iterator[Case]:
-    """Plain causal (or the model's window), then documents too; two key heads at most, T of two tiles and a bit."""
-    T, heads = 150, model.n_head // model.kv_heads * min(2, model.kv_heads)
-    documents = torch.tensor([0] * 40 + [1] + [2] * (T - 41))[None]
-    q, k, v = (_randn(1, T, H, model.dim_per_head).to(dtype) for H in (heads, *[min(2, model.kv_heads)] * 2))
-    for ids in (None, documents):
-        def run(module, q: Tensor, k: Tensor, v: Tensor, ids: Tensor | None = ids) -> Tensor:
-            first_key = kernels.first_visible_key(None if ids is None else ids.to(q.device), model.window, T=T,
-                                                  device=q.device)
-            return module.attention(q, k, v, first_key=first_key)
-        yield run, [q, k, v]
-
-
-def _cross_entropy_cases(op: str, model: ModelConfig, table_rows: int, dtype: torch.dtype) -> Iterator[Case]:
-    """Of any width: the kernel sees the logits only. Two chunks, the second short."""
-    C = 64
-    targets = torch.randint(model.vocab_size, (13,), generator=torch.Generator().manual_seed(0))
-    targets[3] = -100
-    def run(module, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        return module.linear_cross_entropy(hidden, weight, targets, vocab_size=model.vocab_size, ignore_index=-100,
-                                           reduction="sum", softcap=model.logit_softcap, z_loss=0.0, chunk_rows=8)
-    yield run, [_randn(13, C).to(dtype), _randn(table_rows, C) / C ** 0.5, targets]
-
-
-def _randn(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))  # the run's own RNG stays untouched
-
-
-def _errors(run: Callable, module, inputs: list[Tensor]) -> dict[str, tuple[float, float]]:
+def _errors(run: Callable[..., Tensor], module: ModuleType, inputs: list[Tensor]) -> dict[str, tuple[float, float]]:
     """Of the output and of each input's gradient: the module's error against float64, and what is allowed."""
     exact = _results(run, reference, [x.double() if x.is_floating_point() else x for x in inputs])
     ours, plain = _results(run, module, inputs), _results(run, reference, inputs)
-    dtype = inputs[0].dtype
     def error(result: Tensor, exact: Tensor) -> float:
         return ((result.double() - exact).norm() / exact.norm()).item()
-    return {name: (error(ours[name], exact[name]), 2 * error(plain[name], exact[name]) + ALLOWANCE[dtype])
+    return {name: (error(ours[name], exact[name]), 2 * error(plain[name], exact[name]) + ALLOWANCE[inputs[0].dtype])
             for name in exact}
 
 
-def _results(run: Callable, module, inputs: list[Tensor]) -> dict[str, Tensor]:
+def _results(run: Callable[..., Tensor], module: ModuleType, inputs: list[Tensor]) -> dict[str, Tensor]:
     inputs = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
-    floating = [x for x in inputs if x.requires_grad]
     with torch.enable_grad():
         output = run(module, *inputs)
         weighting = _randn(*output.shape).to(output.device, output.dtype)
-        gradients = torch.autograd.grad(output, floating, weighting)
+        # of a sum: a gradient for an output of many numbers would import sympy, which takes longer than all checks
+        gradients = torch.autograd.grad((output * weighting).sum(), [x for x in inputs if x.requires_grad])
     return {"the output": output.detach()} | {f"gradient {i}": g for i, g in enumerate(gradients)}

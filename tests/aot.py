@@ -100,18 +100,8 @@ def norm_cases(arch: str) -> Iterator[Case]:
             f"{name} backward", "kernels.norm", "_backward_kernel", arch, dtype,
             signature={**pointers, "N": "i32", **strides},
             constants={"C": width, "BLOCK_C": tile.columns, "BLOCK_N": tile.rows, "IS_RMS": rms, "HAS_BIAS": not rms,
-                       "HAS_ADDED": not rms, "WEIGHT_TOO": width <= configs.NORM_ONE_PASS_WIDTH},
+                       "HAS_ADDED": not rms},
             warps=tile.warps(WARP_SIZE[arch]), divisible_by_16=(*pointers, *strides), wide_loads=width >= 512)
-    tile, width = configs.NORM_WEIGHT, configs.MAX_NORM_WIDTH
-    for dtype in dtypes_of(arch):
-        x = "*" + TRITON_DTYPE[dtype]
-        pointers = {"GRAD": x, "X": x, "MEAN": "*fp32", "RSTD": "*fp32", "GRAD_WEIGHT": "*fp32", "GRAD_BIAS": "*fp32"}
-        strides = {"grad_stride": "i32", "x_stride": "i32"}
-        yield Case(
-            f"layer_norm {width} weight", "kernels.norm", "_weight_kernel", arch, dtype,
-            signature={**pointers, "N": "i32", **strides},
-            constants={"C": width, "BLOCK_C": tile.columns, "BLOCK_N": tile.rows, "IS_RMS": False, "HAS_BIAS": True},
-            warps=tile.warps(WARP_SIZE[arch]), divisible_by_16=(*pointers, *strides), wide_loads=True)
 
 
 def cross_entropy_cases(arch: str) -> Iterator[Case]:
@@ -125,7 +115,7 @@ def cross_entropy_cases(arch: str) -> Iterator[Case]:
         pointers = {"LOGITS": "*" + TRITON_DTYPE[dtype], "TARGETS": "*i64", "LOSSES": "*fp32"}
         yield Case(
             f"cross_entropy {V}{' softcap' if softcap else ''}", "kernels.cross_entropy", "_loss_kernel", arch, dtype,
-            signature={**pointers, "ignore_index": "i32", "softcap": "fp32", "z_loss": "fp32"},
+            signature={**pointers, "softcap": "fp32"},
             constants={"V": V, "VOCAB_SIZE": vocab_size, "BLOCK_V": tile.columns, "HAS_SOFTCAP": softcap,
                        "WANTS_GRAD": True},
             warps=tile.warps(WARP_SIZE[arch]), divisible_by_16=tuple(pointers), wide_loads=V % 16 == 0)
@@ -140,15 +130,9 @@ def attention_cases(arch: str) -> Iterator[Case]:
         for D in (24, 64, 80, 128, 256) if training else (64, 128, 256):
             for masked, G in itertools.product((False, True), (1, 4)) if training and D in (64, 128) else [(True, 4)]:
                 yield from _attention_kernels(arch, dtype, D, masked=masked, G=G)
-    x, tile = "*bf16", configs.ATTENTION_DELTA
-    yield Case("attention delta", "kernels.flash_attention", "_delta_kernel", arch, "bfloat16",
-               signature={"OUT": x, "GRAD": x, "DELTA": "*fp32", "H": "i32", "Tq": "i32"} | _strides("grad"),
-               constants={"D": 128, "BLOCK_D": 128, "BLOCK_Q": tile.queries}, warps=tile.warps, stages=tile.stages,
-               divisible_by_16=("OUT", "GRAD", "DELTA", *_strides("grad")), wide_loads=True)
-    tile = configs.ATTENTION_LAST_QUERY
     yield Case("attention last query", "kernels.flash_attention", "_last_query_kernel", arch, "bfloat16",
                signature={"FIRST": "*i32", "LAST": "*i32", "Tq": "i32", "Tk": "i32"},
-               constants={"BLOCK_K": 64, "BLOCK": tile.queries}, warps=tile.warps, stages=tile.stages,
+               constants={"BLOCK_K": 64, "BLOCK": configs.LAST_QUERY_BLOCK}, warps=4,
                divisible_by_16=("FIRST", "LAST"))
 
 
@@ -166,14 +150,15 @@ def _attention_kernels(arch: str, dtype: str, D: int, *, masked: bool, G: int) -
     numbers = {"scale": "fp32", "H": "i32", "Hkv": "i32", "Tq": "i32", "Tk": "i32", "first_b": "i32", "last_b": "i32"}
     strides = _strides("q", "k", "v", "grad")
     kernels = [("forward", "_forward_kernel", tiles.forward, {}),
-               ("backward q", "_backward_q_kernel", tiles.backward_q, {}),
+               ("backward q", "_backward_q_kernel", tiles.backward_q, {"ONLY_DELTA": False}),
                ("backward kv", "_backward_kv_kernel", tiles.backward_kv, {"ADD_GRAD_Q": False})]
     if tiles.fused is not None:
-        kernels.append(("backward fused", "_backward_kv_kernel", tiles.fused, {"ADD_GRAD_Q": True}))
+        kernels += [("delta", "_backward_q_kernel", tiles.backward_q, {"ONLY_DELTA": True}),
+                    ("backward fused", "_backward_kv_kernel", tiles.fused, {"ADD_GRAD_Q": True})]
     # 99 KB: of compute capability 8.6 and 12.0, which share the table
     limits = {"shared": 99 * KB} if arch == "sm_80" else {}
     for name, kernel, tile, constants in kernels:
-        types = pointers | numbers | strides | ({"GRAD_Q": "*fp32"} if constants.get("ADD_GRAD_Q") else {})
+        types = pointers | numbers | strides | ({"GRAD_Q": "*fp32"} if any(constants.values()) else {})
         arguments = _arguments("kernels.flash_attention", kernel)
         yield Case(
             f"attention {D} {name}{' documents' if masked else ''}{f' G={G}' if G > 1 else ''}",
@@ -181,7 +166,7 @@ def _attention_kernels(arch: str, dtype: str, D: int, *, masked: bool, G: int) -
             signature={n: types[n] for n in arguments if n in types},
             constants={"G": G, "D": D, "BLOCK_D": configs.head_block(D), "HAS_FIRST": masked, "BLOCK_Q": tile.queries,
                        "BLOCK_K": tile.keys, **constants},
-            warps=tile.warps, stages=tile.stages, matmuls=True, wide_loads=dtype != "float32", limits=limits,
+            warps=tile.warps, stages=tile.stages, matmuls=name != "delta", wide_loads=dtype != "float32", limits=limits,
             divisible_by_16=tuple(n for n in arguments if n in pointers or n in strides))
 
 

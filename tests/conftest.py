@@ -1,4 +1,4 @@
-"""What all tests share: one thread, and the Triton kernels made for the interpreter where there is no GPU."""
+"""What all tests share: one thread, PyTorch's operations, Triton's kernels made for the interpreter without a GPU."""
 
 import importlib.util
 import os
@@ -8,6 +8,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before the first import of torc
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+import kernels  # noqa: E402
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -57,6 +59,13 @@ if HAS_TRITON and not torch.cuda.is_available() and "TRITON_INTERPRET" not in os
     make_kernels_for_the_interpreter()
 
 
+@pytest.fixture(autouse=True)
+def torch_backends():
+    """A run or a loaded model in this process chooses backends: the next test starts with PyTorch's again."""
+    yield
+    kernels.choose_backends({})
+
+
 @pytest.fixture
 def kernel_device(monkeypatch) -> torch.device:
     """Where the Triton kernels are tested: the GPU, or else CPU tensors under the interpreter. Skips without either."""
@@ -73,12 +82,9 @@ def kernel_device(monkeypatch) -> torch.device:
 
 
 @pytest.fixture
-def triton_backends(kernel_device):
+def triton_backends(kernel_device) -> None:
     """All operations that Triton has, by Triton, for the time of a test."""
-    import kernels
-    kernels.choose_backends(kernels.OPS)
-    yield
-    kernels.choose_backends(())
+    kernels.choose_backends(dict.fromkeys(kernels.TRITON, "triton"))
 
 
 @pytest.fixture

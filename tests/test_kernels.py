@@ -24,34 +24,38 @@ QWEN = ModelConfig(n_layer=1, n_head=4, n_kv_head=2, n_embd=64, max_seq_len=16, 
 
 
 def verdicts(model: ModelConfig = QWEN, *, setting: str = "auto", dtype: torch.dtype = torch.float32,
-             device: torch.device = CPU) -> dict[str, str | None]:
+             device: torch.device = CPU) -> self_check.Verdicts:
     return self_check.verdicts(setting, model, table_rows=1152 if model is QWEN else 65, dtype=dtype, device=device)
 
 
 def test_an_unknown_reduction_is_refused_by_name():
     with pytest.raises(ValueError, match="'avg' should be mean, sum or none"):
-        kernels.linear_cross_entropy(torch.zeros(2, 6), torch.zeros(16, 6), torch.tensor([1, 2]), reduction="avg")
+        kernels.linear_cross_entropy(torch.zeros(2, 6), torch.zeros(16, 6), torch.tensor([1, 2]), vocab_size=16,
+                                     reduction="avg")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Who computes what
 
-def test_without_gpu_and_interpreter_pytorch_computes_all_that_the_model_uses(monkeypatch):
+def test_where_neither_triton_nor_a_cpu_is_pytorch_computes_all_that_the_model_uses(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    reason = kernels.why_no_triton(CPU)
-    assert verdicts(GPT2) == dict.fromkeys(("attention", "linear_cross_entropy", "layer_norm"), reason)
-    assert verdicts(QWEN) == dict.fromkeys(("attention", "linear_cross_entropy", "rms_norm"), reason)
+    mps = torch.device("mps")
+    verdict = "torch", kernels.why_no_triton(mps)
+    used = "attention", "linear_cross_entropy", "linear"
+    assert verdicts(GPT2, device=mps) == dict.fromkeys((*used, "layer_norm"), verdict)
+    assert verdicts(QWEN, device=mps) == dict.fromkeys((*used, "rms_norm"), verdict)
 
 
 def test_the_torch_setting_is_obeyed(kernel_device):
-    assert set(verdicts(setting="torch", device=kernel_device).values()) == {"asked for"}
+    assert set(verdicts(setting="torch", device=kernel_device).values()) == {("torch", "asked for")}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("model", [GPT2, QWEN], ids=["GPT-2", "Qwen3"])
 def test_every_kernel_passes_its_check(model, dtype, kernel_device):
     found = verdicts(model, dtype=dtype, device=kernel_device)
-    assert [op for op in kernels.OPS if op in found and found[op] is not None] == []
+    assert found.pop("linear") == ("torch", "PyTorch's own is as fast")
+    assert set(found.values()) == {("triton", None)}
 
 
 def test_the_chosen_backend_computes_and_pytorch_takes_what_a_kernel_does_not(triton_backends, kernel_device):
@@ -59,7 +63,7 @@ def test_the_chosen_backend_computes_and_pytorch_takes_what_a_kernel_does_not(tr
     x = torch.randn(3, 8, device=kernel_device)
     assert kernels._of("rms_norm", x) is norm
     assert kernels._of("rms_norm", x.double()) is reference
-    kernels.choose_backends(["linear_cross_entropy"])
+    kernels.choose_backends({"linear_cross_entropy": "triton", "rms_norm": "torch"})
     assert kernels.backend("linear_cross_entropy") == "triton" and kernels.backend("rms_norm") == "torch"
     assert kernels._of("rms_norm", x) is reference
 
@@ -90,8 +94,8 @@ def broken_norm(kernel_device, monkeypatch):
 
 def test_a_wrong_gradient_is_found_named_and_measured(broken_norm, kernel_device):
     found = verdicts(QWEN, device=kernel_device)
-    assert found["rms_norm"].startswith("relative error 0.01 of gradient 0, allowed 2")
-    assert found["linear_cross_entropy"] is None
+    assert found["rms_norm"][1].startswith("relative error 0.01 of gradient 0, allowed 2")
+    assert found["linear_cross_entropy"] == ("triton", None)
 
 
 def test_a_kernel_that_does_not_compile_is_named_with_the_reason(kernel_device, monkeypatch):
@@ -99,7 +103,20 @@ def test_a_kernel_that_does_not_compile_is_named_with_the_reason(kernel_device, 
     def fail(*args, **options):
         raise RuntimeError("PassManager::run failed\nand 200 lines of MLIR")
     monkeypatch.setattr(cross_entropy, "_by_chunk", fail)
-    assert verdicts(device=kernel_device)["linear_cross_entropy"] == "RuntimeError: PassManager::run failed"
+    assert verdicts(device=kernel_device)["linear_cross_entropy"] == ("triton", "RuntimeError: PassManager::run failed")
+
+
+def test_a_size_that_a_kernel_does_not_take_is_pytorch_s(kernel_device):
+    found = verdicts(replace(GPT2, head_dim=300), device=kernel_device)
+    assert found["attention"] == ("triton", "not made for the model's size") and found["layer_norm"][1] is None
+
+
+def test_what_fails_on_one_rank_is_left_to_pytorch_on_all():
+    right, wrong = {"linear": ("cpu", None), "rms_norm": ("cpu", None)}, {"linear": ("cpu", "it is off"),
+                                                                         "rms_norm": ("cpu", None)}
+    assert self_check.agree("auto", [right, wrong]) == "kernels: torch (rank 1: it is off) for linear; cpu for rms_norm"
+    assert kernels.backend("linear") == "torch" and kernels.backend("rms_norm") == "cpu"
+    assert self_check.agree("auto", [wrong, wrong]) == "kernels: torch (it is off) for linear; cpu for rms_norm"
 
 
 def test_a_run_goes_on_without_the_broken_kernel_and_says_so(broken_norm, kernel_device, settings):  # noqa: F811
@@ -109,7 +126,6 @@ def test_a_run_goes_on_without_the_broken_kernel_and_says_so(broken_norm, kernel
     assert "torch (relative error 0.01 of gradient 0, allowed 2" in line and "for rms_norm" in line
     assert "triton for " in line and "linear_cross_entropy" in line
     assert kernels.backend("rms_norm") == "torch" and kernels.backend("linear_cross_entropy") == "triton"
-    kernels.choose_backends(())
 
 
 def test_triton_is_refused_with_a_broken_kernel_and_nothing_is_written(broken_norm, kernel_device,
@@ -168,7 +184,6 @@ def test_triton_trains_to_the_losses_of_torch(norm, kernel_device, settings):  #
     more = ["train.max_steps=4", "train.eval_tokens=64", f"model.norm={norm}", f"train.device={kernel_device.type}"]
     by_triton = run(settings, "triton", *more)
     assert kernels.backend("linear_cross_entropy") == "triton"
-    kernels.choose_backends(())
     by_torch = run(settings, "torch", *more, "train.kernels=torch")
     assert kernels.backend("linear_cross_entropy") == "torch"
     for ours, theirs in zip(losses(by_triton), losses(by_torch), strict=True):
@@ -180,7 +195,7 @@ def test_kernels_are_named_for_the_operations_of_the_model_only(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     line = start.choose_kernels(Config(model=GPT2, train=TrainConfig(kernels="torch")), dtype=torch.float32, device=CPU,
                                 world=World())
-    assert line == "kernels: torch (asked for) for attention, linear_cross_entropy, layer_norm"
+    assert line == "kernels: torch (asked for) for attention, linear_cross_entropy, linear, layer_norm"
 
 
 @pytest.mark.gpu
@@ -197,12 +212,12 @@ def test_fifty_steps_on_the_gpu_give_the_same_loss_curve(gpu, settings):  # noqa
 # ----------------------------------------------------------------------------------------------------------------------
 # Packed documents
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", "cpu", "triton"])
 @pytest.mark.parametrize("model", [GPT2, QWEN], ids=["GPT-2", "Qwen3"])
 def test_what_changes_in_one_document_changes_no_bit_of_another(model, backend, kernel_device, triton_backends):
     """Neither its logits nor the gradients that its input embeddings get from the loss of the whole row."""
-    if backend == "torch":
-        kernels.choose_backends(())
+    if backend != "triton":
+        kernels.choose_backends(dict.fromkeys(kernels.OPS, backend) | {"layer_norm": "torch"})
     torch.manual_seed(0)
     gpt = GPT(replace(model, max_seq_len=70)).to(kernel_device)
     tokens = torch.randint(model.vocab_size, (2, 70)).to(kernel_device)

@@ -33,8 +33,7 @@ def reference_computes_in_its_dtype():
 # ----------------------------------------------------------------------------------------------------------------------
 # The oracle
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, *, first_key: Tensor | None = None,
-                    scale: float | None = None) -> tuple[Tensor, Tensor]:
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, *, first_key: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The definition: all scores, a mask, a softmax. Attention (B, Tq, H, D) and log-sum-exp (B, H, Tq)."""
     Tq, H, Tk, Hkv = q.shape[1], q.shape[2], k.shape[1], k.shape[2]
     k, v = k.repeat_interleave(H // Hkv, dim=2), v.repeat_interleave(H // Hkv, dim=2)
@@ -42,7 +41,7 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, *, first_key: Tensor | None
     first = torch.zeros_like(own)[None] if first_key is None else torch.minimum(first_key, own)  # (B or 1, Tq)
     key = torch.arange(Tk, device=q.device)
     visible = (key >= first[:, :, None]) & (key <= own[None, :, None])  # (B or 1, Tq, Tk)
-    scores = torch.einsum("bihd,bjhd->bhij", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) * q.shape[-1] ** -0.5
     scores = scores.masked_fill(~visible[:, None], -math.inf)
     return torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), v), scores.logsumexp(-1)
 
@@ -69,15 +68,13 @@ def relative_error(ours: Tensor, exact: Tensor) -> float:
     return ((ours.double() - exact).norm() / exact.norm().clamp(min=1e-30)).item()
 
 
-def assert_as_exact_as_pytorch(inputs: list[Tensor], first_key: Tensor | None = None, *,
-                               deterministic: bool = True) -> None:
+def assert_as_exact_as_pytorch(inputs: list[Tensor], first_key: Tensor | None = None) -> None:
     """At most twice the error of PyTorch's same computation in the same dtype, and below the cap in any case."""
     q, dtype = inputs[0], inputs[0].dtype
     copies = [x.detach().double().requires_grad_() for x in inputs]
     exact = results(lambda q, k, v: plain_attention(q, k, v, first_key=first_key)[0], *copies)
     theirs = results(lambda q, k, v: reference.attention(q, k, v, first_key=first_key), *inputs)
-    ours = results(lambda q, k, v: flash_attention.attention(q, k, v, first_key=first_key,
-                                                             deterministic=deterministic), *inputs)
+    ours = results(lambda q, k, v: flash_attention.attention(q, k, v, first_key=first_key), *inputs)
     for name, value in exact.items():
         assert ours[name].dtype == dtype and ours[name].shape == value.shape and ours[name].is_contiguous()
         error = relative_error(ours[name], value)
@@ -156,16 +153,21 @@ def test_the_fused_backward_is_as_exact_as_pytorch(name, dtype, kernel_device, m
     monkeypatch.setattr(configs, "attention_backward_is_fused", lambda *_: True)
     shape, first_key = SHAPES[name]
     assert_as_exact_as_pytorch(make_qkv(*shape, dtype=dtype, device=kernel_device),
-                               None if first_key is None else first_key.to(kernel_device), deterministic=False)
+                               None if first_key is None else first_key.to(kernel_device))
 
 
 def test_a_deterministic_backward_is_split_whatever_the_table_says(kernel_device, monkeypatch):
-    monkeypatch.setattr(configs, "attention_backward_is_fused", lambda *_: True)
-    monkeypatch.setattr(flash_attention, "_delta_kernel", None)  # which the fused one launches
-    *inputs, grad = make_qkv(1, 20, 20, 1, 1, 16, device=kernel_device)
-    results(lambda *qkv: flash_attention.attention(*qkv, deterministic=True), *inputs, grad)
-    with pytest.raises(TypeError):
-        results(lambda *qkv: flash_attention.attention(*qkv), *inputs, grad)
+    def ask(*_):
+        raise LookupError
+    monkeypatch.setattr(configs, "attention_backward_is_fused", ask)
+    inputs = make_qkv(1, 20, 20, 1, 1, 16, device=kernel_device)
+    torch.use_deterministic_algorithms(True)
+    try:
+        results(flash_attention.attention, *inputs)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    with pytest.raises(LookupError):
+        results(flash_attention.attention, *inputs)
 
 
 def test_the_split_backward_gives_the_same_bits_every_time(kernel_device):
@@ -177,20 +179,10 @@ def test_the_split_backward_gives_the_same_bits_every_time(kernel_device):
 def test_the_log_sum_exp_is_saved_in_float32(kernel_device):
     q, k, v, _ = make_qkv(2, 37, 80, 4, 2, 16, dtype=torch.bfloat16, device=kernel_device)
     first_key = any_keys(2, 37, 80).to(kernel_device)
-    _, lse = flash_attention.attention_forward(q, k, v, first_key, 0.3, False)
-    _, exact = plain_attention(q.double(), k.double(), v.double(), first_key=first_key, scale=0.3)
+    _, lse = flash_attention.attention_forward(q, k, v, first_key, False)
+    _, exact = plain_attention(q.double(), k.double(), v.double(), first_key=first_key)
     assert lse.dtype == torch.float32
     torch.testing.assert_close(lse.double(), exact, rtol=0, atol=1e-5)  # float32 of values up to 10
-
-
-@pytest.mark.parametrize("scale", [0.3, 0.0, -0.2])
-def test_attention_takes_the_scale_it_is_given(scale, kernel_device):
-    *inputs, grad = make_qkv(1, 40, 40, 2, 1, 16, device=kernel_device)
-    exact = results(lambda q, k, v: plain_attention(q, k, v, scale=scale)[0],
-                    *(x.detach().double().requires_grad_() for x in inputs), grad.double())
-    ours = results(lambda q, k, v: flash_attention.attention(q, k, v, scale=scale), *inputs, grad)
-    for name, value in exact.items():
-        torch.testing.assert_close(ours[name].double(), value, rtol=1e-5, atol=1e-5)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -317,7 +309,7 @@ def test_a_tile_of_keys_knows_the_last_query_that_sees_it(Tq, only_itself, kerne
     Tk, block = 1300, 128
     first_key = torch.full((2, Tq), Tk) if only_itself else any_keys(2, Tq, Tk)
     first_key = first_key.int().to(kernel_device)
-    last, _ = flash_attention._last_queries(first_key, first_key, Tq, Tk, block)
+    last = flash_attention._last_queries(first_key, Tk, block)
     own = torch.arange(Tq) + Tk - Tq
     sees_from = torch.minimum(first_key.cpu(), own)  # (B, Tq)
     expected = [[max((i + 1 for i in range(Tq) if row[i] < end), default=0) for end in range(block, Tk + block, block)]
@@ -332,10 +324,10 @@ def test_a_tile_of_keys_knows_the_last_query_that_sees_it(Tq, only_itself, kerne
 def test_the_operators_keep_pytorch_s_rules(first_key, kernel_device):
     q, k, v, grad = make_qkv(2, 20, 20, 2, 1, 16, device=kernel_device)
     first_key = None if first_key is None else first_key.to(kernel_device)
-    library.opcheck(flash_attention.attention_forward, (q, k, v, first_key, 0.25, False))
+    library.opcheck(flash_attention.attention_forward, (q, k, v, first_key, False))
     q, k, v = q.detach(), k.detach(), v.detach()
-    out, lse = flash_attention.attention_forward(q, k, v, first_key, 0.25, False)
-    library.opcheck(flash_attention.attention_backward, (grad, q, k, v, out, lse, first_key, 0.25, True))
+    out, lse = flash_attention.attention_forward(q, k, v, first_key, False)
+    library.opcheck(flash_attention.attention_backward, (grad, q, k, v, out, lse, first_key, True))
 
 
 def test_a_compiled_model_has_the_same_gradients(kernel_device):
@@ -357,22 +349,12 @@ def test_activation_checkpointing_has_the_same_gradients(kernel_device):
     assert all(torch.equal(plain[name], again[name]) for name in plain)
 
 
-def test_autocast_computes_in_its_dtype(kernel_device):
-    q, k, v, grad = make_qkv(1, 30, 30, 2, 1, 16, device=kernel_device)
-    with torch.autocast(kernel_device.type, dtype=torch.bfloat16):
-        ours = results(flash_attention.attention, q, k.half(), v, grad.bfloat16())
-    rounded = [x.detach().bfloat16().requires_grad_() for x in (q, k.half(), v)]
-    plain = results(flash_attention.attention, *rounded, grad.bfloat16())
-    assert ours["out"].dtype == torch.bfloat16 and torch.equal(ours["out"], plain["out"])
-    assert ours["grad_q"].dtype == torch.float32 and torch.equal(ours["grad_q"], plain["grad_q"].float())
-
-
 @pytest.mark.parametrize("q, taken", [
     (torch.empty(1, 2, 1, 256), True), (torch.empty(1, 2, 1, 5, dtype=torch.bfloat16), True),
     (torch.empty(1, 2, 1, 257), False), (torch.empty(1, 2, 1, 64, dtype=torch.float64), False),
     (torch.empty(3, 1, 2, 64), False), (torch.empty(0, 2, 1, 64), False)], ids=lambda x: str(getattr(x, "shape", x)))
-def test_the_kernels_take_what_they_were_made_for(q, taken):
-    assert flash_attention.supports(q) is taken
+def test_the_kernels_take_what_they_were_made_for(q, taken, kernel_device):
+    assert flash_attention.supports(q.to(kernel_device)) is taken
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -395,8 +377,7 @@ def test_real_sizes_are_as_exact_as_pytorch(T, D, G, masked, fused, gpu, monkeyp
     monkeypatch.setattr(configs, "attention_backward_is_fused", lambda *_: fused)
     B = 16_384 // T
     first_key = packed(B, T, gpu) if masked else None
-    assert_as_exact_as_pytorch(make_qkv(B, T, T, 4, 4 // G, D, dtype=torch.bfloat16, device=gpu), first_key,
-                               deterministic=False)
+    assert_as_exact_as_pytorch(make_qkv(B, T, T, 4, 4 // G, D, dtype=torch.bfloat16, device=gpu), first_key)
 
 
 @pytest.mark.gpu
