@@ -210,7 +210,8 @@ class TrainConfig:
     compile: str = knob("auto", "torch.compile; auto = on for CUDA where a C compiler and triton are found",
                         choices=("auto", "true", "false"))
     kernels: str = knob("auto", "fused Triton kernels; auto = on CUDA from compute capability 8.0 those that pass a "
-                                "check at the start, else PyTorch; triton refuses to run without them",
+                                "check at the start, on a CPU those of kernels/cpu.py, else PyTorch; triton refuses to "
+                                "run without them",
                         choices=("auto", "triton", "torch"))
     activation_checkpointing: bool = knob(False, "recompute each block in the backward pass: less memory, a third more "
                                                  "work")

@@ -19,7 +19,6 @@ import torch
 
 import cli
 import files
-import kernels
 import sample
 from config import DataConfig, UserError, exit_cleanly
 from data.loader import IGNORED, MicroBatch, ValLoader
@@ -104,9 +103,9 @@ def main(argv: list[str]) -> None:
     device, _ = choose_device(args.device, option="--device ")
     saved = read_run(args.run, cli.note)
     model, tokenizer = sample.build_model(saved, device=device, dtype=args.dtype, note=cli.note), saved.tokenizer
-    verdicts = self_check.verdicts("auto", model.config, table_rows=model.wte.num_embeddings,
-                                   dtype=model.compute_dtype, device=device)
-    kernels.choose_backends(op for op, problem in verdicts.items() if problem is None)
+    if device.type == "cuda":  # on a CPU build_model did
+        cli.note(self_check.choose("auto", model.config, table_rows=model.wte.num_embeddings,
+                                   dtype=model.compute_dtype, device=device))
     result = {"run": args.run}
     if task is None or args.data is not None:
         batches = _batches(args, saved.config.data, model, tokenizer, device)

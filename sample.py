@@ -29,6 +29,7 @@ from config import UserError, exit_cleanly
 from data.chat import encode_chat, turn_end
 from data.tokenizer import Tokenizer
 from finetune.runs import SavedRun, read_run
+from kernels import self_check
 from kernels.cpu import pack_for_decoding
 from model import GPT, KVCache
 
@@ -330,6 +331,9 @@ def build_model(saved: SavedRun, *, device: torch.device, dtype: str, note: Call
     model = GPT(saved.config.model, compute_dtype=getattr(torch, dtype))
     checkpoint.load_into(model, saved.weights(), str(saved.checkpoint))
     note(f"model: {saved.checkpoint}, {model.parameter_count():,} parameters, {dtype} on {device.type}")
+    if device.type == "cpu":  # on CUDA it would compile kernels at each start, which decoding does not use
+        note(self_check.choose("auto", model.config, table_rows=model.wte.num_embeddings, dtype=model.compute_dtype,
+                               device=device))
     return model.to(device, getattr(torch, dtype)).eval()
 
 

@@ -17,7 +17,6 @@ from torch import Tensor
 import checkpoint
 import config as configuration
 import distributed
-import kernels
 from checkpoint import CheckpointError
 from config import Config, ConfigError, MachineError
 from convert import HuggingFaceModel, read_hf
@@ -27,8 +26,7 @@ from data.tokenizer import Tokenizer
 from distributed import Machine, World
 from finetune import lora
 from finetune.runs import ADAPTER, SavedRun, load_base, read_folder, save_base, take_over, weights_of
-from kernels import self_check
-from model import GPT, padded_vocab_size
+from model import GPT
 from optim import LossScale, Optimizer
 
 Parent = SavedRun | HuggingFaceModel  # what supplies [model], the tokenizer and the chat template
@@ -309,25 +307,3 @@ def describe(start: Start) -> str:
     if isinstance(start, Resume):
         return f"start: going on from step {start.step} ({start.path})"
     return f"start: {'weights' if isinstance(start, Init) else 'everything'} of {start.path}, at step {start.step}"
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Kernels
-
-def check_kernels_can_run(config: Config, device: torch.device) -> None:
-    """Raises ConfigError if train.kernels = triton asks for what this machine cannot do, before any work."""
-    reason = kernels.why_no_triton(device)
-    if config.train.kernels == "triton" and reason is not None:
-        raise ConfigError(f"train.kernels = 'triton' but {reason}; kernels=auto takes PyTorch where Triton cannot run")
-
-
-def choose_kernels(config: Config, *, dtype: torch.dtype, device: torch.device, world: World) -> str:
-    """Choose the backend of each operation that is right on every rank. Returns the line that says which, and why.
-
-    Raises ConfigError on all ranks if train.kernels = triton and one of its kernels is not right.
-    """
-    mine = self_check.verdicts(config.train.kernels, config.model, dtype=dtype, device=device,
-                               table_rows=padded_vocab_size(config.model.vocab_size))
-    of_ranks = distributed.gather(mine, world)
-    with distributed.raise_on_all_ranks(world):
-        return self_check.agree(config.train.kernels, of_ranks)

@@ -31,6 +31,7 @@ import config as configuration
 import distributed
 import eval as evaluation
 import files
+import kernels
 import metrics
 import sample
 import start as starting
@@ -43,7 +44,8 @@ from data.shards import BackgroundVerifier, Dataset, open_dataset, open_split
 from data.tokenizer import Tokenizer, load_tokenizer
 from distributed import Machine, World
 from finetune.runs import files_to_save
-from model import GPT, flops_per_token
+from kernels import self_check
+from model import GPT, flops_per_token, padded_vocab_size
 from optim import LossScale, Optimizer, clip_gradients, learning_rate
 from start import Progress, Resume
 
@@ -305,7 +307,8 @@ def train(config: Config, given: set[str], *, world: World, stop: StopRequest) -
     #    comes before ranks meet.
     machine = distributed.choose_machine(config.train, world)
     metrics.check_tracker(config.train.tracker)
-    starting.check_kernels_can_run(config, machine.device)
+    if config.train.kernels == "triton" and (why := kernels.why_no_triton(machine.device)) is not None:
+        raise ConfigError(f"train.kernels = 'triton' but {why}; kernels=auto takes PyTorch where Triton cannot run")
     parent = starting.read_parent(config)
     config = starting.inherit(config, given, parent, world)
     try:
@@ -325,8 +328,11 @@ def train(config: Config, given: set[str], *, world: World, stop: StopRequest) -
             tokenizer = load_tokenizer(str(data_dir) if own else config.data.tokenizer)
             config = starting.resolve(config, tokenizer=tokenizer, parent=parent, machine=machine, data_dir=data_dir)
             train_data, val_data = make_loaders(config, dataset, tokenizer, machine.device, world)
-        kernels_line = starting.choose_kernels(config, dtype=machine.dtype, device=machine.device, world=world)
+        verdicts = self_check.verdicts(config.train.kernels, config.model, dtype=machine.dtype, device=machine.device,
+                                       table_rows=padded_vocab_size(config.model.vocab_size))
+        verdicts = distributed.gather(verdicts, world)
         with distributed.raise_on_all_ranks(world):
+            kernels_line = self_check.agree(config.train.kernels, verdicts)
             starting.check_same_on_all_ranks(config, dataset, world)
             if world.is_main:
                 stack.enter_context(checkpoint.run_lock(Path(config.train.out_dir)))

@@ -22,6 +22,7 @@ from data.prepare import SMALL_BYTES, prepare
 from data.shards import open_dataset, open_split
 from data.sources import STDLIB, UNIT_BYTES
 from data.tokenizer import GPT2_PATTERN, TIKTOKEN_FILES, train_bpe
+from kernels import self_check
 from model import GPT
 from optim import LossScale, Optimizer
 from train import train_step
@@ -167,6 +168,7 @@ def _measure_loader(config: Config, folder: Path, args: argparse.Namespace, figu
     loader = TrainLoader(open_split(dataset, "train"), seq_len=model_config.max_seq_len, seed=config.train.seed,
                          tokens_per_step=tokens_per_step, micro_batch=config.train.micro_batch)
     model = GPT(model_config, compute_dtype=dtype)
+    self_check.choose("auto", model_config, table_rows=model.wte.num_embeddings, dtype=dtype, device=measure.CPU)
     optimizer, scale = Optimizer(model, config.optim), LossScale.for_dtype(dtype)
     resident = loader.batch(0)
 

@@ -25,7 +25,7 @@ import metrics
 import sample
 from benchmarks import measure
 from config import ModelConfig
-from kernels import reference, self_check
+from kernels import self_check
 
 GPT2_WIDTHS = {"124M": 768, "350M": 1024, "1.5B": 1600}
 CONTEXTS = (512, 1024, 2048, 4096, 8192)
@@ -39,7 +39,7 @@ Comparison = tuple[str, dict[str, measure.Contender], tuple[str, ...]]
 
 def add_to(commands) -> None:
     parser = measure.command(commands, run, "Each operation of kernels/ beside PyTorch's.", repeats=5)
-    parser.add_argument("--ops", nargs="+", choices=kernels.OPS, default=list(kernels.OPS), help="default: all")
+    parser.add_argument("--ops", nargs="+", choices=kernels.TRITON, default=list(kernels.TRITON), help="default: all")
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
     parser.add_argument("--dtype", choices=sample.DTYPES, help="default bfloat16 on CUDA, float32 on the CPU")
     parser.add_argument("--rows", type=measure.count, metavar="N", help="default 65,536 on CUDA, 1,024 on the CPU")
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace, figures: measure.Figures) -> dict:
     setting["device"] = torch.cuda.get_device_name(device) if on_cuda else str(device)
     setting["dtype"] = f"{dtype}, weights float32"
     setting |= {package: measure.version(package) for package in ("triton", "liger_kernel", "flash_attn") if on_cuda}
-    setting["Triton"] = choose_backends(device, dtype)
+    setting["kernels"] = choose_backends(device, dtype)
     ceilings = _ceilings(device, dtype)
     rows = args.rows or (65_536 if on_cuda else 1024)
     for label, contenders, bounded in comparisons(args.ops, device, dtype, rows=rows):
@@ -69,20 +69,21 @@ def run(args: argparse.Namespace, figures: measure.Figures) -> dict:
 
 
 def choose_backends(device: torch.device, dtype: torch.dtype) -> str:
-    """Triton for the operations whose kernels pass their check here; in words what was found."""
+    """The fastest backend that passes its check here, for each operation; in words what was found."""
     verdicts = {}
     for norm in ("layernorm", "rmsnorm"):
         model = ModelConfig(n_embd=768, n_head=12, norm=norm, vocab_size=VOCAB_SIZE)
         verdicts |= self_check.verdicts("auto", model, table_rows=TABLE_ROWS, dtype=dtype, device=device)
-    kernels.choose_backends(op for op, problem in verdicts.items() if problem is None)
-    return "; ".join(f"{op}: {problem or 'passed its check'}" for op, problem in verdicts.items())
+    return self_check.agree("auto", [verdicts])
 
 
 def _runs(op: str, by: Callable[[ModuleType], Run], plain: Run | None = None, *,
           device: torch.device) -> dict[str, Run]:
-    """by(module) of Triton, first, where it was chosen, and of the reference; then plain, and that compiled on CUDA."""
-    runs = {"Triton": by(kernels.triton_module(op))} if kernels.backend(op) == "triton" else {}
-    runs |= {"reference": by(reference)} | ({} if plain is None else {"PyTorch": plain})
+    """by(module) of Triton's or the CPU's kernel, first, where one was chosen, and of PyTorch's; then plain, and that
+    compiled on CUDA."""
+    chosen = kernels.backend(op)
+    runs = {chosen: by(kernels.module_of(op, chosen))} if chosen != "torch" else {}
+    runs |= {"torch": by(kernels.module_of(op, "torch"))} | ({} if plain is None else {"PyTorch": plain})
     if plain is not None and device.type == "cuda":
         torch._dynamo.reset()  # one code object serves all shapes: past 8 of them Dynamo would go on in eager
         runs["torch.compile"] = torch.compile(plain, dynamic=False)
@@ -211,8 +212,8 @@ def _cross_entropy(randn: Callable[..., Tensor], *, rows: int, C: int) -> Compar
     targets = torch.randint(VOCAB_SIZE, (rows,), device=hidden.device)
 
     def by(module: ModuleType) -> Run:
-        return partial(module.linear_cross_entropy, hidden, weight, targets, vocab_size=VOCAB_SIZE, ignore_index=-100,
-                       reduction="mean", softcap=0.0, z_loss=0.0, chunk_rows=None)
+        return partial(module.linear_cross_entropy, hidden, weight, targets, vocab_size=VOCAB_SIZE, reduction="mean",
+                       softcap=0.0)
 
     def plain() -> Tensor:
         return F.cross_entropy((hidden @ weight.to(hidden.dtype).T)[:, :VOCAB_SIZE].float(), targets)

@@ -16,6 +16,8 @@ import cli
 import sample
 from benchmarks import measure
 from config import MachineError, ModelConfig
+from kernels import self_check
+from kernels.cpu import pack_for_decoding
 from model import GPT
 
 BANDWIDTH_BYTES = 1_000_000_000
@@ -129,7 +131,9 @@ def _token_rate(repeat: int, *, generate: Generate, prompts: list[list[int]], ne
 
 def _our_generate(config: ModelConfig, dtype: str, setting: dict) -> Generate:
     model = GPT(config, compute_dtype=getattr(torch, dtype)).to(getattr(torch, dtype)).eval()
-    setting[f"{OURS} {dtype}"] = sample.pack_for_decoding(model)
+    self_check.choose("auto", config, table_rows=model.wte.num_embeddings, dtype=model.compute_dtype,
+                      device=measure.CPU)
+    setting[f"{OURS} {dtype}"] = pack_for_decoding(model)
 
     def generate(prompts: list[list[int]], new_tokens: int, top_k: int | None) -> int:
         sampling = sample.Sampling(temperature=0.0 if top_k is None else 1.0, top_k=top_k)

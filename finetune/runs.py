@@ -43,7 +43,8 @@ class SavedRun:
 
 def read_folder(run_dir: Path) -> SavedRun:
     """A run folder without its checkpoints. Raises ConfigError, TokenizerError, ChatError."""
-    return SavedRun(run_dir, load_run_config(run_dir), load_tokenizer(str(run_dir)), load_template(run_dir), None)
+    return SavedRun(run_dir, load_run_config(run_dir), load_tokenizer(str(run_dir / TOKENIZER_FILE)),
+                    load_template(run_dir), None)
 
 
 def read_run(run: str | Path, note: Callable[[str], None]) -> SavedRun:

@@ -9,9 +9,7 @@ import pytest
 import torch
 
 import kernels
-import start
-from config import Config, ConfigError, ModelConfig, TrainConfig
-from distributed import World
+from config import ConfigError, ModelConfig
 from kernels import self_check
 from model import GPT
 from tests.test_train import losses, run, settings  # noqa: F401 (a fixture)
@@ -147,17 +145,18 @@ BROKEN_ON_RANK_1 = """
 import os, sys, torch
 sys.path.insert(0, {checkout!r})
 sys.path.insert(0, {checkout!r} + "/tests")
-import conftest, distributed, kernels, start
-from config import Config, ModelConfig
-from kernels import norm, reference
+import conftest, distributed, kernels
+from config import ModelConfig
+from kernels import norm, reference, self_check
 
 world = distributed.read_world()
-config = Config(model=ModelConfig(n_layer=1, n_head=2, n_embd=60, max_seq_len=16, vocab_size=65))
+model = ModelConfig(n_layer=1, n_head=2, n_embd=60, max_seq_len=16, vocab_size=65)
 if world.rank == 1:
     norm.layer_norm = lambda x, weight, bias, *, eps: 1.01 * reference.layer_norm(x, weight, bias, eps=eps)
 os.environ["TRITON_INTERPRET"] = "1"
 with distributed.process_group(world, torch.device("cpu"), 60.0):
-    line = start.choose_kernels(config, dtype=torch.float32, device=torch.device("cpu"), world=world)
+    mine = self_check.verdicts("auto", model, table_rows=65, dtype=torch.float32, device=torch.device("cpu"))
+    line = self_check.agree("auto", distributed.gather(mine, world))
     backends = f"rank {{world.rank}}: {{kernels.backend('layer_norm')}} {{kernels.backend('linear_cross_entropy')}}"
     sys.stdout.write(f"{{backends}} {{line}}\\n")  # in one piece: the other rank writes there too
 """
@@ -193,8 +192,7 @@ def test_triton_trains_to_the_losses_of_torch(norm, kernel_device, settings):  #
 
 def test_kernels_are_named_for_the_operations_of_the_model_only(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    line = start.choose_kernels(Config(model=GPT2, train=TrainConfig(kernels="torch")), dtype=torch.float32, device=CPU,
-                                world=World())
+    line = self_check.choose("torch", GPT2, table_rows=GPT2.vocab_size, dtype=torch.float32, device=CPU)
     assert line == "kernels: torch (asked for) for attention, linear_cross_entropy, linear, layer_norm"
 
 

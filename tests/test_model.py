@@ -504,10 +504,10 @@ def test_a_cache_holds_key_heads_only_and_starts_empty():
 @pytest.mark.parametrize("config", [
     SMALL, MODERN, replace(MODERN, window=7, head_dim=10), replace(SMALL, n_kv_head=1, mlp="relu2", mlp_hidden=50),
 ], ids=["gpt2", "modern", "window", "one key head"])
-def test_flops_per_token_equal_those_that_pytorch_counts(config, monkeypatch):
+def test_flops_per_token_equal_those_that_pytorch_counts(config):
     """Both count matmuls only. Ours counts the pairs of query and key that the mask lets through; PyTorch's counter
     sees attention's batched matmuls over all T x T pairs, so they are scaled by the share of visible pairs."""
-    monkeypatch.setattr(kernels.reference, "_takes_onednn", lambda x: False)  # PyTorch does not count that operator
+    kernels.choose_backends({"attention": "cpu"})  # PyTorch counts its matmuls, not those of oneDNN
     B, T = 2, 63  # up to 64 attention is batched matmuls; everything else is plain ones
     model, tokens = make_model(config), make_tokens(config, B, T)
     with FlopCounterMode(display=False) as counter:

@@ -49,7 +49,7 @@ def save_run(folder: Path, model: GPT, *, steps: tuple[int, ...] = (1,), templat
     if template is not None:
         chat.save_template(folder, template)
     for step in steps:
-        checkpoint.save(folder, step, model=dict(model.named_parameters()), optimizer={}, state={}, keep=len(steps))
+        checkpoint.save(folder, step, tensors={"model": dict(model.named_parameters())}, state={}, keep=len(steps))
     return folder
 
 
