@@ -417,9 +417,8 @@ def train(config: Config, given: set[str], *, world: World, stop: StopRequest) -
     parent = parent_of(config)
     config = inherit(config, given, parent, world)
     try:
-        data_dir = ensure_prepared(config.data, local_rank=world.local_rank, note=_note, should_stop=stop,
-                                   max_seq_len=config.model.max_seq_len,
-                                   chat_template=chat_template_for(config, parent))
+        data_dir = ensure_prepared(config.data, config.model.max_seq_len, chat_template_for(config, parent),
+                                   local_rank=world.local_rank, should_stop=stop)
     except PreparationStopped as stopped:
         _note(f"{stopped} ({stop.signal}); the same command goes on from there")
         return
@@ -506,10 +505,10 @@ def make_loaders(config: Config, dataset: Dataset, tokenizer: Tokenizer, device:
     eot = tokenizer.eot if config.data.document_mask else None
     return (TrainLoader(open_split(dataset, "train"), seq_len=T, tokens_per_step=train.tokens_per_step,
                         micro_batch=train.micro_batch, seed=train.seed, rank=world.rank, world_size=world.size,
-                        device=device, eot=eot, vocab_size=config.model.vocab_size),
+                        device=device, eot=eot, vocab_size=tokenizer.vocab_size),
             ValLoader(open_split(dataset, "val"), seq_len=T, eval_tokens=train.eval_tokens,
                       micro_batch=train.micro_batch, device=device, eot=eot,
-                      vocab_size=config.model.vocab_size))
+                      vocab_size=tokenizer.vocab_size))
 
 
 def check_same_on_all_ranks(config: Config, dataset: Dataset, world: World) -> None:

@@ -36,12 +36,13 @@ class Packing:
     kind: str
     max_seq_len: int
     chat_template: str = ""  # of kind chat
+    too_long: str = "cut"
 
     @property
     def settings(self) -> dict:
         """What decides the tokens, as index.json keeps it."""
         template = {"chat_template": template_hash(self.chat_template)} if self.kind == CHAT else {}
-        return {"kind": self.kind, "max_seq_len": self.max_seq_len, **template}
+        return {"kind": self.kind, "max_seq_len": self.max_seq_len, "too_long": self.too_long, **template}
 
     @property
     def row_tokens(self) -> int:

@@ -22,6 +22,7 @@ from config import ConfigError, near_multiples
 from data.shards import ShardError, TokenStream
 
 FEISTEL_ROUNDS = 8
+CHECKED_AT_ONCE = 256  # validation windows
 IGNORED = -100  # a target that the loss does not count, as in PyTorch
 
 
@@ -97,14 +98,20 @@ def document_numbers(tokens: np.ndarray, eot: int) -> np.ndarray:
     return np.cumsum(ends, axis=1, dtype=np.int32) - ends
 
 
-def _read(stream: TokenStream, window_ids: np.ndarray, seq_len: int, eot: int | None,
-          vocab_size: int | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """tokens, targets, documents (B, T) of windows. Raises ShardError for an id the model does not know."""
-    starts = window_ids * (stream.row_tokens or seq_len)
-    windows = stream.windows(starts, seq_len + 1)  # (B, T+1)
-    if vocab_size is not None and windows.max() >= vocab_size:
+def _checked_windows(stream: TokenStream, window_ids: np.ndarray, seq_len: int, vocab_size: int | None) -> np.ndarray:
+    """The T+1 tokens of each window, (B, T+1) in the shards' dtype. Raises ShardError for an id from vocab_size on."""
+    windows = stream.windows(window_ids * (stream.row_tokens or seq_len), seq_len + 1)
+    if vocab_size is not None and windows.size and windows.max() >= vocab_size:
         raise ShardError(f"{stream.name} holds token {windows.max()} but the vocabulary has {vocab_size} ids; these "
                          "shards were made with another tokenizer: name it in data.tokenizer")
+    return windows
+
+
+def _read(stream: TokenStream, window_ids: np.ndarray, seq_len: int, eot: int | None,
+          vocab_size: int | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """tokens, targets, documents (B, T) of windows. Raises ShardError for an id from vocab_size on."""
+    windows = _checked_windows(stream, window_ids, seq_len, vocab_size)
+    starts = window_ids * (stream.row_tokens or seq_len)
     tokens = torch.from_numpy(windows[:, :-1].astype(np.int64, order="C"))  # (B, T)
     targets = torch.from_numpy(windows[:, 1:].astype(np.int64, order="C"))  # (B, T)
     if stream.loss is not None:
@@ -142,8 +149,9 @@ class TrainLoader:
     def __init__(self, stream: TokenStream, *, seq_len: int, tokens_per_step: int, micro_batch: int, seed: int,
                  rank: int = 0, world_size: int = 1, device: str | torch.device = "cpu", eot: int | None = None,
                  vocab_size: int | None = None):
-        """micro_batch: windows, at most; eot: the end-of-text id if document numbers are wanted; vocab_size: an id from
-        there on raises ShardError when it is met (on CUDA it would end the process, in the embedding).
+        """micro_batch: windows, at most; eot: the end-of-text id if document numbers are wanted; vocab_size: how many
+        ids the tokenizer knows. Others raise ShardError: here if the first batch holds one, else when one is met, for
+        reading all of a large data set would hold up the start by minutes.
 
         Raises ShardError if the stream holds no window, ConfigError if tokens_per_step cannot be shared out.
         """
@@ -159,6 +167,8 @@ class TrainLoader:
         self.windows_per_rank = self.windows_per_step // world_size
         self.first_of_rank = rank * self.windows_per_rank
         self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        if vocab_size is not None:
+            _checked_windows(stream, self._windows_of_rank(0), seq_len, vocab_size)
 
     def window_ids(self, step: int) -> np.ndarray:
         """(S,) int64: the windows of batch `step` (from 0), of all ranks, in order."""
@@ -173,6 +183,10 @@ class TrainLoader:
             inside = slice(*np.searchsorted(epochs, (epoch, epoch + 1)))
             ids[inside] = permuted(within[inside], self.windows_per_epoch, epoch_key(self.seed, epoch))
         return ids
+
+    def _windows_of_rank(self, step: int) -> np.ndarray:
+        first = step * self.windows_per_step + self.first_of_rank
+        return self._windows_at(np.arange(first, first + self.windows_per_rank))
 
     def batch(self, step: int) -> list[MicroBatch]:
         """This rank's share of batch `step` (from 0) in micro-batches; the last may be short."""
@@ -194,8 +208,7 @@ class TrainLoader:
     def _prepare(self, step: int) -> tuple[list[MicroBatch], torch.cuda.Event | None]:
         """The share of one step on the device, and on CUDA the event that its copies set when they are done."""
         first = step * self.windows_per_step + self.first_of_rank
-        ids = self._windows_at(np.arange(first, first + self.windows_per_rank))
-        tensors = _read(self.stream, ids, self.seq_len, self.eot, self.vocab_size)
+        tensors = _read(self.stream, self._windows_of_rank(step), self.seq_len, self.eot, self.vocab_size)
         scored = _scored(self.stream, tensors[1].split(self.micro_batch))
         if self._copies is None:
             return self._micro_batches(tensors, scored, first), None
@@ -227,21 +240,24 @@ class TrainLoader:
 class ValLoader:
     """The first eval_tokens of the validation split in order, in windows that do not overlap; at least one window.
 
-    The same windows at any world size. Ranks may get different numbers of micro-batches, even none.
+    The same windows at any world size. Ranks may get different numbers of micro-batches, even none. Raises ShardError
+    if one of them holds an id from vocab_size on, the ids that the tokenizer knows.
     """
 
     def __init__(self, stream: TokenStream, *, seq_len: int, eval_tokens: int, micro_batch: int,
                  device: str | torch.device = "cpu", eot: int | None = None, vocab_size: int | None = None):
         self.windows = min(_check_length(stream, seq_len), max(1, eval_tokens // seq_len))
         self.stream, self.seq_len, self.micro_batch, self.eot = stream, seq_len, micro_batch, eot
-        self.vocab_size = vocab_size
         self.device = torch.device(device)
+        for first in range(0, self.windows if vocab_size is not None else 0, CHECKED_AT_ONCE):
+            ids = np.arange(first, min(first + CHECKED_AT_ONCE, self.windows))
+            _checked_windows(stream, ids, seq_len, vocab_size)
 
     def micro_batches(self, rank: int = 0, world_size: int = 1) -> Iterator[MicroBatch]:
         """This rank's windows, in order."""
         stop_of_rank = (rank + 1) * self.windows // world_size
         for first in range(rank * self.windows // world_size, stop_of_rank, self.micro_batch):
             ids = np.arange(first, min(first + self.micro_batch, stop_of_rank))
-            tensors = _read(self.stream, ids, self.seq_len, self.eot, self.vocab_size)
+            tensors = _read(self.stream, ids, self.seq_len, self.eot, None)
             scored = _scored(self.stream, [tensors[1]])[0]
             yield batch_to(MicroBatch(*tensors, first_window=first, scored=scored), self.device)

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import errno
+import fcntl
 import gzip
 import hashlib
 import inspect
@@ -16,7 +17,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import sysconfig
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import files
 from config import ConfigError, DataConfig, MachineError, UserError
 from data import prepare as module
 from data import sources
@@ -43,10 +45,6 @@ def bpe(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("bpe")
     train_bpe(PARTS, 600).save(folder / "tokenizer.json")
     return str(folder)
-
-
-def quiet(line: str) -> None:
-    pass
 
 
 def tokens_of(folder: Path, split: str) -> list[int]:
@@ -89,7 +87,7 @@ def run(*words: str, **options) -> subprocess.CompletedProcess:
 def test_one_text_is_split_by_characters_without_end_of_text_at_the_cut(tmp_path):
     text = SOURCE[:5000] + "é中😀" * 500
     (tmp_path / "book.txt").write_text(text, encoding="utf-8")
-    index = prepare([str(tmp_path / "book.txt")], tmp_path / "out", tokenizer="bytes", val_fraction=0.1, note=quiet)
+    index = prepare([str(tmp_path / "book.txt")], tmp_path / "out", tokenizer="bytes", val_fraction=0.1)
     cut = int(len(text) * 0.9)  # nanoGPT's data[:int(n * 0.9)]
     assert tokens_of(tmp_path / "out", "train") == list(text[:cut].encode())
     assert tokens_of(tmp_path / "out", "val") == [*text[cut:].encode(), 256]
@@ -108,7 +106,7 @@ def test_a_few_documents_are_split_by_characters_over_all_of_them(kind, tmp_path
         (tmp_path / "a.jsonl").write_text(jsonl(texts))
     else:
         write_parquet(tmp_path / "a.parquet", texts)
-    prepare([str(tmp_path)], tmp_path / ".out", tokenizer=bpe, val_fraction=0.2, note=quiet)
+    prepare([str(tmp_path)], tmp_path / ".out", tokenizer=bpe, val_fraction=0.2)
     cut, eot = int(sum(map(len, texts)) * 0.8), load_tokenizer(bpe).eot
     train, val = [], []
     for text in texts:
@@ -124,7 +122,7 @@ def test_a_few_documents_are_split_by_characters_over_all_of_them(kind, tmp_path
 def test_many_documents_are_split_by_the_hash_of_their_text(tmp_path, bpe):
     texts = [f"{part} {i}" for i, part in enumerate(PARTS[:300])]
     (tmp_path / "a.jsonl").write_text(jsonl(texts))
-    index = prepare([str(tmp_path / "a.jsonl")], tmp_path / "out", tokenizer=bpe, note=quiet)
+    index = prepare([str(tmp_path / "a.jsonl")], tmp_path / "out", tokenizer=bpe)
     assert index["val_split"] == "hash" and 0 < len(by_hash(texts, "val")) < 60
     for split in ("train", "val"):
         assert tokens_of(tmp_path / "out", split) == expected(bpe, by_hash(texts, split))
@@ -137,7 +135,7 @@ def test_adding_documents_moves_none_from_one_split_to_the_other(tmp_path):
     texts = [f"document {i}" for i in range(300)]
     for name, count in (("a", 200), ("b", 300)):
         (tmp_path / f"{name}.jsonl").write_text(jsonl(texts[:count]))
-        prepare([str(tmp_path / f"{name}.jsonl")], tmp_path / name, tokenizer="bytes", note=quiet)
+        prepare([str(tmp_path / f"{name}.jsonl")], tmp_path / name, tokenizer="bytes")
     few, many = tokens_of(tmp_path / "a", "val"), tokens_of(tmp_path / "b", "val")
     assert many[:len(few)] == few
 
@@ -146,7 +144,7 @@ def test_named_validation_text_is_all_of_val_and_nothing_else(tmp_path):
     (tmp_path / "train.txt").write_text("one")
     (tmp_path / "other.jsonl").write_text(jsonl(["two", "three"]))
     index = prepare([str(tmp_path / "train.txt")], tmp_path / "out", tokenizer="bytes",
-                    val_sources=[str(tmp_path / "other.jsonl")], note=quiet)
+                    val_sources=[str(tmp_path / "other.jsonl")])
     assert tokens_of(tmp_path / "out", "train") == expected("bytes", ["one"])
     assert tokens_of(tmp_path / "out", "val") == expected("bytes", ["two", "three"])
     assert index["val_split"] == "given" and index["settings"]["val_fraction"] is None
@@ -154,7 +152,7 @@ def test_named_validation_text_is_all_of_val_and_nothing_else(tmp_path):
 
 def test_a_val_fraction_of_zero_writes_no_val_shard(tmp_path):
     (tmp_path / "a.txt").write_text("some text")
-    index = prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bytes", val_fraction=0.0, note=quiet)
+    index = prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bytes", val_fraction=0.0)
     assert [shard["split"] for shard in index["shards"]] == ["train"]
     assert tokens_of(tmp_path / "out", "train") == expected("bytes", ["some text"])
 
@@ -165,25 +163,10 @@ def test_a_long_text_cut_into_units_has_the_ids_of_the_whole(tmp_path, bpe, monk
     monkeypatch.setattr(sources, "UNIT_BYTES", 700)
     monkeypatch.setattr(sources, "SEARCH_BYTES", 64)
     file = sources.find_files(str(tmp_path / "a.txt"))[0]
-    units = list(sources._txt_units(file, 0, file.bytes, split="train", ends=True, unit_bytes=700))
+    units = list(sources._txt_units(file, "train", 700))
     assert len(units) > 150 and sorted(unit.bytes for unit in units)[-2] < 3000  # all but the runs at the end
-    prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer=bpe, val_fraction=0.0, note=quiet)
+    prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer=bpe, val_fraction=0.0)
     assert tokens_of(tmp_path / "out", "train") == expected(bpe, [text])
-
-
-def test_the_search_for_a_cut_finds_the_first_one_from_any_byte(tmp_path, monkeypatch):
-    rng = random.Random(0)
-    text = "".join(rng.choices(["a", "é", "中", "😀", " ", "\n", "\u3000", "\u3000\n中", ".\n1", "中 中", "e\u0301"],
-                               k=800))
-    legal = [len(text[:cut.start()].encode()) for cut in sources.CUT.finditer(text)]
-    (tmp_path / "a.txt").write_text(text, encoding="utf-8", newline="")
-    monkeypatch.setattr(sources, "SEARCH_BYTES", 40)
-    with open(tmp_path / "a.txt", "rb") as opened:
-        for start in range(8, len(text.encode())):
-            found = sources._next_cut(opened, start, 10**6)
-            assert found is None or found in legal
-            # one right behind `start` may be missed: the two characters before it are needed
-            assert (found or 10**6) <= next((cut for cut in legal if cut >= start + 8), 10**6)
 
 
 def test_a_text_without_any_place_to_cut_is_cut_between_characters(tmp_path, monkeypatch):
@@ -191,7 +174,7 @@ def test_a_text_without_any_place_to_cut_is_cut_between_characters(tmp_path, mon
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
     monkeypatch.setattr(sources, "UNIT_BYTES", 500)
     monkeypatch.setattr(sources, "LONGEST_UNIT_BYTES", 500)
-    index = prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bytes", val_fraction=0.0, note=quiet)
+    index = prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bytes", val_fraction=0.0)
     assert tokens_of(tmp_path / "out", "train") == expected("bytes", [text]) and index["invalid_utf8"] == 0
 
 
@@ -203,7 +186,7 @@ def test_invalid_utf8_is_replaced_and_counted_wherever_units_are_cut(seed, tmp_p
     (tmp_path / "a.txt").write_bytes(data)
     monkeypatch.setattr(sources, "UNIT_BYTES", 200)
     monkeypatch.setattr(sources, "SEARCH_BYTES", 32)
-    index = prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bytes", val_fraction=0.3, note=quiet)
+    index = prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bytes", val_fraction=0.3)
     text = data.decode("utf-8", "replace")
     assert bytes(tokens_of(tmp_path / "out", "train") + tokens_of(tmp_path / "out", "val")[:-1]).decode() == text
     assert index["invalid_utf8"] == text.count("\ufffd") - data.count("\ufffd".encode())
@@ -211,14 +194,14 @@ def test_invalid_utf8_is_replaced_and_counted_wherever_units_are_cut(seed, tmp_p
 
 def test_lone_surrogates_in_json_are_replaced_and_counted(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a\\ud800b"}\n{"text": "\\ud83d\\ude00"}\n')
-    index = prepare([str(tmp_path / "a.jsonl")], tmp_path / "out", tokenizer="bytes", val_fraction=0.0, note=quiet)
+    index = prepare([str(tmp_path / "a.jsonl")], tmp_path / "out", tokenizer="bytes", val_fraction=0.0)
     assert tokens_of(tmp_path / "out", "train") == expected("bytes", ["a\ufffdb", "😀"]) and index["invalid_utf8"] == 1
 
 
 def test_full_shards_hold_exactly_shard_tokens_and_join_to_the_same_stream(tmp_path, bpe):
     texts = [f"{part} é中 {i}" for i, part in enumerate(PARTS[:200])]
     (tmp_path / "a.jsonl").write_text(jsonl(texts))
-    index = prepare([str(tmp_path / "a.jsonl")], tmp_path / "out", tokenizer=bpe, shard_tokens=1000, note=quiet)
+    index = prepare([str(tmp_path / "a.jsonl")], tmp_path / "out", tokenizer=bpe, shard_tokens=1000)
     train = [shard for shard in index["shards"] if shard["split"] == "train"]
     assert len(train) > 5 and all(shard["tokens"] == 1000 for shard in train[:-1])
     assert [shard["file"] for shard in train] == [f"train_{i:05d}.bin" for i in range(len(train))]
@@ -239,7 +222,7 @@ def test_ids_above_65535_are_written_as_uint32(tmp_path, bpe):
         file["model"]["vocab"]["<|endoftext|>"] = file["added_tokens"][0]["id"] = eot
         (tmp_path / "tokenizer.json").write_text(json.dumps(file))
         index = prepare([str(tmp_path / "a.txt")], tmp_path / dtype, tokenizer=str(tmp_path / "tokenizer.json"),
-                        val_fraction=0.0, note=quiet)
+                        val_fraction=0.0)
         assert (index["dtype"], index["vocab_size"]) == (dtype, eot + 1)
         assert tokens_of(tmp_path / dtype, "train")[-1] == eot
 
@@ -275,13 +258,13 @@ def test_every_format_gives_the_same_documents(kind, tmp_path, monkeypatch):
     texts = [*PARTS[:50], "", "é中😀"]
     monkeypatch.setattr(sources, "UNIT_BYTES", 1000)
     path = write_as(kind, tmp_path / "a", texts)
-    prepare([str(path)], tmp_path / "out", tokenizer="bytes", val_fraction=0.0, note=quiet)
+    prepare([str(path)], tmp_path / "out", tokenizer="bytes", val_fraction=0.0)
     assert tokens_of(tmp_path / "out", "train") == expected("bytes", [text for text in texts if text])
 
 
 def test_a_parquet_row_without_text_is_left_out(tmp_path):
     write_parquet(tmp_path / "a.parquet", ["one", None, "", "two"])
-    prepare([str(tmp_path / "a.parquet")], tmp_path / "out", tokenizer="bytes", val_fraction=0.0, note=quiet)
+    prepare([str(tmp_path / "a.parquet")], tmp_path / "out", tokenizer="bytes", val_fraction=0.0)
     assert tokens_of(tmp_path / "out", "train") == expected("bytes", ["one", "two"])
 
 
@@ -291,32 +274,22 @@ def test_a_folder_is_read_in_the_order_of_its_names_without_hidden_and_unknown_f
                        ("a/y.jsonl", '{"text": "row"}\n')):
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "in" / name).write_text(text)
-    prepare([str(tmp_path / "in")], tmp_path / "out", tokenizer="bytes", val_fraction=0.0, note=quiet)
+    prepare([str(tmp_path / "in")], tmp_path / "out", tokenizer="bytes", val_fraction=0.0)
     assert tokens_of(tmp_path / "out", "train") == expected("bytes", ["upper", "abc", "row", "az", "a", "b"])
-
-
-def test_the_standard_library_is_its_source_without_tests():
-    files = sources.find_files("python-stdlib")
-    names = [file.name for file in files]
-    assert "argparse.py" in names and "json/decoder.py" in names
-    assert names == sorted(names, key=lambda name: name.split("/"))
-    assert not any({"test", "tests", "idlelib", "site-packages"} & set(name.split("/")[:-1]) for name in names)
-    assert all(Path(sysconfig.get_paths()["stdlib"], name).stat().st_size == file.bytes
-               for name, file in zip(names, files, strict=True))
 
 
 def test_the_bytes_depend_neither_on_where_the_text_lies_nor_on_when(tmp_path, bpe):
     for place in ("here", "there/deep"):
         (tmp_path / place / "texts").mkdir(parents=True)
         (tmp_path / place / "texts" / "a.txt").write_text(SOURCE)
-        prepare([str(tmp_path / place / "texts")], tmp_path / place / "out", tokenizer=bpe, note=quiet)
+        prepare([str(tmp_path / place / "texts")], tmp_path / place / "out", tokenizer=bpe)
     assert files_of(tmp_path / "here" / "out") == files_of(tmp_path / "there" / "deep" / "out")
 
 
 def test_a_bpe_is_trained_on_the_training_split_alone_and_saved_beside_the_shards(tmp_path):
     texts = [f"{part} {i}" for i, part in enumerate(PARTS[:300])]
     (tmp_path / "a.jsonl").write_text(jsonl(texts))
-    index = prepare([str(tmp_path / "a.jsonl")], tmp_path / "out", tokenizer="bpe:500", note=quiet)
+    index = prepare([str(tmp_path / "a.jsonl")], tmp_path / "out", tokenizer="bpe:500")
     alone = train_bpe(by_hash(texts, "train"), 500)
     assert index["tokenizer"] == "bpe:500" and (index["vocab_size"], index["eot"]) == (500, 499)
     assert index["tokenizer_sha256"] == alone.fingerprint == load_tokenizer(str(tmp_path / "out")).fingerprint
@@ -348,8 +321,7 @@ def test_the_number_of_workers_does_not_change_the_bytes(tmp_path, bpe, monkeypa
     monkeypatch.setattr(module, "SMALL_BYTES", 0)
     monkeypatch.setattr(sources, "UNIT_BYTES", 5000)
     for workers in (1, 2, 3):
-        prepare([str(tmp_path / "in")], tmp_path / str(workers), tokenizer=bpe, workers=workers, shard_tokens=9000,
-                note=quiet)
+        prepare([str(tmp_path / "in")], tmp_path / str(workers), tokenizer=bpe, workers=workers, shard_tokens=9000)
     assert len(files_of(tmp_path / "1")) > 5
     assert files_of(tmp_path / "1") == files_of(tmp_path / "2") == files_of(tmp_path / "3")
 
@@ -357,7 +329,7 @@ def test_the_number_of_workers_does_not_change_the_bytes(tmp_path, bpe, monkeypa
 def test_small_inputs_start_no_process(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text(SOURCE)
     monkeypatch.setattr("concurrent.futures.process.ProcessPoolExecutor.submit", None)
-    prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bytes", workers=4, note=quiet)
+    prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bytes", workers=4)
 
 
 def test_importing_prepare_imports_nothing_heavy():
@@ -370,10 +342,10 @@ def test_importing_prepare_imports_nothing_heavy():
 def test_stopped_anywhere_the_same_call_goes_on_to_the_same_bytes(stop_at, tmp_path, bpe, monkeypatch):
     many_files(tmp_path / "in")
     monkeypatch.setattr(sources, "UNIT_BYTES", 5000)
-    settings = {"tokenizer": bpe, "shard_tokens": 9000, "note": quiet}
+    settings = {"tokenizer": bpe, "shard_tokens": 9000}
     prepare([str(tmp_path / "in")], tmp_path / "whole", **settings)
     asked = iter(range(1000))
-    with pytest.raises(module.PreparationStopped, match="the same command again: it goes on"):
+    with pytest.raises(module.PreparationStopped):
         prepare([str(tmp_path / "in")], tmp_path / "out", should_stop=lambda: next(asked) == stop_at, **settings)
     encoded = []
     encode = module.Encoder.encode
@@ -385,35 +357,47 @@ def test_stopped_anywhere_the_same_call_goes_on_to_the_same_bytes(stop_at, tmp_p
 
 
 def killed_at(point: int, call: Callable[[], None]) -> bool:
-    """Make the call in a child process that is killed when it changes the folder for the point-th time; whether it was.
-
-    Changes are what os.replace, os.fsync, os.unlink and a shard's or spool's next block make.
-    """
+    """Make the call in a child process that is killed when it changes the disk for the point-th time, by a write in the
+    middle of it; whether it was."""
     child = os.fork()
     if child == 0:
         counter = itertools.count()
 
-        def counted(function: Callable) -> Callable:
+        def counted(function: Callable, before_dying: Callable = lambda *args, **kwargs: None) -> Callable:
             def wrapped(*args, **kwargs):
                 if next(counter) == point:
+                    before_dying(*args, **kwargs)
                     os.kill(os.getpid(), signal.SIGKILL)
                 return function(*args, **kwargs)
             return wrapped
-        os.replace, os.fsync, os.unlink = counted(os.replace), counted(os.fsync), counted(os.unlink)
-        module.SplitWriter.add = counted(module.SplitWriter.add)
+
+        def write_half(path, parts, at=None):
+            data = b"".join(bytes(memoryview(part).cast("B")) for part in parts)
+            write(path, [data[:len(data) // 2]], at)
+
+        write = files.write
+        files.write, files.rename = counted(write, write_half), counted(files.rename)
+        os.unlink, os.truncate = counted(os.unlink), counted(os.truncate)
+        files.sync = counted(lambda path: None)  # nothing that a process wrote is lost when it alone dies
         call()
         os._exit(0)
     return os.WIFSIGNALED(os.waitpid(child, 0)[1])
 
 
-def test_killed_at_any_moment_the_same_call_goes_on_to_the_same_bytes(tmp_path, bpe, monkeypatch):
-    (tmp_path / "a.jsonl").write_text(jsonl([f"{part} {i}" for i, part in enumerate(PARTS[:110])]))
+@pytest.mark.parametrize("kind", ["text", "examples"])
+def test_killed_at_any_moment_the_same_call_goes_on_to_the_same_bytes(kind, tmp_path, bpe, monkeypatch):
+    rows = [{"text": f"{part} {i}"} if kind == "text" else {"prompt": part[-20:], "response": f"{part[:99]} {i}"}
+            for i, part in enumerate(PARTS[:110 if kind == "text" else 40])]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setattr(sources, "UNIT_BYTES", 4000)
-    monkeypatch.setattr(module, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(module, "UNIT_BYTES", 4000)
+    monkeypatch.setattr(module, "ROWS_PER_UNIT", 1)
+    monkeypatch.setattr(module, "CHECKPOINT_SECONDS", 0.0 if kind == "text" else 60.0)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
     def call(out: str = "out") -> None:
-        prepare([str(tmp_path / "a.jsonl")], tmp_path / out, tokenizer=bpe, shard_tokens=3000, val_fraction=0.3,
-                note=quiet)
+        prepare([str(tmp_path / "a.jsonl")], tmp_path / out, tokenizer=bpe, val_fraction=0.3, max_seq_len=99,
+                shard_tokens=3000 if kind == "text" else 600)  # examples: several shards of one unit
     call("whole")
     for point in itertools.count():
         if not killed_at(point, call):
@@ -428,27 +412,27 @@ def test_killed_at_any_moment_the_same_call_goes_on_to_the_same_bytes(tmp_path, 
 
 def test_a_trained_bpe_is_not_trained_again_when_the_call_goes_on(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text(SOURCE)
-    prepare([str(tmp_path / "a.txt")], tmp_path / "whole", tokenizer="bpe:400", note=quiet)
+    prepare([str(tmp_path / "a.txt")], tmp_path / "whole", tokenizer="bpe:400")
     with pytest.raises(module.PreparationStopped):
-        prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bpe:400", note=quiet, should_stop=lambda: True)
+        prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bpe:400", should_stop=lambda: True)
     monkeypatch.setattr(module, "train_bpe", None)
-    prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bpe:400", note=quiet)
+    prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bpe:400")
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
 
 
 def test_an_unfinished_folder_that_was_tampered_with_is_refused(tmp_path, bpe):
     def begin() -> None:
         with pytest.raises(module.PreparationStopped):
-            prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bytes", note=quiet,
+            prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bytes",
                     should_stop=lambda: True)
     (tmp_path / "a.txt").write_text("some text " * 50)
-    for name, content, message in ((".train_00000.part", "short", "holds fewer bytes than"),
+    for name, content, message in ((".train_00000.bin.part", "short", "holds fewer bytes than"),
                                    ("tokenizer.json", Path(bpe, "tokenizer.json").read_text(), "was changed meanwhile"),
                                    (".progress.json", "{", "is damaged")):
         begin()
         (tmp_path / "out" / name).write_text(content)
         with pytest.raises(UserError, match=message):
-            prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bytes", note=quiet)
+            prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bytes")
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
 
 
@@ -471,46 +455,30 @@ def children_of(pid: int) -> list[int]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs ps --ppid: that workers end with it is unchecked")
-@pytest.mark.parametrize("how", ["interrupt", "kill"])
-def test_workers_end_with_the_process_that_started_them(how, tmp_path, bpe):
+@pytest.mark.parametrize("how", ["SIGINT", "SIGTERM", "SIGUSR1", "SIGKILL"])
+def test_workers_end_with_the_process_that_started_them_which_says_what_stopped_it(how, tmp_path, bpe):
     (tmp_path / "a.txt").write_text((SOURCE + "\n") * 200)  # seconds of work
     words = [tmp_path / "a.txt", "--out", tmp_path / "out", "--tokenizer", bpe, "--workers", "2"]
     process = subprocess.Popen([sys.executable, "-m", "data.prepare", *map(str, words)], cwd=ROOT,
-                               stderr=subprocess.PIPE, text=True, start_new_session=True,
-                               # a shell that runs the tests in the background has them ignore Ctrl-C
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+                               stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.monotonic() + 60
     while len(children := children_of(process.pid)) < 3 and time.monotonic() < deadline:
         time.sleep(0.02)
     assert len(children) == 3  # two workers and multiprocessing's resource tracker
-    if how == "interrupt":
-        time.sleep(0.15)  # they are importing, or at work
-        os.killpg(process.pid, signal.SIGINT)  # as the terminal does: to all of them
-        assert process.wait(30) == 130 and "Traceback" not in process.stderr.read()
-    else:
+    number = signal.Signals[how]
+    if how == "SIGKILL":
         process.kill()
-        process.wait(30)
-    process.stderr.close()
+    else:
+        time.sleep(0.15)  # they are importing, or at work
+        os.killpg(process.pid, number)  # as the terminal or a batch system does: to all of them
+    _, errors = process.communicate(timeout=60)
+    if how != "SIGKILL":
+        assert process.returncode == 128 + number and "Traceback" not in errors
+        assert errors.splitlines()[-1] == (f"stopped while preparing {str(tmp_path / 'out')!r} ({how}); the same "
+                                           "command goes on from there")
     while (left := [child for child in children if Path(f"/proc/{child}").exists()]) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not left
-
-
-def test_workers_do_not_import_the_main_module(tmp_path, bpe):
-    (tmp_path / "a.txt").write_text(SOURCE)
-    (tmp_path / "main.py").write_text(f"""
-import sys
-with open("imported", "a") as file:
-    file.write(__name__ + "\\n")
-if __name__ == "__main__":
-    sys.path.insert(0, {str(ROOT)!r})
-    from pathlib import Path
-    from data import prepare
-    prepare.SMALL_BYTES = 0
-    prepare.prepare(["a.txt"], Path("out"), tokenizer={bpe!r}, workers=2)
-""")
-    subprocess.run([sys.executable, "main.py"], cwd=tmp_path, check=True, capture_output=True)
-    assert (tmp_path / "imported").read_text() == "__main__\n" and (tmp_path / "out" / "index.json").exists()
+    assert not left and (tmp_path / "out" / ".progress.json").exists()
 
 
 def test_a_worker_that_dies_is_one_line_and_the_same_call_goes_on(tmp_path, monkeypatch, bpe):
@@ -522,9 +490,9 @@ def test_a_worker_that_dies_is_one_line_and_the_same_call_goes_on(tmp_path, monk
             worker.kill()
         return False
     with pytest.raises(MachineError, match="a worker process died.*fewer --workers"):
-        prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer=bpe, workers=2, note=quiet,
+        prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer=bpe, workers=2,
                 should_stop=kill_workers)
-    prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer=bpe, workers=2, note=quiet)
+    prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer=bpe, workers=2)
     assert tokens_of(tmp_path / "out", "val") == expected(bpe, [SOURCE[int(len(SOURCE) * 0.95):]])
 
 
@@ -554,7 +522,7 @@ def refusal(tmp_path: Path, sources: list, **settings) -> str:
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError) as caught:
         prepare([str(tmp_path / source) for source in sources], tmp_path / "out",
-                **{"tokenizer": "bytes", "note": quiet} | settings)
+                **{"tokenizer": "bytes"} | settings)
     assert sorted(tmp_path.rglob("*")) == before
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -627,16 +595,15 @@ def test_a_package_that_is_missing_is_named(package, name, tmp_path, monkeypatch
     for known in [known for known in sys.modules if known.partition(".")[0] == package]:
         monkeypatch.delitem(sys.modules, known)
     monkeypatch.setitem(sys.modules, package, None)
-    assert f"needs the package {package}, which is not installed: pip install {package}" in refusal(tmp_path, [name])
+    assert f"needs the package {package}, which is not installed; pip install {package}" in refusal(tmp_path, [name])
 
 
-def test_a_split_without_one_window_says_what_to_change(tmp_path):
-    (tmp_path / "a.txt").write_text("x" * 1000)
-    found = refusal(tmp_path, ["a.txt"], min_window=129)
-    assert "the val split holds 51 tokens but needs 129; give more validation text, a larger --val-fraction" in found
-    assert "lower model.max_seq_len" in found
-    assert "the train split holds 950 tokens but needs 2,000" in refusal(tmp_path, ["a.txt"], min_window=2000)
-    prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bytes", min_window=51, note=quiet)
+def test_a_split_without_a_token_says_what_to_change(tmp_path):
+    (tmp_path / "a.jsonl").write_text(jsonl([str(i) for i in range(100)]))
+    found = refusal(tmp_path, ["a.jsonl"], val_fraction=1e-9)
+    assert "the val split holds 0 tokens; give more validation text, a larger --val-fraction" in found
+    (tmp_path / "b.txt").write_text("x")
+    assert "the train split holds 0 tokens; give more text" in refusal(tmp_path, ["b.txt"], val_fraction=0.5)
 
 
 def test_only_an_empty_folder_is_written_into(tmp_path):
@@ -653,12 +620,12 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     assert "out' cannot be written: File exists" in refusal(tmp_path, ["a.txt"])
 
 
-def test_the_same_command_again_finds_it_done_and_another_lists_the_differences(tmp_path):
+def test_the_same_command_again_finds_it_done_and_another_lists_the_differences(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("some text " * 50)
-    first = prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bytes", note=quiet)
-    files, notes = files_of(tmp_path / "out"), []
-    assert prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bytes", note=notes.append) == first
-    assert "is prepared already" in notes[0] and files_of(tmp_path / "out") == files
+    first = prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bytes")
+    before, _ = files_of(tmp_path / "out"), capsys.readouterr()
+    assert prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bytes") == first
+    assert "is prepared already" in capsys.readouterr().err and files_of(tmp_path / "out") == before
     found = refusal(tmp_path, ["a.txt"], val_fraction=0.1, tokenizer="bpe:300")
     assert 'tokenizer: "bytes" -> "bpe:300"; val_fraction: 0.05 -> 0.1' in found and "text_field" not in found
     (tmp_path / "a.txt").write_text("other text " * 50)
@@ -668,7 +635,7 @@ def test_the_same_command_again_finds_it_done_and_another_lists_the_differences(
 def test_an_unfinished_folder_of_other_settings_is_left_alone(tmp_path):
     (tmp_path / "a.txt").write_text("some text " * 50)
     with pytest.raises(module.PreparationStopped):
-        prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bytes", note=quiet, should_stop=lambda: True)
+        prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bytes", should_stop=lambda: True)
     assert "val_fraction: 0.05 -> 0.2" in refusal(tmp_path, ["a.txt"], val_fraction=0.2)
 
 
@@ -678,7 +645,7 @@ def test_two_processes_do_not_fill_the_same_folder(tmp_path):
     def second() -> bool:
         assert "another process is preparing" in refusal(tmp_path, ["a.txt"])
         return False
-    prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bytes", note=quiet, should_stop=second)
+    prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bytes", should_stop=second)
     assert (tmp_path / "out" / "index.json").exists() and not (tmp_path / "out" / ".lock").exists()
 
 
@@ -690,18 +657,21 @@ def test_a_source_that_goes_away_in_the_middle_keeps_what_is_done(tmp_path, monk
         (tmp_path / "a.txt").unlink(missing_ok=True)
         return False
     with pytest.raises(MachineError, match="reading .*a.txt' failed: No such file or directory; give the same command"):
-        prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bytes", note=quiet, should_stop=remove)
+        prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bytes", should_stop=remove)
     assert (tmp_path / "out" / ".progress.json").exists()
 
 
 def test_no_space_in_the_middle_keeps_what_is_done(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("some text")
 
-    def full(*args):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    monkeypatch.setattr(module, "write_index", full)
+    def full(path, content):
+        if path.name == "index.json":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write_whole(path, content)
+    write_whole = files.write_whole
+    monkeypatch.setattr(files, "write_whole", full)
     with pytest.raises(MachineError, match="No space left on device; make room and give the same command again"):
-        prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bytes", note=quiet)
+        prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bytes")
     assert (tmp_path / "out" / ".progress.json").exists()
 
 
@@ -730,6 +700,18 @@ def book(tmp_path, monkeypatch) -> DataConfig:
     return DataConfig(source=("mybook.txt",), tokenizer="bytes")
 
 
+@pytest.fixture
+def mine(book) -> DataConfig:
+    """The book as train.py finds it prepared in a folder "mine"."""
+    prepare(book.source, Path("mine"), tokenizer="bytes")
+    return dataclasses.replace(book, dir="mine")
+
+
+@pytest.fixture
+def no_process(monkeypatch) -> None:
+    monkeypatch.setattr(subprocess, "Popen", None)
+
+
 def test_the_folder_is_named_after_the_source_and_the_settings(book):
     folder = data_dir_for(book)
     assert folder.parent == Path("shards") and folder.name.startswith("mybook-") and len(folder.name) == 7 + 8
@@ -741,80 +723,197 @@ def test_the_folder_is_named_after_the_source_and_the_settings(book):
         data_dir_for(DataConfig())
 
 
+def test_what_becomes_of_rows_too_long_is_in_the_name_of_folders_of_examples_alone(book):
+    Path("pairs.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    pairs = dataclasses.replace(book, source=("pairs.jsonl",))
+    for data, names in ((book, 1), (pairs, 3)):
+        assert len({data_dir_for(dataclasses.replace(data, too_long=choice), 64)
+                    for choice in ("cut", "drop", "error")}) == names
+
+
 def test_local_rank_0_prepares_while_the_others_wait(book):
-    notes, found = [], []
-    waiting = threading.Thread(target=lambda: found.append(ensure_prepared(book, local_rank=1, note=notes.append)))
+    found = []
+    waiting = threading.Thread(target=lambda: found.append(ensure_prepared(book, 64, local_rank=1)))
     waiting.start()
-    time.sleep(0.2)
-    folder = ensure_prepared(book, local_rank=0, note=quiet)
+    folder = ensure_prepared(book, 64)
     waiting.join(10)
     assert found == [folder] == [data_dir_for(book)] and (folder / "index.json").exists()
 
 
-def test_a_waiting_rank_says_so_now_and_then_and_stops_when_asked(book, monkeypatch):
+def test_words_that_look_like_options_reach_the_process_as_they_are(book):
+    for name in ("-mybook.jsonl", "--val", "-v.jsonl"):
+        Path(name).write_text(jsonl([f"text {i} in {name}" for i in range(120)], field="--body"))
+    Path("--val").rename("--val.jsonl")
+    data = DataConfig(source=("-mybook.jsonl", "./-mybook.jsonl"), val_source=("-v.jsonl", "--val.jsonl"),
+                      tokenizer="bytes", text_field="--body", dir="-out")
+    folder = ensure_prepared(data, 64)
+    settings = json.loads((folder / "index.json").read_text())["settings"]
+    assert [source["name"] for source in settings["sources"]] == ["-mybook.jsonl", "-mybook.jsonl"]
+    assert [source["name"] for source in settings["val_sources"]] == ["-v.jsonl", "--val.jsonl"]
+    assert settings["text_field"] == "--body" and settings["val_fraction"] is None
+    assert ensure_prepared(data, 64) == folder
+
+
+def test_a_template_of_the_parent_reaches_the_process_byte_for_byte_and_no_file_stays(book):
+    Path("chat.jsonl").write_text(json.dumps({"messages": [{"role": "assistant", "content": "é"}]}) + "\n")
+    template = "{% for m in messages %}\r\n中{{ m.content }}{{ eos_token }}{% endfor %}"
+    data = DataConfig(source=("chat.jsonl",), tokenizer="bytes", val_fraction=0.0, too_long="drop", dir="out")
+    before = set(Path(tempfile.gettempdir()).iterdir())
+    ensure_prepared(data, 64, template)
+    assert Path("out", "chat_template.jinja").read_bytes() == template.encode()
+    assert set(Path(tempfile.gettempdir()).iterdir()) == before
+    assert ensure_prepared(data, 64, template) == Path("out")
+    for changed, words in (({"too_long": "cut"}, "too_long"), ({}, "chat_template")):
+        with pytest.raises(ConfigError, match=f"other settings .*{words}: "):
+            ensure_prepared(dataclasses.replace(data, **changed), 64, template if changed else None)
+
+
+def test_nothing_is_started_when_all_is_prepared(mine, no_process):
+    assert ensure_prepared(mine, 64) == Path("mine")
+
+
+@pytest.mark.parametrize(("failing", "status"), [("mistake", 2), ("disk", 1)])
+def test_what_ends_the_process_is_its_one_line_and_its_status(failing, status, book, tmp_path, monkeypatch):
+    """In a process of its own, whose stderr is looked at."""
+    Path("rows.jsonl").write_text(jsonl(["text"] * 3) + "{broken\n")
+    program = (f"import resource, sys\nfrom config import DataConfig, exit_cleanly\n"
+               f"from data.prepare import ensure_prepared\n"
+               f"{'' if failing == 'mistake' else 'resource.setrlimit(resource.RLIMIT_FSIZE, (1200, 1200))'}\n"
+               f"data = DataConfig(source=({'rows.jsonl' if failing == 'mistake' else 'mybook.txt'!r},), "
+               "tokenizer='bytes', dir='out')\n"
+               "exit_cleanly(lambda argv: ensure_prepared(data, 64))\n")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == status and len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.stderr.startswith("error: source 'rows.jsonl' line 4" if failing == "mistake" else "error: writing ")
+
+
+def test_a_process_that_is_killed_is_one_line(book, monkeypatch):
+    start = subprocess.Popen
+
+    def start_and_kill(*args, **kwargs):
+        child = start(*args, **kwargs)
+        child.kill()
+        return child
+    monkeypatch.setattr(subprocess, "Popen", start_and_kill)
+    with pytest.raises(MachineError, match=r"preparing 'shards/mybook-.*' was ended by signal 9 \(Killed"):
+        ensure_prepared(book, 64)
+    with pytest.raises(module.PreparationStopped, match="stopped while preparing 'shards/mybook"):
+        ensure_prepared(book, 64, should_stop=lambda: True)
+
+
+def test_a_folder_that_another_process_fills_is_waited_for(book, monkeypatch, capsys):
+    monkeypatch.setattr(module, "POLL_SECONDS", 0.1)
+    monkeypatch.setattr(module, "NOTE_SECONDS", 0.0)
+    waiting = threading.Thread(target=lambda: ensure_prepared(book, 64))
+
+    notes = []
+
+    def while_locked() -> bool:
+        if not waiting.ident:
+            waiting.start()
+            while "waiting for" not in "".join(notes) and len(notes) < 1000:  # the thread's process met the lock
+                notes.append(capsys.readouterr().err)
+                time.sleep(0.02)
+        return False
+    prepare(book.source, data_dir_for(book), tokenizer="bytes", should_stop=while_locked)
+    waiting.join(10)
+    assert not waiting.is_alive() and f"waiting for {data_dir_for(book) / 'index.json'}" in "".join(notes)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs ps --ppid: that the process ends with train.py is unchecked")
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_the_process_ends_with_the_one_that_started_it_and_frees_the_folder(how, book, bpe):
+    Path("long.txt").write_text((SOURCE + "\n") * 200)  # seconds of work
+    program = (f"import signal\nfrom config import DataConfig\nfrom data.prepare import *\nsignals = []\n"
+               f"for number in (signal.SIGTERM, signal.SIGINT):\n"
+               f"    signal.signal(number, lambda number, frame: signals.append(number))\n"
+               f"try:\n    ensure_prepared(DataConfig(source=('long.txt',), tokenizer={bpe!r}, dir='out'), 64, "
+               "should_stop=lambda: bool(signals))\n"
+               "except PreparationStopped as stopped:\n    print(stopped)\n")
+    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              text=True, start_new_session=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    children: list[int] = []
+    deadline = time.monotonic() + 60
+    while not Path("out", ".train_00000.bin.part").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    for child in children_of(parent.pid):
+        children += [child, *children_of(child)]
+    assert len(children) > 1
+    if how == signal.SIGINT:
+        os.killpg(parent.pid, how)  # as the terminal does: to all of them
+    else:
+        parent.send_signal(how)
+    out, err = parent.communicate(timeout=60)
+    if how != signal.SIGKILL:
+        assert (parent.returncode, out) == (0, "stopped while preparing 'out'\n") and "rror" not in err, err
+    while (left := [child for child in children if Path(f"/proc/{child}").exists()]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not left and Path("out", ".progress.json").exists() and not Path("out", "index.json").exists()
+    with open(Path("out", ".lock"), "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_a_waiting_rank_says_so_now_and_then_and_stops_when_asked(book, monkeypatch, capsys):
     monkeypatch.setattr(module, "NOTE_SECONDS", 0.0)
     monkeypatch.setattr(module, "POLL_SECONDS", 0.01)
-    notes, asked = [], iter([False, False, True])
+    asked = iter([False, False, True])
     with pytest.raises(module.PreparationStopped, match="stopped"):
-        ensure_prepared(book, local_rank=1, note=notes.append, should_stop=lambda: next(asked))
+        ensure_prepared(book, 64, local_rank=1, should_stop=lambda: next(asked))
+    notes = capsys.readouterr().err.splitlines()
     assert len(notes) == 2 and "waiting for" in notes[0] and "index.json" in notes[0]
 
 
-def test_a_prepared_folder_is_taken_without_its_source(book):
-    folder = ensure_prepared(book, local_rank=0, note=quiet)
+def test_a_prepared_folder_is_taken_without_its_source(mine, no_process, capsys):
     os.unlink("mybook.txt")
-    notes = []
-    assert ensure_prepared(book, local_rank=0, note=notes.append) == folder and "does not exist" in notes[0]
+    assert ensure_prepared(mine, 64) == Path("mine") and "does not exist" in capsys.readouterr().err
 
 
-def test_a_folder_made_with_other_settings_is_refused_with_the_list(book):
-    ensure_prepared(dataclasses.replace(book, dir="mine"), local_rank=0, note=quiet)
+def test_a_folder_made_with_other_settings_is_refused_with_the_list(mine, no_process):
     with pytest.raises(ConfigError, match=r"'mine' was made with other settings \(val_fraction: 0.05 -> 0.2\)"):
-        ensure_prepared(dataclasses.replace(book, dir="mine", val_fraction=0.2), local_rank=0, note=quiet)
+        ensure_prepared(dataclasses.replace(mine, val_fraction=0.2), 64)
     Path("mybook.txt").write_text("longer text " * 100)
     with pytest.raises(ConfigError, match=r"sources: .*1000.*1200"):
-        ensure_prepared(dataclasses.replace(book, dir="mine"), local_rank=1, note=quiet)
+        ensure_prepared(mine, 64, local_rank=1)
 
 
-def test_the_tokenizer_left_out_or_named_by_its_file_is_that_of_the_folder(book):
-    ensure_prepared(dataclasses.replace(book, dir="mine"), local_rank=0, note=quiet)
+def test_the_tokenizer_left_out_or_named_by_its_file_is_that_of_the_folder(mine, no_process):
     for tokenizer in (None, "mine", "mine/tokenizer.json", "bytes"):
-        for source in (book.source, ()):
+        for source in (mine.source, ()):
             data = DataConfig(source=source, dir="mine", tokenizer=tokenizer)
-            assert ensure_prepared(data, local_rank=0, note=quiet) == Path("mine")
+            assert ensure_prepared(data, 64) == Path("mine")
     with pytest.raises(ConfigError, match='tokenizer: "bytes" -> "gpt2"'):
-        ensure_prepared(DataConfig(dir="mine", tokenizer="gpt2"), local_rank=0, note=quiet)
+        ensure_prepared(DataConfig(dir="mine", tokenizer="gpt2"), 64)
 
 
-def test_documents_end_with_the_end_of_text_that_the_tokenizers_folder_names(book):
+def test_documents_end_with_the_end_of_text_that_the_tokenizers_folder_names(book, no_process):
     file = json.loads(train_bpe(["some text"], 258).file_text)
     file["added_tokens"].append(file["added_tokens"][0] | {"id": 258, "content": "<|im_end|>"})
     Path("run").mkdir()
     Path("run", "tokenizer.json").write_text(json.dumps(file))
     Path("run", "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
     Path("rows.jsonl").write_text("\n".join(json.dumps({"text": f"some text {i}"}) for i in range(200)))
-    prepare(["rows.jsonl"], Path("shards"), tokenizer="run", note=quiet, val_fraction=0.2)
+    prepare(["rows.jsonl"], Path("shards"), tokenizer="run", val_fraction=0.2)
     dataset = open_dataset(Path("shards"))
     stream = open_split(dataset, "train")
     tokens = stream.windows(np.array([0]), stream.tokens)[0]
     assert dataset.eot == load_tokenizer("shards").eot == tokens[-1] == 258 and 257 not in tokens
     for tokenizer in ("run", "shards"):  # either names what the shards were made with
-        ensure_prepared(DataConfig(dir="shards", tokenizer=tokenizer), local_rank=0, note=quiet)
+        ensure_prepared(DataConfig(dir="shards", tokenizer=tokenizer), 64)
     with pytest.raises(ConfigError, match="other settings"):
         Path("run", "tokenizer_config.json").unlink()
-        ensure_prepared(DataConfig(source=("rows.jsonl",), val_fraction=0.2, dir="shards", tokenizer="run"),
-                        local_rank=0, note=quiet)
+        ensure_prepared(DataConfig(source=("rows.jsonl",), val_fraction=0.2, dir="shards", tokenizer="run"), 64)
 
 
-def test_foreign_shards_need_a_tokenizer_and_other_folders_a_source(book, tmp_path):
+def test_foreign_shards_need_a_tokenizer_and_other_folders_a_source(book, no_process):
     Path("foreign").mkdir()
     with pytest.raises(ConfigError, match="'foreign' holds neither index.json nor .*set data.source"):
-        ensure_prepared(DataConfig(dir="foreign", tokenizer="gpt2"), local_rank=0, note=quiet)
+        ensure_prepared(DataConfig(dir="foreign", tokenizer="gpt2"), 64)
     Path("foreign", "fineweb_train_000001.bin").write_bytes(b"")
     with pytest.raises(ConfigError, match="'foreign' holds shards without index.json; set data.tokenizer"):
-        ensure_prepared(DataConfig(dir="foreign"), local_rank=0, note=quiet)
-    assert ensure_prepared(DataConfig(dir="foreign", tokenizer="gpt2"), local_rank=0, note=quiet) == Path("foreign")
+        ensure_prepared(DataConfig(dir="foreign"), 64)
+    assert ensure_prepared(DataConfig(dir="foreign", tokenizer="gpt2"), 64) == Path("foreign")
     Path("half").mkdir()
     Path("half", ".progress.json").write_text("{}")
     with pytest.raises(ConfigError, match="'half' is not finished"):
-        ensure_prepared(DataConfig(dir="half"), local_rank=0, note=quiet)
+        ensure_prepared(DataConfig(dir="half"), 64)

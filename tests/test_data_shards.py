@@ -1,8 +1,7 @@
-"""Shards: the bytes written, what a damaged folder is told, and windows against a plain array."""
+"""Shards, read: what a damaged folder is told, and windows against a plain array."""
 
 import hashlib
 import json
-import resource
 import struct
 import sys
 import threading
@@ -11,20 +10,19 @@ import numpy as np
 import pytest
 
 import data.shards
-from config import MachineError
+import files
 from data.shards import (
     BackgroundVerifier,
+    Dataset,
     ShardError,
-    ShardWriter,
     TokenStream,
-    index_hash,
     load_index,
     open_dataset,
     open_split,
     read_header,
     verify,
-    write_index,
 )
+from data.write_shards import ShardWriter, write_index
 
 
 def llmc_bytes(tokens, magic=20240520, version=1, letter="H", count=None) -> bytes:
@@ -49,91 +47,6 @@ def make_folder(folder, train, val=((1, 2, 3),), dtype=np.uint16, vocab_size=60_
     write_index(folder, {"format": 1, "tokenizer": "bpe:60000", "dtype": np.dtype(dtype).name,
                          "vocab_size": vocab_size, "eot": 0, "settings": {"source": ["a.txt"]}, "shards": shards})
     return folder
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Writing
-
-@pytest.mark.parametrize(("dtype", "magic", "version", "letter", "top"),
-                         [(np.uint16, 20240520, 1, "H", 65_535), (np.uint32, 20240801, 7, "I", 200_000)])
-def test_a_shard_has_the_bytes_that_llmc_writes(tmp_path, dtype, magic, version, letter, top):
-    tokens = [0, 1, 517, top]
-    write_shard(tmp_path / "a.bin", tokens, dtype, top + 1)
-    assert (tmp_path / "a.bin").read_bytes() == llmc_bytes(tokens, magic, version, letter)
-
-
-def test_pieces_of_any_integer_dtype_are_appended_in_order(tmp_path):
-    writer = ShardWriter(tmp_path / "a.bin", np.uint16, 300)
-    for piece in (np.array([1, 2], dtype=np.int64), np.array([], dtype=np.int64), np.array([299], dtype=np.uint16),
-                  np.array([[7, 8], [9, 10]], dtype=np.int32)):
-        writer.write(piece)
-    writer.close()
-    assert (tmp_path / "a.bin").read_bytes() == llmc_bytes([1, 2, 299, 7, 8, 9, 10])
-
-
-def test_close_reports_name_count_and_sha256_of_the_whole_file(tmp_path):
-    entry = write_shard(tmp_path / "train_00000.bin", range(1000))
-    digest = hashlib.sha256((tmp_path / "train_00000.bin").read_bytes()).hexdigest()
-    assert entry == {"file": "train_00000.bin", "tokens": 1000, "sha256": digest}
-
-
-@pytest.mark.parametrize(("tokens", "named"), [([5, -1], "-1"), ([300], "300"), ([70_000], "70000")])
-def test_an_id_outside_the_vocabulary_is_refused_not_wrapped(tmp_path, tokens, named):
-    writer = ShardWriter(tmp_path / "a.bin", np.uint16, 300)
-    with pytest.raises(ShardError, match=f"'a.bin'.* id {named} .*300"):
-        writer.write(np.array(tokens))
-    writer.abort()
-
-
-def test_token_ids_that_are_not_integers_are_refused(tmp_path):
-    writer = ShardWriter(tmp_path / "a.bin", np.uint16, 300)
-    with pytest.raises(ShardError, match="float64"):
-        writer.write(np.array([1.5]))
-    writer.abort()
-
-
-def test_a_vocabulary_above_65536_is_refused_in_uint16(tmp_path):
-    ShardWriter(tmp_path / "a.bin", np.uint16, 65_536).abort()
-    with pytest.raises(ShardError, match="65537.*uint32"):
-        ShardWriter(tmp_path / "a.bin", np.uint16, 65_537)
-
-
-def test_a_shard_of_two_to_the_31_tokens_is_refused(tmp_path):
-    writer = ShardWriter(tmp_path / "a.bin", np.uint16, 300)
-    writer.tokens = 2**31 - 2  # as if so many had been written
-    writer.write(np.array([1]))
-    with pytest.raises(ShardError, match="2147483648"):
-        writer.write(np.array([1]))
-    writer.abort()
-
-
-def test_nothing_has_the_shards_name_before_close_and_abort_leaves_nothing(tmp_path):
-    writer = ShardWriter(tmp_path / "a.bin", np.uint16, 300)
-    writer.write(np.arange(300))
-    assert not (tmp_path / "a.bin").exists()
-    writer.abort()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_abort_after_close_keeps_the_shard(tmp_path):
-    writer = ShardWriter(tmp_path / "a.bin", np.uint16, 300)
-    writer.write(np.arange(300))
-    writer.close()
-    writer.abort()
-    assert [path.name for path in tmp_path.iterdir()] == ["a.bin"]
-
-
-def test_a_disk_that_fails_is_one_line_that_names_the_shard(tmp_path):
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    writer = ShardWriter(tmp_path / "a.bin", np.uint16, 300)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))  # stands in for a full disk
-    try:
-        with pytest.raises(MachineError, match="a.bin.*File too large"):
-            writer.write(np.zeros(100_000, dtype=np.uint16))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    writer.abort()
-    assert list(tmp_path.iterdir()) == []
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -181,8 +94,8 @@ def test_the_same_index_gives_the_same_bytes_and_comes_back_equal(tmp_path):
 
 def test_the_index_hash_depends_on_content_and_not_on_the_order_of_keys(tmp_path):
     index = load_index(make_folder(tmp_path, [range(50)]))
-    assert index_hash(dict(reversed(index.items()))) == index_hash(index)
-    assert index_hash({**index, "eot": 1}) != index_hash(index)
+    assert Dataset(tmp_path, dict(reversed(index.items()))).hash == Dataset(tmp_path, index).hash
+    assert Dataset(tmp_path, {**index, "eot": 1}).hash != Dataset(tmp_path, index).hash
 
 
 def test_a_folder_without_an_index_has_none(tmp_path):
@@ -191,7 +104,7 @@ def test_a_folder_without_an_index_has_none(tmp_path):
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"format": 2}, "format 2"), ({"dtype": "int64"}, "int64"), ({"vocab_size": "many"}, "vocab_size"),
-    ({"eot": "<end>"}, "eot"), ({"shards": None}, "no list"), ({"shards": [{"file": "a.bin"}]}, "shard 0"),
+    ({"eot": "<end>"}, "eot"), ({"shards": None}, "shards None"), ({"shards": [{"file": "a.bin"}]}, "shard 0"),
     ({"shards": [{"file": "../a.bin", "split": "train", "tokens": 1, "sha256": ""}]}, "../a.bin"),
 ])
 def test_an_index_of_the_wrong_shape_is_refused(tmp_path, change, message):
@@ -210,7 +123,8 @@ def test_an_index_that_is_not_json_is_refused(tmp_path):
 def test_an_opened_dataset_knows_its_index_vocabulary_and_end_of_text(tmp_path):
     dataset = open_dataset(make_folder(tmp_path, [range(50)]))
     assert (dataset.vocab_size, dataset.eot) == (60_000, 0)
-    assert dataset.hash == index_hash(load_index(tmp_path))
+    canonical = json.dumps(load_index(tmp_path), sort_keys=True, separators=(",", ":"))
+    assert dataset.hash == hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def test_a_folder_that_does_not_exist_is_an_error_with_the_way_out(tmp_path):
@@ -386,7 +300,7 @@ def test_the_background_verifier_is_content_with_good_and_with_foreign_shards(tm
 
 
 def test_stop_ends_the_background_verifier_in_the_middle_of_a_shard(tmp_path, monkeypatch):
-    monkeypatch.setattr(data.shards, "HASH_CHUNK_BYTES", 1)  # 120,000 chunks with a rest after each: tens of seconds
+    monkeypatch.setattr(files, "HASH_CHUNK_BYTES", 1)  # 120,000 chunks with a rest after each: tens of seconds
     dataset = open_dataset(make_folder(tmp_path, [np.zeros(60_000, dtype=np.uint16)]))
     verifier = BackgroundVerifier(dataset)
     verifier.stop()
@@ -450,7 +364,7 @@ def test_memory_is_flat_in_the_size_of_the_data(tmp_path):
     with open(tmp_path / "train.bin", "wb") as file:
         file.write(struct.pack("<256i", 20240520, 1, tokens, *[0] * 253))
         file.truncate(1024 + 2 * tokens)
-    stream = TokenStream([tmp_path / "train.bin"], "train split")
+    stream = TokenStream([read_header(tmp_path / "train.bin")], "train split")
     before = anonymous_bytes()
     for starts in np.random.default_rng(3).integers(0, tokens - 1025, (100, 64)):
         stream.windows(starts, 1025)
