@@ -34,9 +34,11 @@ import sample
 from config import Config, ConfigError, MachineError, UserError
 from data.chat import TEMPLATE_FILE, load_template, save_template
 from data.loader import MicroBatch, TrainLoader, ValLoader
-from data.prepare import PreparationStopped, ensure_prepared
-from data.shards import BackgroundVerifier, Dataset, open_dataset, open_split
+from data.prepare import PreparationStopped
+from data.prepared import ensure_prepared
+from data.shards import Dataset, open_dataset, open_split
 from data.tokenizer import Tokenizer, load_tokenizer
+from data.verify_shards import BackgroundVerifier
 from distributed import World
 from finetune import lora
 from model import GPT, flops_per_token

@@ -102,7 +102,7 @@ def _checked_windows(stream: TokenStream, window_ids: np.ndarray, seq_len: int, 
     """The T+1 tokens of each window, (B, T+1) in the shards' dtype. Raises ShardError for an id from vocab_size on."""
     windows = stream.windows(window_ids * (stream.row_tokens or seq_len), seq_len + 1)
     if vocab_size is not None and windows.size and windows.max() >= vocab_size:
-        raise ShardError(f"{stream.name} holds token {windows.max()} but the vocabulary has {vocab_size} ids; these "
+        raise ShardError(f"{stream.name} holds token {windows.max()} but the tokenizer has {vocab_size} ids; these "
                          "shards were made with another tokenizer: name it in data.tokenizer")
     return windows
 

@@ -1,4 +1,4 @@
-"""Text to token shards: `python -m data.prepare SOURCE ... --out DIR`, and what train.py calls to have its data ready.
+"""Text to token shards: `python -m data.prepare SOURCE ... --out DIR`; prepared.py runs it for train.py.
 
 Writes DIR/train_00000.bin, val_00000.bin, ..., tokenizer.json and, last, index.json. The bytes depend on the text and
 the settings alone, not on paths, time or the number of workers. Files of text and their split into train and val are
@@ -14,19 +14,15 @@ loss counts and packs them into rows of max_seq_len + 1 tokens; tracks beside th
 
 A document ends with end-of-text. Where the text is split by characters the cut may fall inside a document: its first
 part, the end of train, then has no end-of-text, for the document did not end there; its rest starts val.
-
-train.py has this command run in a process of its own (ensure_prepared).
 """
 
 import argparse
 import fcntl
-import hashlib
 import itertools
 import json
 import math
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -39,28 +35,15 @@ import numpy as np
 
 import cli
 import files
-from config import ConfigError, DataConfig, MachineError, UserError, exit_cleanly
+from config import ConfigError, MachineError, UserError, exit_cleanly
 from data.chat import DEFAULT_TEMPLATE, TEMPLATE_FILE, read_template, save_template
-from data.examples import (
-    CHAT,
-    PROMPT_RESPONSE,
-    ROWS_PER_UNIT,
-    TEXT,
-    Example,
-    Packing,
-    examples,
-    find_kind,
-    packed,
-    template_hash,
-    texts_of_examples,
-)
-from data.shards import INDEX_FILE, INDEX_FORMAT, TRACKS, files_of, load_index, verify
+from data.examples import CHAT, ROWS_PER_UNIT, TEXT, Example, Packing, examples, find_kind, packed, texts_of_examples
+from data.shards import INDEX_FORMAT, TRACKS, files_of, load_index
 from data.sources import (
     KINDS,
     LONGEST_UNIT_BYTES,
     STDLIB,
     UNIT_BYTES,
-    SourceError,
     TextFile,
     Texts,
     Unit,
@@ -80,6 +63,7 @@ from data.tokenizer import (
     tokenizer_identity,
     train_bpe,
 )
+from data.verify_shards import verify
 from data.write_shards import MAX_SHARD_TOKENS, Encoded, SplitWriter, dtype_for, write_index
 
 DEFAULT_TOKENIZER = "gpt2"
@@ -91,9 +75,7 @@ BPE_TEXT_CHARS = 1 << 16
 
 PROGRESS_FILE = ".progress.json"
 LOCK_FILE = ".lock"
-POLL_SECONDS = 1.0
-CHILD_POLL_SECONDS = 0.05
-NOTE_SECONDS = 30.0
+ORPHAN_SECONDS = 0.5  # between two looks whether train.py lives
 
 
 class Busy(UserError):
@@ -191,8 +173,8 @@ def encode_units(units: Iterator[Unit], encoder: Encoder, workers: int, tokenize
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor
     from concurrent.futures.process import BrokenProcessPool
-    # Processes inherit blocked signals: Ctrl-C reaches this one alone, which ends the workers in order. SIGINT is blocked
-    # second because multiprocessing unblocks it when it starts its resource tracker, which ignores it anyway.
+    # Processes inherit blocked signals: Ctrl-C reaches this one alone, which ends the workers in order. SIGINT comes
+    # second, for multiprocessing unblocks it when it starts its resource tracker, which ignores it anyway.
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
     arguments = (str(tokenizer_file), encoder.val_fraction, encoder.text_field, encoder.packing)
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, arguments)
@@ -336,7 +318,7 @@ def prepare(sources: Sequence[str], out_dir: Path, *, tokenizer: str = DEFAULT_T
     Raises UserError (nothing stays written), MachineError and PreparationStopped (the same call goes on).
     """
     if not sources:
-        raise SourceError(f"no source is named; name a text file, a folder, or {STDLIB}")
+        raise UserError(f"no source is named; name a text file, a folder, or {STDLIB}")
     if not 1 <= shard_tokens <= MAX_SHARD_TOKENS:
         raise UserError(f"--shard-tokens {shard_tokens} should lie between 1 and {MAX_SHARD_TOKENS}")
     if workers is not None and workers < 1:
@@ -490,164 +472,33 @@ def _encode_texts(folder: OutputFolder, texts: Texts, encoder: Encoder, writers:
 
 def _check_no_split_is_empty(index: dict) -> None:
     """Raise ConfigError if there is nothing to train on, or nothing to validate on though it was asked for."""
-    for split, change in (("train", "more text, or a smaller --val-fraction (data.val_fraction; 0 = no validation)"),
-                          ("val", "more validation text, a larger --val-fraction (data.val_fraction; 0 = no "
-                                  "validation)")):
-        if any(shard["split"] == split for shard in index["shards"]) or index["val_split"] == "none" and split == "val":
-            continue
-        dropped = sum(lengths["dropped"] for lengths in index.get("examples", {}).values())
-        raise ConfigError(f"the {split} split holds 0 tokens; give {change}" + (
-            f", or cut examples that are too long (--too-long, data.too_long): {dropped:,} were left out" if dropped
-            else ""))
+    ways_out = {"train": "more text, or a smaller --val-fraction (data.val_fraction; 0 = no validation)",
+                "val": "more validation text, a larger --val-fraction (data.val_fraction; 0 = no validation)"}
+    if index["val_split"] == "none":
+        del ways_out["val"]
+    dropped = sum(lengths["dropped"] for lengths in index.get("examples", {}).values())
+    for split in ways_out.keys() - {shard["split"] for shard in index["shards"]}:
+        cut = f", or cut examples: {dropped:,} were left out as too long (--too-long, data.too_long)" if dropped else ""
+        raise ConfigError(f"the {split} split holds 0 tokens; give {ways_out[split]}{cut}")
 
 
 def _summary(index: dict) -> str:
     lines = []
     for split in ("train", "val"):
         shards = [shard for shard in index["shards"] if shard["split"] == split]
-        tokens = sum(shard["tokens"] for shard in shards)
-        lines.append(f"{split} {tokens:,} tokens of {sum(s['text_bytes'] for s in shards):,} bytes in {len(shards)} "
-                     f"shard{'s' * (len(shards) != 1)}")
-        if split in index.get("examples", {}):
-            lines[-1] += f" ({_summary_of_examples(index['examples'][split], tokens)})"
+        tokens, text_bytes = (sum(shard[key] for shard in shards) for key in ("tokens", "text_bytes"))
+        line = f"{split} {tokens:,} tokens of {text_bytes:,} bytes in {len(shards)} shard{'s' * (len(shards) != 1)}"
+        if lengths := index.get("examples", {}).get(split):
+            cut = f", {lengths['truncated']:,} cut to fit" if lengths["truncated"] else ""
+            dropped = f", {lengths['dropped']:,} left out as too long" if lengths["dropped"] else ""
+            line += (f" ({lengths['examples']:,} examples of {lengths['shortest']} to {lengths['longest']} tokens, "
+                     f"{lengths['tokens'] / lengths['examples']:.1f} on average, {lengths['response_tokens']:,} tokens "
+                     f"with loss{cut}{dropped}, rows {100 * lengths['tokens'] / tokens:.1f} % full)")
+        lines.append(line)
     replaced = f", {index['invalid_utf8']:,} invalid UTF-8 sequences replaced" if index["invalid_utf8"] else ""
     if "row_tokens" in index:
         replaced += f"; {index['settings']['kind']} in rows of {index['row_tokens']:,} tokens, loss on the responses"
     return f"{', '.join(lines)}; tokenizer {index['tokenizer']}, {index['vocab_size']:,} ids{replaced}"
-
-
-def _summary_of_examples(lengths: dict[str, int], tokens: int) -> str:
-    too_long = "".join(f", {lengths[key]:,} {what}" for key, what in (("truncated", "cut to fit"),
-                                                                      ("dropped", "left out as too long"))
-                       if lengths[key])
-    return (f"{lengths['examples']:,} examples of {lengths['shortest']} to {lengths['longest']} tokens, "
-            f"{lengths['tokens'] / lengths['examples']:.1f} on average, {lengths['response_tokens']:,} tokens with loss"
-            f"{too_long}, rows {100 * lengths['tokens'] / tokens:.1f} % full")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# For train.py
-
-def data_dir_for(data: DataConfig, max_seq_len: int | None = None, chat_template: str = DEFAULT_TEMPLATE) -> Path:
-    """The folder of shards: data.dir, else shards/<name of the first source>-<hash of the data settings>; of examples
-    with max_seq_len, data.too_long and (chat) the template among the settings."""
-    if data.dir is not None:
-        return Path(data.dir)
-    if not data.source:
-        raise ConfigError("data.source and data.dir are both left out; name text (data.source=mybook.txt) or a folder "
-                          "of shards (data.dir=shards/mybook)")
-    tokenizer = tokenizer_identity(data.tokenizer or DEFAULT_TOKENIZER)  # a copied or moved file is the same
-    settings = [data.source, data.val_source, tokenizer, data.val_fraction, data.text_field]
-    name = Path(data.source[0]).absolute().name.partition(".")[0] or "text"
-    of_examples = [*settings, max_seq_len, data.too_long]
-    candidates = {kind: Path("shards", f"{name}-{hashlib.sha256(json.dumps(words).encode()).hexdigest()[:8]}")
-                  for kind, words in ((TEXT, settings), (PROMPT_RESPONSE, of_examples),
-                                      (CHAT, [*of_examples, template_hash(chat_template)]))}
-    for folder in candidates.values():
-        if (folder / INDEX_FILE).exists():  # its source may be gone
-            return folder
-    kind = TEXT
-    with suppress(SourceError):  # prepare() says it
-        kind = find_kind([file for source in data.source for file in find_files(source)], data.text_field)
-    return candidates.get(kind, candidates[PROMPT_RESPONSE])
-
-
-def ensure_prepared(data: DataConfig, max_seq_len: int, chat_template: str | None = None, *, local_rank: int = 0,
-                    should_stop: Callable[[], bool] = lambda: False) -> Path:
-    """The folder of shards, prepared first if it is not: by a process that local rank 0 starts, while the other ranks
-    wait for index.json. max_seq_len, chat_template (its text; None: the plain one): for examples.
-
-    For every rank to call before the process group exists. Raises ConfigError if the folder was made with other
-    settings or holds nothing, PreparationStopped if should_stop() says so, SystemExit with its status if the process
-    failed and said why.
-    """
-    template = DEFAULT_TEMPLATE if chat_template is None else chat_template
-    folder = data_dir_for(data, max_seq_len, template)
-    if not data.source:
-        _check_given_folder(folder, data)
-        return folder
-    started = noted = time.monotonic()
-    while not _is_prepared(folder, data, max_seq_len, template):
-        if local_rank == 0 and _prepare_in_a_process(folder, data, max_seq_len, template, should_stop):
-            break
-        if should_stop():
-            raise PreparationStopped(f"stopped while {str(folder)!r} was being prepared")
-        if time.monotonic() - noted > NOTE_SECONDS:
-            noted = time.monotonic()
-            cli.note(f"waiting for {folder / INDEX_FILE}, {noted - started:.0f} s so far")
-        time.sleep(POLL_SECONDS)
-    return folder
-
-
-def _prepare_in_a_process(folder: Path, data: DataConfig, max_seq_len: int, chat_template: str,
-                          should_stop: Callable[[], bool]) -> bool:
-    """Run this file's command, whose notes and error go to our stderr and which ends when this process does; False if
-    another process, of another node or job, is at it."""
-    val = [f"--val={source}" for source in data.val_source] or [f"--val-fraction={data.val_fraction}"]
-    command = [sys.executable, "-P", "-m", "data.prepare", f"--out={folder}", f"--parent={os.getpid()}",
-               f"--tokenizer={data.tokenizer or DEFAULT_TOKENIZER}", *val, f"--text-field={data.text_field}",
-               f"--max-seq-len={max_seq_len}", "--chat-template=-", f"--too-long={data.too_long}", "--", *data.source]
-    paths = [str(Path(__file__).resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    child = subprocess.Popen(command, stdin=subprocess.PIPE, env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)})
-    with suppress(BrokenPipeError), child.stdin:
-        child.stdin.write(chat_template.encode())
-    while child.poll() is None and not should_stop():
-        time.sleep(CHILD_POLL_SECONDS)
-    child.terminate()  # unless it has ended
-    status = child.wait()
-    if status in (0, os.EX_TEMPFAIL):
-        return status == 0
-    number = -status if status < 0 else status - 128
-    if number < 0:
-        sys.exit(status)  # it has said why
-    if should_stop():
-        raise PreparationStopped(f"stopped while preparing {str(folder)!r}")
-    raise MachineError(f"preparing {str(folder)!r} was ended by signal {number} ({signal.strsignal(number)}; out of "
-                       "memory?); the same command goes on from there")
-
-
-def _is_prepared(folder: Path, data: DataConfig, max_seq_len: int, chat_template: str) -> bool:
-    """Whether the folder is finished. Raises ConfigError if it was made with other settings."""
-    index = load_index(folder)
-    if index is None:
-        return False
-    ours = {"val_fraction": None if data.val_source else data.val_fraction, "text_field": data.text_field,
-            **_tokenizer_setting(index, data)}
-    kind = index.get("settings", {}).get("kind")
-    if kind is not None:
-        ours |= Packing(kind, max_seq_len, chat_template, data.too_long).settings
-    try:
-        ours |= {"sources": [describe(source) for source in data.source],
-                 "val_sources": [describe(source) for source in data.val_source]}
-    except SourceError as error:
-        cli.note(f"{error}; using {folder}, which was made from it")
-    refuse_differences(folder, index.get("settings", {}), ours)
-    return True
-
-
-def _tokenizer_setting(index: dict, data: DataConfig) -> dict:
-    """The tokenizer to compare with that of an index: none if it is left out or the index's own tokenizer.json."""
-    if data.tokenizer is None:
-        return {}
-    identity = tokenizer_identity(data.tokenizer)
-    _, plus, end_of_text = index.get("tokenizer", "").partition("+")  # see tokenizer_identity
-    own = f"{TOKENIZER_FILE}:{index.get('tokenizer_sha256', '')[:12]}{plus}{end_of_text}"
-    return {} if identity == own else {"tokenizer": identity}
-
-
-def _check_given_folder(folder: Path, data: DataConfig) -> None:
-    """Raise ConfigError unless the folder holds shards, ours or (with data.tokenizer) foreign ones."""
-    index = load_index(folder)
-    if index is not None:
-        refuse_differences(folder, index.get("settings", {}), _tokenizer_setting(index, data))
-    elif (folder / PROGRESS_FILE).exists():
-        raise ConfigError(f"data.dir = {str(folder)!r} is not finished; give the command that began it again")
-    elif not any(folder.glob("*train*.bin")):
-        raise ConfigError(f"data.dir = {str(folder)!r} holds neither {INDEX_FILE} nor *train*.bin; set data.source to "
-                          "prepare text into it")
-    elif data.tokenizer is None:
-        raise ConfigError(f"data.dir = {str(folder)!r} holds shards without {INDEX_FILE}; set data.tokenizer to the "
-                          "one they were made with (gpt2, most often)")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -677,7 +528,7 @@ def _parser() -> cli.Parser:
     parser.add_argument("--too-long", choices=("cut", "drop", "error"), default="cut",
                         help="what becomes of rows of examples longer than the context (default cut)")
     parser.add_argument("--verify", metavar="DIR", help="check every shard of a folder against its index.json")
-    # For train.py: end with this process; wait for another one that prepares the same folder.
+    # From train.py: end with this process, and leave it to that one to say what the exit status means.
     parser.add_argument("--parent", type=int, help=argparse.SUPPRESS)
     return parser
 
@@ -685,12 +536,22 @@ def _parser() -> cli.Parser:
 def main(argv: list[str]) -> None:
     args = _parser().parse_args(argv)
     if args.verify is not None:
-        _verify(args)
+        if args.sources or args.out is not None:
+            raise UserError("--verify DIR stands alone; leave out SOURCE and --out")
+        if not Path(args.verify).is_dir():
+            raise UserError(f"--verify {args.verify!r} is no folder; name a folder of shards")
+        problems = verify(Path(args.verify), cli.note)
+        if problems:
+            raise MachineError("; ".join(problems))
         return
     if args.out is None:
         raise UserError("--out DIR is missing; name the folder for the shards")
     if args.parent is not None:
         threading.Thread(target=_end_when_orphaned, args=(args.parent,), daemon=True).start()
+    template = DEFAULT_TEMPLATE
+    if args.chat_template is not None:
+        from_stdin = args.chat_template == "-"
+        template = sys.stdin.buffer.read().decode() if from_stdin else read_template(Path(args.chat_template))
     signals: list[int] = []
 
     def handle(number: int, frame: object) -> None:
@@ -703,7 +564,7 @@ def main(argv: list[str]) -> None:
     try:
         prepare(args.sources, Path(args.out), tokenizer=args.tokenizer, val_fraction=args.val_fraction,
                 val_sources=args.val, workers=args.workers, text_field=args.text_field, shard_tokens=args.shard_tokens,
-                max_seq_len=args.max_seq_len, chat_template=_template(args.chat_template), too_long=args.too_long,
+                max_seq_len=args.max_seq_len, chat_template=template, too_long=args.too_long,
                 should_stop=lambda: bool(signals))
     except Busy:
         if args.parent is None:
@@ -718,26 +579,10 @@ def main(argv: list[str]) -> None:
         sys.exit(128 + signals[0])
 
 
-def _template(name: str | None) -> str:
-    if name == "-":
-        return sys.stdin.buffer.read().decode()
-    return DEFAULT_TEMPLATE if name is None else read_template(Path(name))
-
-
 def _end_when_orphaned(parent: int) -> None:
     while os.getppid() == parent:
-        time.sleep(POLL_SECONDS)
+        time.sleep(ORPHAN_SECONDS)
     os._exit(1)
-
-
-def _verify(args: argparse.Namespace) -> None:
-    if args.sources or args.out is not None:
-        raise UserError("--verify DIR stands alone; leave out SOURCE and --out")
-    if not Path(args.verify).is_dir():
-        raise UserError(f"--verify {args.verify!r} is no folder; name a folder of shards")
-    problems = verify(Path(args.verify), cli.note)
-    if problems:
-        raise MachineError("; ".join(problems))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Token shards, read: headers, the index of a data folder, checks, and a split as one stream.
+"""Token shards, read: headers, the index of a data folder, and a split as one stream.
 
 A shard is llm.c's file: a header of 256 little-endian int32 (magic, version, token count, zeros), then the token ids as
 uint16 or uint32. A data folder holds shards and index.json, which names each with its split, token count and sha256. A
@@ -13,16 +13,12 @@ import functools
 import hashlib
 import json
 import os
-import sys
-import threading
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-import files
 from config import UserError
 
 HEADER_BYTES = 256 * 4
@@ -144,7 +140,7 @@ def open_dataset(data_dir: Path) -> Dataset:
     if index is None:
         return Dataset(data_dir, _foreign_index(data_dir))
     for shard in index["shards"]:
-        _check_shard(data_dir, index, shard)
+        check_shard(data_dir, index, shard)
     return Dataset(data_dir, index, index["vocab_size"], index["eot"])
 
 
@@ -186,7 +182,7 @@ def _index_problem(index: object) -> str | None:
     return None
 
 
-def _check_shard(data_dir: Path, index: dict, shard: dict) -> None:
+def check_shard(data_dir: Path, index: dict, shard: dict) -> None:
     """Raise ShardError if the file's header does not say what the index says."""
     header = read_header(data_dir / shard["file"])
     if (header.dtype.name, header.tokens) != (index["dtype"], shard["tokens"]):
@@ -205,7 +201,7 @@ def _foreign_index(data_dir: Path) -> dict:
     """An index for a folder of llm.c, modded-nanogpt or nanoGPT shards."""
     shards, dtypes = [], {}
     for split in SPLITS:
-        for path in _without_tracks(data_dir.glob(f"*{split}*.bin")):
+        for path in without_tracks(data_dir.glob(f"*{split}*.bin")):
             if all(name in path.name for name in SPLITS):
                 raise ShardError(f"shard {str(path)!r} has both train and val in its name; rename it")
             header = read_header(path, foreign=True)
@@ -226,89 +222,8 @@ def _foreign_index(data_dir: Path) -> dict:
     return {"format": INDEX_FORMAT, "dtype": next(iter(dtypes)), "shards": shards}
 
 
-def _without_tracks(paths: Iterable[Path]) -> list[Path]:
+def without_tracks(paths: Iterable[Path]) -> list[Path]:
     return sorted(path for path in paths if path.suffixes[-2:-1] not in ([f".{track}"] for track in TRACKS))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Verifying
-
-def verify(data_dir: Path, note: Callable[[str], None]) -> list[str]:
-    """One line for each thing wrong with a data folder: headers, counts, sha256 (without an index headers only)."""
-    data_dir, problems = Path(data_dir), []
-    try:
-        index = load_index(data_dir)
-    except ShardError as error:
-        return [str(error)]
-    shards = index["shards"] if index is not None else \
-        [{"file": path.name} for path in _without_tracks(data_dir.glob("*.bin"))]
-    for shard in shards:
-        try:
-            if index is None:
-                header = read_header(data_dir / shard["file"], foreign=True)
-                kind = "" if header.bytes else " (no header: bare uint16 ids)"
-                note(f"{shard['file']}: {header.tokens} tokens{kind}; no {INDEX_FILE}, so no sha256 to compare")
-            else:
-                _check_shard(data_dir, index, shard)
-                _check_sha256(data_dir, shard)
-                note(f"{shard['file']}: {shard['tokens']} tokens, sha256 as recorded")
-        except ShardError as error:
-            problems.append(str(error))
-    return problems if shards else [f"data folder {str(data_dir)!r} holds no shards (*.bin)"]
-
-
-def _check_sha256(data_dir: Path, shard: dict, pause: Callable[[float], None] | None = None) -> None:
-    for name, expected in files_of(shard).items():
-        path = data_dir / name
-        try:
-            found = files.sha256(path, pause)
-        except OSError as error:
-            raise ShardError(f"shard {str(path)!r} cannot be read: {error.strerror}") from None
-        if found != expected:
-            raise ShardError(f"shard {str(path)!r} is damaged: its sha256 is {found[:16]}..., {INDEX_FILE} says "
-                             f"{expected[:16]}...; {AGAIN}")
-
-
-class BackgroundVerifier:
-    """Checks the sha256 of every shard in a daemon thread while a run goes on; the loop polls .error.
-
-    It rests twice as long as it works, so that a training step hardly notices. Foreign shards carry no sha256: nothing
-    to do. `done` is set when every shard was found as recorded, `error` when one was not.
-    """
-
-    def __init__(self, dataset: Dataset):
-        self.error: ShardError | None = None
-        self.done = False
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(dataset,), name="shard-verifier", daemon=True)
-        self._thread.start()
-
-    def stop(self) -> None:
-        """End the thread; what was not checked yet stays unchecked."""
-        self._stopped.set()
-        self._thread.join()
-
-    def _run(self, dataset: Dataset) -> None:
-        if sys.platform == "linux":  # there a thread has its own niceness; 19 is the lowest priority
-            with suppress(OSError):  # a sandbox that forbids it: the rests must do
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-        try:
-            for shard in dataset.index["shards"]:
-                if shard["sha256"] is not None:
-                    _check_sha256(dataset.dir, shard, self._rest)
-            self.done = True
-        except ShardError as error:
-            self.error = error
-        except _Stopped:
-            pass
-
-    def _rest(self, worked_s: float) -> None:
-        if self._stopped.wait(2 * worked_s):
-            raise _Stopped
-
-
-class _Stopped(Exception):
-    """BackgroundVerifier.stop() was called in the middle of a shard."""
 
 
 # ----------------------------------------------------------------------------------------------------------------------

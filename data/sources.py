@@ -69,7 +69,8 @@ def find_files(source: str) -> list[TextFile]:
     try:
         if source == STDLIB:
             files = [_text_file(p, path) for p in _walk(path, STDLIB_SKIPPED) if p.suffix == ".py"]
-            files = [file for file in files if not _is_generated(file)]
+            files = [file for file in files if not GENERATED.search(
+                _read_range(file.path, 0, min(file.bytes, GENERATED_HEAD_BYTES)))]
             problem = f"source {STDLIB!r}: {str(path)!r} holds no .py files; name a text file instead"
         elif path.is_dir():
             files = [_text_file(p, path) for p in _walk(path) if _kind(p)]
@@ -109,11 +110,6 @@ def _kind(path: Path) -> tuple[str, str] | None:
 
 def _text_file(path: Path, folder: Path) -> TextFile:
     return TextFile(str(path), path.relative_to(folder).as_posix(), *(_kind(path) or ("txt", "")), path.stat().st_size)
-
-
-def _is_generated(file: TextFile) -> bool:
-    with open(file.path, "rb") as opened:
-        return GENERATED.search(opened.read(GENERATED_HEAD_BYTES)) is not None
 
 
 def describe(source: str) -> dict:
@@ -318,17 +314,16 @@ def units_split_by_characters(files: Sequence[TextFile], *, val_fraction: float,
 
 def units_split_by_rows(files: Sequence[TextFile], *, val_fraction: float) -> Iterator[Unit]:
     """The units of a few rows that stay whole: the last val_fraction of them, at least one, is val."""
-    lines = [(file, line) for file in files for unit in _row_units(file, None)
-             for line in unit.content().removesuffix(b"\n").split(b"\n")]
-    filled = [place for place, (_, line) in enumerate(lines) if line.strip()]
-    first_of_val = filled[-max(1, round(len(filled) * val_fraction))]
-    for file in dict.fromkeys(file for file, _ in lines):
-        places = [place for place, (owner, _) in enumerate(lines) if owner is file]
-        for split, mine in (("train", [p for p in places if p < first_of_val]),
-                            ("val", [p for p in places if p >= first_of_val])):
-            if mine:
-                content = b"".join(lines[place][1] + b"\n" for place in mine)
-                yield RowsUnit(file.path, len(content), split, lines=content, first_line=mine[0] - places[0] + 1)
+    lines = [b"".join(unit.content() for unit in _row_units(file, None)).removesuffix(b"\n").split(b"\n")
+             for file in files]
+    filled = [(place, number) for place, rows in enumerate(lines) for number, row in enumerate(rows) if row.strip()]
+    val_place, val_number = filled[-max(1, round(len(filled) * val_fraction))]
+    for place, (file, rows) in enumerate(zip(files, lines, strict=True)):
+        cut = val_number if place == val_place else len(rows) if place < val_place else 0
+        for split, start, part in (("train", 0, rows[:cut]), ("val", cut, rows[cut:])):
+            if part:
+                content = b"\n".join(part) + b"\n"
+                yield RowsUnit(file.path, len(content), split, lines=content, first_line=start + 1)
 
 
 def _files_units(files: Iterator[TextFile], split: str | None) -> Iterator[FilesUnit]:
@@ -394,10 +389,6 @@ def _row_units(file: TextFile, split: str | None, unit_bytes: int | None = None)
                 end = min(opened.tell(), file.bytes)
                 yield RowsUnit(file.path, end - start, split, start=start, end=end)
                 start = end
-
-
-def _row_texts(file: TextFile, text_field: str) -> Iterator[tuple[str, int]]:
-    return itertools.chain.from_iterable(texts_of(unit, text_field) for unit in _row_units(file, None))
 
 
 def _open_parquet(path: str):
@@ -482,23 +473,23 @@ def choose_split(files: list[TextFile], val_files: list[TextFile], val_fraction:
                  row_unit_bytes: int | None = None) -> Texts:
     """How the texts are split; text_field None: rows stay whole, whatever they hold. Raises SourceError if there is no
     text."""
-    def count(files: list[TextFile], limit: int) -> int:
-        """Documents (text_field None: rows), up to limit, after which nothing more is read."""
-        found = itertools.chain.from_iterable(
-            [None] if file.kind == "txt" else _row_texts(file, text_field) if text_field is not None else
-            itertools.chain.from_iterable(map(jsonl_rows, _row_units(file, None))) for file in files)
-        return sum(1 for _ in itertools.islice(found, limit))
+    def documents(file: TextFile) -> Iterator[object]:
+        """Of a file with rows: its texts (text_field None: whatever they hold)."""
+        for unit in _row_units(file, None):
+            yield from jsonl_rows(unit) if text_field is None else texts_of(unit, text_field)
 
-    counted = count(files, FEW_DOCUMENTS)
-    for found, named in ((counted, files), (count(val_files, 1), val_files)):
-        if named and not found:
+    counts = []
+    for named, limit in ((files, FEW_DOCUMENTS), (val_files, 1)):  # after the limit nothing more is read
+        found = itertools.chain.from_iterable([file] if file.kind == "txt" else documents(file) for file in named)
+        counts.append(sum(1 for _ in itertools.islice(found, limit)))
+        if named and not counts[-1]:
             raise SourceError(f"source {named[0].path!r} holds no text: every row is empty")
     if val_files:
         val_split = "given"
     elif val_fraction == 0.0:
         val_split = "none"
     else:
-        val_split = "hash" if counted == FEW_DOCUMENTS else "rows" if text_field is None else "characters"
+        val_split = "hash" if counts[0] == FEW_DOCUMENTS else "rows" if text_field is None else "characters"
     return Texts(files, val_files, val_fraction, text_field, val_split, row_unit_bytes)
 
 

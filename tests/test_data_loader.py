@@ -179,7 +179,7 @@ def test_batches_land_on_the_device_that_was_asked_for(stream):
 def test_an_id_that_the_tokenizer_does_not_know_is_named_before_the_first_step(tmp_path, tokens):
     tokens[500:502] = 2000  # in the windows 33 and 34
     stream = make_stream(tmp_path, tokens)
-    unknown = "train split of 'shards' holds token 2000 but the vocabulary has 1999 ids; .*name it in data.tokenizer"
+    unknown = "train split of 'shards' holds token 2000 but the tokenizer has 1999 ids; .*name it in data.tokenizer"
     for vocab_size, eval_tokens in ((1999, 33 * T), (2001, 10**6)):
         ValLoader(stream, seq_len=T, eval_tokens=eval_tokens, micro_batch=2, vocab_size=vocab_size)
     with pytest.raises(ShardError, match=unknown):
