@@ -85,21 +85,13 @@ class MicroBatch:
     first_window: int  # train: place of its first window in the order of the whole run; val: that window's number
     scored: int | None = None  # targets that are not IGNORED; None = the data has no loss mask: all of them
 
-
-def batch_to(batch: MicroBatch, device: torch.device) -> MicroBatch:
-    """The micro-batch on a device."""
-    return replace(batch, tokens=batch.tokens.to(device), targets=batch.targets.to(device),
-                   document_ids=None if batch.document_ids is None else batch.document_ids.to(device))
-
-
-def document_numbers(tokens: np.ndarray, eot: int) -> np.ndarray:
-    """(B, T) int32: end-of-text tokens strictly before each position, so an eot belongs to the document it ends."""
-    ends = tokens == eot
-    return np.cumsum(ends, axis=1, dtype=np.int32) - ends
+    def to(self, device: torch.device) -> "MicroBatch":
+        document_ids = None if self.document_ids is None else self.document_ids.to(device)
+        return replace(self, tokens=self.tokens.to(device), targets=self.targets.to(device), document_ids=document_ids)
 
 
 def _checked_windows(stream: TokenStream, window_ids: np.ndarray, seq_len: int, vocab_size: int | None) -> np.ndarray:
-    """The T+1 tokens of each window, (B, T+1) in the shards' dtype. Raises ShardError for an id from vocab_size on."""
+    """(B, T+1) tokens of windows, in the shards' dtype. Raises ShardError for an id from vocab_size on."""
     windows = stream.windows(window_ids * (stream.row_tokens or seq_len), seq_len + 1)
     if vocab_size is not None and windows.size and windows.max() >= vocab_size:
         raise ShardError(f"{stream.name} holds token {windows.max()} but the tokenizer has {vocab_size} ids; these "
@@ -109,18 +101,20 @@ def _checked_windows(stream: TokenStream, window_ids: np.ndarray, seq_len: int, 
 
 def _read(stream: TokenStream, window_ids: np.ndarray, seq_len: int, eot: int | None,
           vocab_size: int | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """tokens, targets, documents (B, T) of windows. Raises ShardError for an id from vocab_size on."""
+    """tokens, targets, document_ids (B, T) of windows. Raises ShardError for an id from vocab_size on."""
     windows = _checked_windows(stream, window_ids, seq_len, vocab_size)
     starts = window_ids * (stream.row_tokens or seq_len)
     tokens = torch.from_numpy(windows[:, :-1].astype(np.int64, order="C"))  # (B, T)
     targets = torch.from_numpy(windows[:, 1:].astype(np.int64, order="C"))  # (B, T)
     if stream.loss is not None:
         targets[torch.from_numpy(stream.loss.windows(starts + 1, seq_len) == 0)] = IGNORED
+    document_ids = None
     if stream.start is not None:
-        numbers = stream.start.windows(starts, seq_len).cumsum(axis=1, dtype=np.int32) - 1
-        return tokens, targets, torch.from_numpy(numbers)
-    documents = None if eot is None else torch.from_numpy(document_numbers(windows[:, :-1], eot))
-    return tokens, targets, documents
+        document_ids = stream.start.windows(starts, seq_len).cumsum(axis=1, dtype=np.int32) - 1
+    elif eot is not None:  # end-of-text tokens strictly before each position: an eot belongs to the document it ends
+        ends = windows[:, :-1] == eot
+        document_ids = np.cumsum(ends, axis=1, dtype=np.int32) - ends
+    return tokens, targets, None if document_ids is None else torch.from_numpy(document_ids)
 
 
 def _scored(stream: TokenStream, targets: Sequence[Tensor]) -> list[int | None]:
@@ -168,12 +162,16 @@ class TrainLoader:
         self.first_of_rank = rank * self.windows_per_rank
         self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         if vocab_size is not None:
-            _checked_windows(stream, self._windows_of_rank(0), seq_len, vocab_size)
+            _checked_windows(stream, self._windows_at(self._places(0)), seq_len, vocab_size)
 
     def window_ids(self, step: int) -> np.ndarray:
         """(S,) int64: the windows of batch `step` (from 0), of all ranks, in order."""
-        places = np.arange(step * self.windows_per_step, (step + 1) * self.windows_per_step)
-        return self._windows_at(places)
+        return self._windows_at(np.arange(step * self.windows_per_step, (step + 1) * self.windows_per_step))
+
+    def _places(self, step: int) -> np.ndarray:
+        """Where this rank's share of batch `step` stands in the run's order."""
+        first = step * self.windows_per_step + self.first_of_rank
+        return np.arange(first, first + self.windows_per_rank)
 
     def _windows_at(self, places: np.ndarray) -> np.ndarray:
         """The windows at consecutive places of the run's order."""
@@ -183,10 +181,6 @@ class TrainLoader:
             inside = slice(*np.searchsorted(epochs, (epoch, epoch + 1)))
             ids[inside] = permuted(within[inside], self.windows_per_epoch, epoch_key(self.seed, epoch))
         return ids
-
-    def _windows_of_rank(self, step: int) -> np.ndarray:
-        first = step * self.windows_per_step + self.first_of_rank
-        return self._windows_at(np.arange(first, first + self.windows_per_rank))
 
     def batch(self, step: int) -> list[MicroBatch]:
         """This rank's share of batch `step` (from 0) in micro-batches; the last may be short."""
@@ -207,28 +201,24 @@ class TrainLoader:
 
     def _prepare(self, step: int) -> tuple[list[MicroBatch], torch.cuda.Event | None]:
         """The share of one step on the device, and on CUDA the event that its copies set when they are done."""
-        first = step * self.windows_per_step + self.first_of_rank
-        tensors = _read(self.stream, self._windows_of_rank(step), self.seq_len, self.eot, self.vocab_size)
+        places = self._places(step)
+        tensors = _read(self.stream, self._windows_at(places), self.seq_len, self.eot, self.vocab_size)
         scored = _scored(self.stream, tensors[1].split(self.micro_batch))
-        if self._copies is None:
-            return self._micro_batches(tensors, scored, first), None
-        with torch.cuda.stream(self._copies):  # sets the device too: a new thread starts on device 0
-            tensors = tuple(None if t is None else t.pin_memory().to(self.device, non_blocking=True) for t in tensors)
-            arrived = torch.cuda.Event()
-            arrived.record()
-        return self._micro_batches(tensors, scored, first), arrived
-
-    def _micro_batches(self, tensors: tuple[Tensor, Tensor, Tensor | None], scored: list[int | None],
-                       first: int) -> list[MicroBatch]:
-        tokens, targets, documents = (None if t is None else t.split(self.micro_batch) for t in tensors)
-        return [MicroBatch(tokens[i], targets[i], None if documents is None else documents[i],
-                           first + i * self.micro_batch, scored[i]) for i in range(len(tokens))]
+        arrived = None
+        if self._copies is not None:
+            with torch.cuda.stream(self._copies):  # sets the device too: a new thread starts on device 0
+                tensors = [None if t is None else t.pin_memory().to(self.device, non_blocking=True) for t in tensors]
+                arrived = torch.cuda.Event()
+                arrived.record()
+        tokens, targets, document_ids = (None if t is None else t.split(self.micro_batch) for t in tensors)
+        return [MicroBatch(tokens[i], targets[i], None if document_ids is None else document_ids[i],
+                           int(places[0]) + i * self.micro_batch, scored[i]) for i in range(len(tokens))], arrived
 
     def _receive(self, prepared: tuple[list[MicroBatch], torch.cuda.Event | None]) -> list[MicroBatch]:
         """Hand a step's tensors from the copying stream over to the current one."""
         batch, arrived = prepared
         if arrived is None:
-            return [batch_to(micro_batch, self.device) for micro_batch in batch]
+            return [micro_batch.to(self.device) for micro_batch in batch]
         current = torch.cuda.current_stream(self.device)
         current.wait_event(arrived)
         for tensor in (batch[0].tokens, batch[0].targets, batch[0].document_ids):
@@ -260,4 +250,4 @@ class ValLoader:
             ids = np.arange(first, min(first + self.micro_batch, stop_of_rank))
             tensors = _read(self.stream, ids, self.seq_len, self.eot, None)
             scored = _scored(self.stream, [tensors[1]])[0]
-            yield batch_to(MicroBatch(*tensors, first_window=first, scored=scored), self.device)
+            yield MicroBatch(*tensors, first_window=first, scored=scored).to(self.device)

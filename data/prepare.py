@@ -110,9 +110,9 @@ class Encoder:
         text_bytes, documents, invalid_in_all = Counter(), Counter(), 0
         for text, invalid in texts_of(unit, self.text_field):
             split = unit.split or split_of([text], self.val_fraction)
-            ids = self.tokenizer.encode(text)
-            tokens.setdefault(split, []).append((np.append(ids, self.tokenizer.eot) if unit.ends else ids)
-                                                .astype(self.dtype))
+            tokens.setdefault(split, []).append(self.tokenizer.encode(text).astype(self.dtype))
+            if unit.ends:
+                tokens[split].append(np.array([self.tokenizer.eot], dtype=self.dtype))
             text_bytes[split] += len(text) if text.isascii() else len(text.encode())
             documents[split] += unit.ends
             invalid_in_all += invalid
@@ -213,8 +213,11 @@ class OutputFolder:
     def open(self) -> dict | None:
         """Make and lock the folder; the index if it is finished, else None. Raises UserError if it is not ours."""
         try:
-            if not self.path.is_dir():
+            try:
                 files.make_folder(self.path)
+            except FileExistsError:
+                if not self.path.is_dir():
+                    raise
             self._acquire_lock()
             return self._claim()
         except OSError as error:
@@ -477,9 +480,10 @@ def _check_no_split_is_empty(index: dict) -> None:
     if index["val_split"] == "none":
         del ways_out["val"]
     dropped = sum(lengths["dropped"] for lengths in index.get("examples", {}).values())
-    for split in ways_out.keys() - {shard["split"] for shard in index["shards"]}:
-        cut = f", or cut examples: {dropped:,} were left out as too long (--too-long, data.too_long)" if dropped else ""
-        raise ConfigError(f"the {split} split holds 0 tokens; give {ways_out[split]}{cut}")
+    for split, way_out in ways_out.items():
+        if not any(shard["split"] == split for shard in index["shards"]):
+            cut = f", or cut examples: {dropped:,} were left out as too long (--too-long, data.too_long)"
+            raise ConfigError(f"the {split} split holds 0 tokens; give {way_out}{cut if dropped else ''}")
 
 
 def _summary(index: dict) -> str:

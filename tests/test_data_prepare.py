@@ -302,6 +302,26 @@ def test_a_bpe_of_a_large_text_is_trained_on_a_sample_spread_over_it(tmp_path, m
     assert found == sorted(found) and found[-1] > 0.7 * len(SOURCE) and found[-1] < 0.9 * len(SOURCE)
 
 
+def test_examples_left_out_as_too_long_are_counted_and_said(tmp_path, monkeypatch, capsys):
+    """examples.py decides which; here every row with an x stands for those."""
+    def leave_out(unit, packing, tokenizer):
+        assert packing.too_long == "drop"
+        for example, invalid in examples(unit, packing, tokenizer):
+            yield None if "x" in example.text else example, invalid
+    examples = module.examples
+    monkeypatch.setattr(module, "examples", leave_out)
+    rows = [{"prompt": "x" * (i % 3 == 0) + "a", "response": "b"} for i in range(30)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"max_seq_len": 99, "too_long": "drop"}
+    index = prepare([str(tmp_path / "a.jsonl")], tmp_path / "out", tokenizer="bytes", val_fraction=0.2, **settings)
+    assert [(lengths["examples"], lengths["dropped"]) for lengths in index["examples"].values()] == [(16, 8), (4, 2)]
+    assert index["settings"]["too_long"] == "drop" and "8 left out as too long" in capsys.readouterr().err
+    (tmp_path / "a.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    shutil.rmtree(tmp_path / "out")
+    found = refusal(tmp_path, ["a.jsonl"], val_fraction=0.0, **settings)
+    assert "the train split holds 0 tokens" in found and "1 were left out as too long (--too-long" in found
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Workers, interruptions
 
@@ -509,6 +529,7 @@ def test_wrong_command_lines_are_one_line(tmp_path):
     text, out = tmp_path / "a.txt", ["--out", tmp_path / "out", "--tokenizer", "bytes"]
     assert "unrecognized arguments: --nonsense" in refused(tmp_path, text, *out, "--nonsense")
     assert "--out DIR is missing" in refused(tmp_path, text)
+    assert "argument --too-long: invalid choice: 'keep'" in refused(tmp_path, text, *out, "--too-long", "keep")
     assert "not allowed with argument" in refused(tmp_path, text, *out, "--val", text, "--val-fraction", "0.1")
     assert "--verify DIR stands alone" in refused(tmp_path, text, "--verify", tmp_path)
 
