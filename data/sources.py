@@ -354,14 +354,16 @@ def _next_cut(opened: BinaryIO, start: int, end: int) -> int | None:
     """The byte offset of the first CUT in [start, end) of a UTF-8 file, if there is one."""
     if start >= end:
         return None
-    start = _character_start(opened, start)  # else the rest of a blank might pass for another character
-    for size in (SEARCH_BYTES, end - start):
+    start, size = _character_start(opened, start), SEARCH_BYTES  # else the rest of a blank might pass for another
+    while True:
         opened.seek(start)
         # a byte that is no character becomes one, but no letter
         text = opened.read(min(size, end - start)).decode("utf-8", "surrogateescape")
         if cut := CUT.search(text):
             return start + len(text[:cut.start()].encode("utf-8", "surrogateescape"))
-    return None
+        if size >= end - start:
+            return None
+        size *= 8
 
 
 def _character_start(opened: BinaryIO, offset: int) -> int:
