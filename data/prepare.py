@@ -192,8 +192,7 @@ def encode_units(units: Iterator[Unit], encoder: Encoder, workers: int, tokenize
         for size, future in pending:
             yield size, *future.result()
     except BrokenProcessPool:
-        raise WorkerDied("a worker process died (out of memory?); give the same command again to go on, with fewer "
-                         "--workers") from None
+        raise WorkerDied("a worker process died (out of memory? It takes less with fewer --workers)") from None
     finally:
         pool.shutdown(cancel_futures=True)
 
