@@ -484,12 +484,6 @@ def _check_lora(config: Config) -> None:
                           "matrices, and an adapter's A and B are factors of one; use adamw")
 
 
-def near_multiples(value: int, factor: int) -> str:
-    """The multiples of factor on both sides of value, as text for an error: '4096 or 8192'."""
-    below = value // factor * factor
-    return " or ".join(str(v) for v in (below, below + factor) if v > 0)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Writing: Config -> TOML that loads back equal; --help
 

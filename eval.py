@@ -193,7 +193,7 @@ def _batches(args: argparse.Namespace, config: DataConfig, model: GPT, tokenizer
         stream = open_split(dataset, "val")
         return ValLoader(stream, seq_len=seq_len, eval_tokens=stream.tokens, micro_batch=args.batch_size, device=device,
                          eot=tokenizer.eot if config.document_mask else None,
-                         vocab_size=model.config.vocab_size).micro_batches()
+                         vocab_size=tokenizer.vocab_size).micro_batches()
     if data.suffix in (".jsonl", ".gz", ".zst", ".parquet"):
         raise UserError(f"--data {str(data)!r} is not plain text; prepare it first (python -m data.prepare {data} "
                         "--out DIR --tokenizer RUN, then --data DIR), or use --task for examples with right answers")

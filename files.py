@@ -26,9 +26,11 @@ def make_folder(path: Path) -> None:
     path.mkdir(parents=True)
 
 
-def write(path: Path, parts: Iterable) -> None:
-    """Write bytes, or whatever shows its memory as such (numpy arrays), one after the other; no copy is made."""
-    with open(path, "wb", buffering=0) as file:
+def write(path: Path, parts: Iterable, at: int | None = None) -> None:
+    """Write bytes, or whatever shows its memory as such (numpy arrays), one after the other; no copy is made. at: into
+    the file that is there, from this byte on."""
+    with open(path, "wb" if at is None else "r+b", buffering=0) as file:
+        file.seek(at or 0)
         for part in parts:
             rest = memoryview(part).cast("B")
             while rest:  # one write() takes 2 GB at most, and a nearly full disk less

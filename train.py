@@ -39,9 +39,11 @@ from cli import note
 from config import Config, ConfigError, MachineError, UserError
 from data.chat import TEMPLATE_FILE, load_template, save_template
 from data.loader import MicroBatch, TrainLoader, ValLoader
-from data.prepare import PreparationStopped, ensure_prepared
-from data.shards import BackgroundVerifier, Dataset, open_dataset, open_split
+from data.prepare import PreparationStopped
+from data.prepared import ensure_prepared
+from data.shards import Dataset, open_dataset, open_split
 from data.tokenizer import Tokenizer, load_tokenizer
+from data.verify_shards import BackgroundVerifier
 from distributed import Machine, World
 from finetune.runs import files_to_save
 from kernels import self_check
@@ -312,9 +314,8 @@ def train(config: Config, given: set[str], *, world: World, stop: StopRequest) -
     parent = starting.read_parent(config)
     config = starting.inherit(config, given, parent, world)
     try:
-        data_dir = ensure_prepared(config.data, local_rank=world.local_rank, note=note, should_stop=stop,
-                                   max_seq_len=config.model.max_seq_len,
-                                   chat_template=starting.chat_template_for(config, parent))
+        data_dir = ensure_prepared(config.data, config.model.max_seq_len, starting.chat_template_for(config, parent),
+                                   local_rank=world.local_rank, should_stop=stop)
     except PreparationStopped as stopped:
         note(f"{stopped} ({stop.signal}); the same command goes on from there")
         return
@@ -327,7 +328,12 @@ def train(config: Config, given: set[str], *, world: World, stop: StopRequest) -
             own = (data_dir / "tokenizer.json").exists()  # a foreign folder of shards has none
             tokenizer = load_tokenizer(str(data_dir) if own else config.data.tokenizer)
             config = starting.resolve(config, tokenizer=tokenizer, parent=parent, machine=machine, data_dir=data_dir)
-            train_data, val_data = make_loaders(config, dataset, tokenizer, machine.device, world)
+            common = {"seq_len": config.model.max_seq_len, "micro_batch": config.train.micro_batch,
+                      "device": machine.device, "eot": tokenizer.eot if config.data.document_mask else None,
+                      "vocab_size": tokenizer.vocab_size}
+            train_data = TrainLoader(open_split(dataset, "train"), tokens_per_step=config.train.tokens_per_step,
+                                     seed=config.train.seed, rank=world.rank, world_size=world.size, **common)
+            val_data = ValLoader(open_split(dataset, "val"), eval_tokens=config.train.eval_tokens, **common)
         verdicts = self_check.verdicts(config.train.kernels, config.model, dtype=machine.dtype, device=machine.device,
                                        table_rows=padded_vocab_size(config.model.vocab_size))
         verdicts = distributed.gather(verdicts, world)
@@ -364,21 +370,6 @@ def train(config: Config, given: set[str], *, world: World, stop: StopRequest) -
                 report(run)
 
 
-def make_loaders(config: Config, dataset: Dataset, tokenizer: Tokenizer, device: torch.device,
-                 world: World) -> tuple[TrainLoader, ValLoader]:
-    """Raises ShardError if a split has no full window, ConfigError if the model does not know an id of the data."""
-    train, T = config.train, config.model.max_seq_len
-    if dataset.vocab_size is not None and dataset.vocab_size > config.model.vocab_size:
-        raise ConfigError(f"model.vocab_size = {config.model.vocab_size} but the shards in {config.data.dir!r} have "
-                          f"{dataset.vocab_size} ids; leave model.vocab_size out")
-    eot = tokenizer.eot if config.data.document_mask else None
-    return (TrainLoader(open_split(dataset, "train"), seq_len=T, tokens_per_step=train.tokens_per_step,
-                        micro_batch=train.micro_batch, seed=train.seed, rank=world.rank, world_size=world.size,
-                        device=device, eot=eot, vocab_size=config.model.vocab_size),
-            ValLoader(open_split(dataset, "val"), seq_len=T, eval_tokens=train.eval_tokens,
-                      micro_batch=train.micro_batch, device=device, eot=eot, vocab_size=config.model.vocab_size))
-
-
 def write_run_files(config: Config, tokenizer: Tokenizer, chat_template: str | None) -> None:
     """config.toml, tokenizer.json and the template of a chat into the run folder, each whole and durably; a STOPPED
     left behind goes away."""
@@ -412,8 +403,8 @@ def _first_lines(run: Training, kernels_line: str) -> list[str]:
     if "examples" in dataset.index:
         counts = dataset.index["examples"]["train"]
         lines.append(f"examples: {counts['examples']:,} of {dataset.index['settings']['kind']}, "
-                     f"{counts['truncated']:,} of them cut to fit; the loss counts {counts['response_tokens']:,} of "
-                     f"{counts['tokens']:,} tokens")
+                     f"{counts['truncated']:,} of them cut to fit, {counts['dropped']:,} left out; the loss counts "
+                     f"{counts['response_tokens']:,} of {counts['tokens']:,} tokens")
     return [*lines, f"batch: {train.tokens_per_step:,} tokens a step = {run.world.size} ranks x {accumulation} "
                     f"micro-batches of up to {train.micro_batch} x {model.max_seq_len}; {train.max_steps} steps = "
                     f"{train.max_steps * train.tokens_per_step / tokens['train']:.2f} epochs"]

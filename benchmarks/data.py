@@ -160,7 +160,7 @@ def _encode_bare(repeat: int, *, folder: Path, workers: int, size: int) -> dict[
 def _measure_loader(config: Config, folder: Path, args: argparse.Namespace, figures: measure.Figures) -> str:
     """Steps of a small model, for which loading weighs most, by TrainLoader and with one batch; what was run."""
     prepare([str(folder / "small.jsonl")], folder / "small", tokenizer=config.data.tokenizer or "bytes",
-            val_fraction=0.0, note=lambda line: None)
+            val_fraction=0.0)
     dtype, _ = distributed.choose_dtype(config.train.dtype, measure.CPU)
     distributed.prepare_cpu(distributed.World())
     dataset = open_dataset(folder / "small")

@@ -27,7 +27,7 @@ import cli
 import files
 from config import Config, MachineError, UserError, parse_arguments
 from curves import format_table
-from data.sources import documents, find_files, whole_document_units
+from data.sources import find_files, texts_of, whole_document_units
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -305,7 +305,7 @@ def check_nanogpt(path: str) -> Path:
 def read_documents(source: str, *, limit_bytes: float) -> list[str]:
     """Documents of a SOURCE of data.prepare, in order, until they hold limit_bytes of UTF-8. Raises SourceError."""
     units = whole_document_units(find_files(source), "train", val_fraction=0.0, unit_bytes=sys.maxsize)
-    texts = take((text for unit in units for text, _ in documents(unit, "text")), size=limit_bytes)
+    texts = take((text for unit in units for text, _ in texts_of(unit, "text")), size=limit_bytes)
     if not texts:
         raise UserError(f"source {source!r} holds no text; name another")
     return texts

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from config import ConfigError, near_multiples
 from data.shards import ShardError, TokenStream
 
 FEISTEL_ROUNDS = 8
+CHECKED_AT_ONCE = 256  # validation windows
 IGNORED = -100  # a target that the loss does not count, as in PyTorch
 
 
@@ -84,36 +84,36 @@ class MicroBatch:
     first_window: int  # train: place of its first window in the order of the whole run; val: that window's number
     scored: int | None = None  # targets that are not IGNORED; None = the data has no loss mask: all of them
 
-
-def batch_to(batch: MicroBatch, device: torch.device) -> MicroBatch:
-    """The micro-batch on a device."""
-    return replace(batch, tokens=batch.tokens.to(device), targets=batch.targets.to(device),
-                   document_ids=None if batch.document_ids is None else batch.document_ids.to(device))
+    def to(self, device: torch.device) -> "MicroBatch":
+        document_ids = None if self.document_ids is None else self.document_ids.to(device)
+        return replace(self, tokens=self.tokens.to(device), targets=self.targets.to(device), document_ids=document_ids)
 
 
-def document_numbers(tokens: np.ndarray, eot: int) -> np.ndarray:
-    """(B, T) int32: end-of-text tokens strictly before each position, so an eot belongs to the document it ends."""
-    ends = tokens == eot
-    return np.cumsum(ends, axis=1, dtype=np.int32) - ends
+def _checked_windows(stream: TokenStream, window_ids: np.ndarray, seq_len: int, vocab_size: int | None) -> np.ndarray:
+    """(B, T+1) tokens of windows, in the shards' dtype. Raises ShardError for an id from vocab_size on."""
+    windows = stream.windows(window_ids * (stream.row_tokens or seq_len), seq_len + 1)
+    if vocab_size is not None and windows.size and windows.max() >= vocab_size:
+        raise ShardError(f"{stream.name} holds token {windows.max()} but the tokenizer has {vocab_size} ids; these "
+                         "shards were made with another tokenizer: name it in data.tokenizer")
+    return windows
 
 
 def _read(stream: TokenStream, window_ids: np.ndarray, seq_len: int, eot: int | None,
           vocab_size: int | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """tokens, targets, documents (B, T) of windows. Raises ShardError for an id the model does not know."""
+    """tokens, targets, document_ids (B, T) of windows. Raises ShardError for an id from vocab_size on."""
+    windows = _checked_windows(stream, window_ids, seq_len, vocab_size)
     starts = window_ids * (stream.row_tokens or seq_len)
-    windows = stream.windows(starts, seq_len + 1)  # (B, T+1)
-    if vocab_size is not None and windows.max() >= vocab_size:
-        raise ShardError(f"{stream.name} holds token {windows.max()} but the vocabulary has {vocab_size} ids; these "
-                         "shards were made with another tokenizer: name it in data.tokenizer")
     tokens = torch.from_numpy(windows[:, :-1].astype(np.int64, order="C"))  # (B, T)
     targets = torch.from_numpy(windows[:, 1:].astype(np.int64, order="C"))  # (B, T)
     if stream.loss is not None:
         targets[torch.from_numpy(stream.loss.windows(starts + 1, seq_len) == 0)] = IGNORED
+    document_ids = None
     if stream.start is not None:
-        numbers = stream.start.windows(starts, seq_len).cumsum(axis=1, dtype=np.int32) - 1
-        return tokens, targets, torch.from_numpy(numbers)
-    documents = None if eot is None else torch.from_numpy(document_numbers(windows[:, :-1], eot))
-    return tokens, targets, documents
+        document_ids = stream.start.windows(starts, seq_len).cumsum(axis=1, dtype=np.int32) - 1
+    elif eot is not None:  # end-of-text tokens strictly before each position: an eot belongs to the document it ends
+        ends = windows[:, :-1] == eot
+        document_ids = np.cumsum(ends, axis=1, dtype=np.int32) - ends
+    return tokens, targets, None if document_ids is None else torch.from_numpy(document_ids)
 
 
 def _scored(stream: TokenStream, targets: Sequence[Tensor]) -> list[int | None]:
@@ -142,16 +142,13 @@ class TrainLoader:
     def __init__(self, stream: TokenStream, *, seq_len: int, tokens_per_step: int, micro_batch: int, seed: int,
                  rank: int = 0, world_size: int = 1, device: str | torch.device = "cpu", eot: int | None = None,
                  vocab_size: int | None = None):
-        """micro_batch: windows, at most; eot: the end-of-text id if document numbers are wanted; vocab_size: an id from
-        there on raises ShardError when it is met (on CUDA it would end the process, in the embedding).
-
-        Raises ShardError if the stream holds no window, ConfigError if tokens_per_step cannot be shared out.
+        """micro_batch: windows, at most; eot: the end-of-text id if document numbers are wanted; vocab_size: how many
+        ids the tokenizer knows. Others raise ShardError: here if the first batch holds one, else when one is met, for
+        reading all of a large data set would hold up the start by minutes. Raises ShardError also if the stream holds
+        no window.
         """
         self.windows_per_epoch = _check_length(stream, seq_len)
-        if tokens_per_step % (seq_len * world_size):
-            raise ConfigError(f"train.tokens_per_step = {tokens_per_step} does not divide by model.max_seq_len x ranks "
-                              f"= {seq_len} x {world_size}; near it: "
-                              f"{near_multiples(tokens_per_step, seq_len * world_size)}")
+        assert tokens_per_step % (seq_len * world_size) == 0, "start.inherit checks it"
         self.stream, self.seq_len, self.micro_batch, self.seed, self.eot = stream, seq_len, micro_batch, seed, eot
         self.vocab_size = vocab_size
         self.device = torch.device(device)
@@ -159,11 +156,17 @@ class TrainLoader:
         self.windows_per_rank = self.windows_per_step // world_size
         self.first_of_rank = rank * self.windows_per_rank
         self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        if vocab_size is not None:
+            _checked_windows(stream, self._windows_at(self._places(0)), seq_len, vocab_size)
 
     def window_ids(self, step: int) -> np.ndarray:
         """(S,) int64: the windows of batch `step` (from 0), of all ranks, in order."""
-        places = np.arange(step * self.windows_per_step, (step + 1) * self.windows_per_step)
-        return self._windows_at(places)
+        return self._windows_at(np.arange(step * self.windows_per_step, (step + 1) * self.windows_per_step))
+
+    def _places(self, step: int) -> np.ndarray:
+        """Where this rank's share of batch `step` stands in the run's order."""
+        first = step * self.windows_per_step + self.first_of_rank
+        return np.arange(first, first + self.windows_per_rank)
 
     def _windows_at(self, places: np.ndarray) -> np.ndarray:
         """The windows at consecutive places of the run's order."""
@@ -193,29 +196,24 @@ class TrainLoader:
 
     def _prepare(self, step: int) -> tuple[list[MicroBatch], torch.cuda.Event | None]:
         """The share of one step on the device, and on CUDA the event that its copies set when they are done."""
-        first = step * self.windows_per_step + self.first_of_rank
-        ids = self._windows_at(np.arange(first, first + self.windows_per_rank))
-        tensors = _read(self.stream, ids, self.seq_len, self.eot, self.vocab_size)
+        places = self._places(step)
+        tensors = _read(self.stream, self._windows_at(places), self.seq_len, self.eot, self.vocab_size)
         scored = _scored(self.stream, tensors[1].split(self.micro_batch))
-        if self._copies is None:
-            return self._micro_batches(tensors, scored, first), None
-        with torch.cuda.stream(self._copies):  # sets the device too: a new thread starts on device 0
-            tensors = tuple(None if t is None else t.pin_memory().to(self.device, non_blocking=True) for t in tensors)
-            arrived = torch.cuda.Event()
-            arrived.record()
-        return self._micro_batches(tensors, scored, first), arrived
-
-    def _micro_batches(self, tensors: tuple[Tensor, Tensor, Tensor | None], scored: list[int | None],
-                       first: int) -> list[MicroBatch]:
-        tokens, targets, documents = (None if t is None else t.split(self.micro_batch) for t in tensors)
-        return [MicroBatch(tokens[i], targets[i], None if documents is None else documents[i],
-                           first + i * self.micro_batch, scored[i]) for i in range(len(tokens))]
+        arrived = None
+        if self._copies is not None:
+            with torch.cuda.stream(self._copies):  # sets the device too: a new thread starts on device 0
+                tensors = [None if t is None else t.pin_memory().to(self.device, non_blocking=True) for t in tensors]
+                arrived = torch.cuda.Event()
+                arrived.record()
+        tokens, targets, document_ids = (None if t is None else t.split(self.micro_batch) for t in tensors)
+        return [MicroBatch(tokens[i], targets[i], None if document_ids is None else document_ids[i],
+                           int(places[0]) + i * self.micro_batch, scored[i]) for i in range(len(tokens))], arrived
 
     def _receive(self, prepared: tuple[list[MicroBatch], torch.cuda.Event | None]) -> list[MicroBatch]:
         """Hand a step's tensors from the copying stream over to the current one."""
         batch, arrived = prepared
         if arrived is None:
-            return [batch_to(micro_batch, self.device) for micro_batch in batch]
+            return [micro_batch.to(self.device) for micro_batch in batch]
         current = torch.cuda.current_stream(self.device)
         current.wait_event(arrived)
         for tensor in (batch[0].tokens, batch[0].targets, batch[0].document_ids):
@@ -227,21 +225,24 @@ class TrainLoader:
 class ValLoader:
     """The first eval_tokens of the validation split in order, in windows that do not overlap; at least one window.
 
-    The same windows at any world size. Ranks may get different numbers of micro-batches, even none.
+    The same windows at any world size. Ranks may get different numbers of micro-batches, even none. Raises ShardError
+    if one of them holds an id from vocab_size on, the ids that the tokenizer knows.
     """
 
     def __init__(self, stream: TokenStream, *, seq_len: int, eval_tokens: int, micro_batch: int,
                  device: str | torch.device = "cpu", eot: int | None = None, vocab_size: int | None = None):
         self.windows = min(_check_length(stream, seq_len), max(1, eval_tokens // seq_len))
         self.stream, self.seq_len, self.micro_batch, self.eot = stream, seq_len, micro_batch, eot
-        self.vocab_size = vocab_size
         self.device = torch.device(device)
+        for first in range(0, self.windows if vocab_size is not None else 0, CHECKED_AT_ONCE):
+            ids = np.arange(first, min(first + CHECKED_AT_ONCE, self.windows))
+            _checked_windows(stream, ids, seq_len, vocab_size)
 
     def micro_batches(self, rank: int = 0, world_size: int = 1) -> Iterator[MicroBatch]:
         """This rank's windows, in order."""
         stop_of_rank = (rank + 1) * self.windows // world_size
         for first in range(rank * self.windows // world_size, stop_of_rank, self.micro_batch):
             ids = np.arange(first, min(first + self.micro_batch, stop_of_rank))
-            tensors = _read(self.stream, ids, self.seq_len, self.eot, self.vocab_size)
+            tensors = _read(self.stream, ids, self.seq_len, self.eot, None)
             scored = _scored(self.stream, [tensors[1]])[0]
-            yield batch_to(MicroBatch(*tensors, first_window=first, scored=scored), self.device)
+            yield MicroBatch(*tensors, first_window=first, scored=scored).to(self.device)

@@ -17,9 +17,11 @@ from data.chat import DEFAULT_TEMPLATE
 from data.examples import Packing, examples, pack
 from data.loader import IGNORED, TrainLoader, ValLoader
 from data.prepare import prepare
-from data.shards import ShardError, ShardWriter, open_dataset, open_split, verify
-from data.sources import Unit
+from data.shards import ShardError, open_dataset, open_split
+from data.sources import RowsUnit
 from data.tokenizer import load_tokenizer
+from data.verify_shards import verify
+from data.write_shards import ShardWriter
 
 ROOT = Path(__file__).resolve().parents[1]
 BYTES = load_tokenizer("bytes")
@@ -37,7 +39,7 @@ def write(path: Path, rows: list) -> str:
 
 
 def prepared(source: str, out: Path, **options) -> dict:
-    return prepare([source], out, **{"tokenizer": "bytes", "max_seq_len": T, "note": quiet, **options})
+    return prepare([source], out, **{"tokenizer": "bytes", "max_seq_len": T, **options})
 
 
 def rows_of(folder: Path, split: str = "train") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -150,7 +152,7 @@ def of_rows(folder: Path, rows: list, kind: str, **settings) -> list:
     path = write(folder / "in.jsonl", rows)
     size = os.path.getsize(path)
     packing = Packing(kind, **{"max_seq_len": T, "chat_template": TALK_TEMPLATE} | settings)
-    return [example for example, _ in examples(Unit("jsonl", path, size, start=0, end=size), packing, BYTES)]
+    return [example for example, _ in examples(RowsUnit(path, size, None, end=size), packing, BYTES)]
 
 
 TALK_TEMPLATE = "{% for m in messages %}{{ m.role[0] + m.content + eos_token }}{% endfor %}"
@@ -197,13 +199,13 @@ def test_a_cut_prompt_keeps_the_token_that_begins_every_text(tmp_path):
     assert rows_of(tmp_path / "out")[0].tolist() == [[EOT, *b"1234567890123456789"[-19:], *b"abc", EOT]]
 
 
-def test_many_rows_of_which_some_are_too_long_are_prepared_and_counted(tmp_path):
+def test_many_rows_of_which_some_are_too_long_are_prepared_and_counted(tmp_path, capsys):
     rows = [{"text": "x" * (200 if i % 10 == 0 else 5) + str(i), "label": "good"} for i in range(300)]
-    notes = []
-    index = prepared(write(tmp_path / "a.jsonl", rows), tmp_path / "out", val_fraction=0.0, note=notes.append)
+    index = prepared(write(tmp_path / "a.jsonl", rows), tmp_path / "out", val_fraction=0.0)
+    said = capsys.readouterr().err
     counts = index["examples"]["train"]
     assert (counts["examples"], counts["truncated"], counts["longest"]) == (300, 30, 200 + 3 + 5 + 1)
-    assert "300 examples of 12 to 209 tokens" in notes[-1] and "30 cut" in notes[-1]
+    assert "300 examples of 12 to 209 tokens" in said and "30 cut" in said
     assert max(len(ids) for ids, _ in examples_in(tmp_path / "out")) == T + 1
 
 
@@ -213,14 +215,14 @@ def test_what_decides_the_tokens_is_among_the_settings():
     assert Packing("chat", 9, "x").settings.keys() == {"kind", "max_seq_len", "too_long", "chat_template"}
 
 
-def test_what_is_reported_is_what_is_there(tmp_path):
-    notes = []
-    index = prepared(write(tmp_path / "a.jsonl", PAIRS), tmp_path / "out", note=notes.append)
+def test_what_is_reported_is_what_is_there(tmp_path, capsys):
+    index = prepared(write(tmp_path / "a.jsonl", PAIRS), tmp_path / "out")
+    notes = capsys.readouterr().err.splitlines()
     found = examples_in(tmp_path / "out")
     lengths = [len(ids) for ids, _ in found]
     assert index["examples"]["train"] == {
         "examples": len(found), "tokens": sum(lengths), "response_tokens": sum(sum(loss) for _, loss in found),
-        "shortest": min(lengths), "longest": max(lengths), "truncated": 0}
+        "shortest": min(lengths), "longest": max(lengths), "truncated": 0, "dropped": 0}
     shard = index["shards"][0]
     assert shard["documents"] == len(found) and index["row_tokens"] == T + 1
     assert shard["text_bytes"] == sum(i != EOT for ids, _ in found for i in ids)

@@ -12,7 +12,8 @@ import torch
 
 from config import ConfigError
 from data.loader import TrainLoader, ValLoader, epoch_key, permuted
-from data.shards import ShardError, ShardWriter, TokenStream
+from data.shards import ShardError, TokenStream, read_header
+from tests.test_data_shards import write_shard
 
 T = 15  # odd on purpose
 
@@ -22,10 +23,8 @@ def make_stream(folder, tokens: np.ndarray) -> TokenStream:
     cut = len(tokens) // 3
     paths = [folder / "train_00000.bin", folder / "train_00001.bin"]
     for path, part in zip(paths, (tokens[:cut], tokens[cut:]), strict=True):
-        writer = ShardWriter(path, np.uint16, 65_536)
-        writer.write(part)
-        writer.close()
-    return TokenStream(paths, "train split of 'shards'")
+        write_shard(path, part)
+    return TokenStream([read_header(path) for path in paths], "train split of 'shards'")
 
 
 @pytest.fixture
@@ -177,19 +176,28 @@ def test_batches_land_on_the_device_that_was_asked_for(stream):
         assert {t.device.type for t in (batch.tokens, batch.targets, batch.document_ids)} == {"meta"}
 
 
-def test_an_id_outside_the_vocabulary_is_named_before_the_model_sees_it(stream):
-    highest = int(stream.windows(np.array([0]), stream.tokens).max())
-    arguments = dict(seq_len=16, micro_batch=2)
-    for vocab_size in (highest, highest + 1):
-        loaders = (TrainLoader(stream, tokens_per_step=16 * (stream.tokens // 16 - 1), seed=0, vocab_size=vocab_size,
-                               **arguments),
-                   ValLoader(stream, eval_tokens=stream.tokens, vocab_size=vocab_size, **arguments))
-        for read in (lambda: loaders[0].batch(0), lambda: list(loaders[1].micro_batches())):  # noqa: B023
-            if vocab_size > highest:
-                read()
-            else:
-                with pytest.raises(ShardError, match=f"holds token {highest} but the vocabulary has {highest} ids"):
-                    read()
+def test_an_id_that_the_tokenizer_does_not_know_is_named_before_the_first_step(tmp_path, tokens):
+    tokens[500:502] = 2000  # in the windows 33 and 34
+    stream = make_stream(tmp_path, tokens)
+    unknown = "train split of 'shards' holds token 2000 but the tokenizer has 1999 ids; .*name it in data.tokenizer"
+    for vocab_size, eval_tokens in ((1999, 33 * T), (2001, 10**6)):
+        ValLoader(stream, seq_len=T, eval_tokens=eval_tokens, micro_batch=2, vocab_size=vocab_size)
+    with pytest.raises(ShardError, match=unknown):
+        ValLoader(stream, seq_len=T, eval_tokens=34 * T, micro_batch=2, vocab_size=1999)
+    with pytest.raises(ShardError, match=unknown):
+        make_loader(stream, windows_per_step=100, vocab_size=1999)
+    make_loader(stream, windows_per_step=100, vocab_size=2001)
+
+
+def test_an_id_that_the_tokenizer_does_not_know_is_named_when_it_is_met(tmp_path, tokens):
+    tokens[500] = 2000
+    loader = make_loader(make_stream(tmp_path, tokens), vocab_size=1999)
+    assert 33 not in loader.window_ids(0)
+    met = next(step for step in range(13) if 33 in loader.window_ids(step))
+    batches = loader.batches(met - 1, 13)
+    next(batches)
+    with pytest.raises(ShardError, match="holds token 2000"):
+        next(batches)
 
 
 def test_tensors_are_contiguous_and_int64(stream):

@@ -1,7 +1,6 @@
 """prepare.py against a plain reading of the same texts: what is in the shards, how it is split, and what goes wrong."""
 
 import argparse
-import dataclasses
 import errno
 import gzip
 import hashlib
@@ -16,8 +15,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import sysconfig
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,10 +22,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from config import ConfigError, DataConfig, MachineError, UserError
+import files
+from config import MachineError, UserError
 from data import prepare as module
 from data import sources
-from data.prepare import data_dir_for, ensure_prepared, prepare
+from data.prepare import prepare
 from data.shards import open_dataset, open_split
 from data.tokenizer import load_tokenizer, train_bpe
 
@@ -43,10 +41,6 @@ def bpe(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("bpe")
     train_bpe(PARTS, 600).save(folder / "tokenizer.json")
     return str(folder)
-
-
-def quiet(line: str) -> None:
-    pass
 
 
 def tokens_of(folder: Path, split: str) -> list[int]:
@@ -89,7 +83,7 @@ def run(*words: str, **options) -> subprocess.CompletedProcess:
 def test_one_text_is_split_by_characters_without_end_of_text_at_the_cut(tmp_path):
     text = SOURCE[:5000] + "é中😀" * 500
     (tmp_path / "book.txt").write_text(text, encoding="utf-8")
-    index = prepare([str(tmp_path / "book.txt")], tmp_path / "out", tokenizer="bytes", val_fraction=0.1, note=quiet)
+    index = prepare([str(tmp_path / "book.txt")], tmp_path / "out", tokenizer="bytes", val_fraction=0.1)
     cut = int(len(text) * 0.9)  # nanoGPT's data[:int(n * 0.9)]
     assert tokens_of(tmp_path / "out", "train") == list(text[:cut].encode())
     assert tokens_of(tmp_path / "out", "val") == [*text[cut:].encode(), 256]
@@ -108,7 +102,7 @@ def test_a_few_documents_are_split_by_characters_over_all_of_them(kind, tmp_path
         (tmp_path / "a.jsonl").write_text(jsonl(texts))
     else:
         write_parquet(tmp_path / "a.parquet", texts)
-    prepare([str(tmp_path)], tmp_path / ".out", tokenizer=bpe, val_fraction=0.2, note=quiet)
+    prepare([str(tmp_path)], tmp_path / ".out", tokenizer=bpe, val_fraction=0.2)
     cut, eot = int(sum(map(len, texts)) * 0.8), load_tokenizer(bpe).eot
     train, val = [], []
     for text in texts:
@@ -124,7 +118,7 @@ def test_a_few_documents_are_split_by_characters_over_all_of_them(kind, tmp_path
 def test_many_documents_are_split_by_the_hash_of_their_text(tmp_path, bpe):
     texts = [f"{part} {i}" for i, part in enumerate(PARTS[:300])]
     (tmp_path / "a.jsonl").write_text(jsonl(texts))
-    index = prepare([str(tmp_path / "a.jsonl")], tmp_path / "out", tokenizer=bpe, note=quiet)
+    index = prepare([str(tmp_path / "a.jsonl")], tmp_path / "out", tokenizer=bpe)
     assert index["val_split"] == "hash" and 0 < len(by_hash(texts, "val")) < 60
     for split in ("train", "val"):
         assert tokens_of(tmp_path / "out", split) == expected(bpe, by_hash(texts, split))
@@ -137,7 +131,7 @@ def test_adding_documents_moves_none_from_one_split_to_the_other(tmp_path):
     texts = [f"document {i}" for i in range(300)]
     for name, count in (("a", 200), ("b", 300)):
         (tmp_path / f"{name}.jsonl").write_text(jsonl(texts[:count]))
-        prepare([str(tmp_path / f"{name}.jsonl")], tmp_path / name, tokenizer="bytes", note=quiet)
+        prepare([str(tmp_path / f"{name}.jsonl")], tmp_path / name, tokenizer="bytes")
     few, many = tokens_of(tmp_path / "a", "val"), tokens_of(tmp_path / "b", "val")
     assert many[:len(few)] == few
 
@@ -146,7 +140,7 @@ def test_named_validation_text_is_all_of_val_and_nothing_else(tmp_path):
     (tmp_path / "train.txt").write_text("one")
     (tmp_path / "other.jsonl").write_text(jsonl(["two", "three"]))
     index = prepare([str(tmp_path / "train.txt")], tmp_path / "out", tokenizer="bytes",
-                    val_sources=[str(tmp_path / "other.jsonl")], note=quiet)
+                    val_sources=[str(tmp_path / "other.jsonl")])
     assert tokens_of(tmp_path / "out", "train") == expected("bytes", ["one"])
     assert tokens_of(tmp_path / "out", "val") == expected("bytes", ["two", "three"])
     assert index["val_split"] == "given" and index["settings"]["val_fraction"] is None
@@ -154,7 +148,7 @@ def test_named_validation_text_is_all_of_val_and_nothing_else(tmp_path):
 
 def test_a_val_fraction_of_zero_writes_no_val_shard(tmp_path):
     (tmp_path / "a.txt").write_text("some text")
-    index = prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bytes", val_fraction=0.0, note=quiet)
+    index = prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bytes", val_fraction=0.0)
     assert [shard["split"] for shard in index["shards"]] == ["train"]
     assert tokens_of(tmp_path / "out", "train") == expected("bytes", ["some text"])
 
@@ -165,25 +159,10 @@ def test_a_long_text_cut_into_units_has_the_ids_of_the_whole(tmp_path, bpe, monk
     monkeypatch.setattr(sources, "UNIT_BYTES", 700)
     monkeypatch.setattr(sources, "SEARCH_BYTES", 64)
     file = sources.find_files(str(tmp_path / "a.txt"))[0]
-    units = list(sources._txt_units(file, 0, file.bytes, split="train", ends=True, unit_bytes=700))
+    units = list(sources._txt_units(file, "train", 700))
     assert len(units) > 150 and sorted(unit.bytes for unit in units)[-2] < 3000  # all but the runs at the end
-    prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer=bpe, val_fraction=0.0, note=quiet)
+    prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer=bpe, val_fraction=0.0)
     assert tokens_of(tmp_path / "out", "train") == expected(bpe, [text])
-
-
-def test_the_search_for_a_cut_finds_the_first_one_from_any_byte(tmp_path, monkeypatch):
-    rng = random.Random(0)
-    text = "".join(rng.choices(["a", "é", "中", "😀", " ", "\n", "\u3000", "\u3000\n中", ".\n1", "中 中", "e\u0301"],
-                               k=800))
-    legal = [len(text[:cut.start()].encode()) for cut in sources.CUT.finditer(text)]
-    (tmp_path / "a.txt").write_text(text, encoding="utf-8", newline="")
-    monkeypatch.setattr(sources, "SEARCH_BYTES", 40)
-    with open(tmp_path / "a.txt", "rb") as opened:
-        for start in range(8, len(text.encode())):
-            found = sources._next_cut(opened, start, 10**6)
-            assert found is None or found in legal
-            # one right behind `start` may be missed: the two characters before it are needed
-            assert (found or 10**6) <= next((cut for cut in legal if cut >= start + 8), 10**6)
 
 
 def test_a_text_without_any_place_to_cut_is_cut_between_characters(tmp_path, monkeypatch):
@@ -191,7 +170,7 @@ def test_a_text_without_any_place_to_cut_is_cut_between_characters(tmp_path, mon
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
     monkeypatch.setattr(sources, "UNIT_BYTES", 500)
     monkeypatch.setattr(sources, "LONGEST_UNIT_BYTES", 500)
-    index = prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bytes", val_fraction=0.0, note=quiet)
+    index = prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bytes", val_fraction=0.0)
     assert tokens_of(tmp_path / "out", "train") == expected("bytes", [text]) and index["invalid_utf8"] == 0
 
 
@@ -203,7 +182,7 @@ def test_invalid_utf8_is_replaced_and_counted_wherever_units_are_cut(seed, tmp_p
     (tmp_path / "a.txt").write_bytes(data)
     monkeypatch.setattr(sources, "UNIT_BYTES", 200)
     monkeypatch.setattr(sources, "SEARCH_BYTES", 32)
-    index = prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bytes", val_fraction=0.3, note=quiet)
+    index = prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bytes", val_fraction=0.3)
     text = data.decode("utf-8", "replace")
     assert bytes(tokens_of(tmp_path / "out", "train") + tokens_of(tmp_path / "out", "val")[:-1]).decode() == text
     assert index["invalid_utf8"] == text.count("\ufffd") - data.count("\ufffd".encode())
@@ -211,14 +190,14 @@ def test_invalid_utf8_is_replaced_and_counted_wherever_units_are_cut(seed, tmp_p
 
 def test_lone_surrogates_in_json_are_replaced_and_counted(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a\\ud800b"}\n{"text": "\\ud83d\\ude00"}\n')
-    index = prepare([str(tmp_path / "a.jsonl")], tmp_path / "out", tokenizer="bytes", val_fraction=0.0, note=quiet)
+    index = prepare([str(tmp_path / "a.jsonl")], tmp_path / "out", tokenizer="bytes", val_fraction=0.0)
     assert tokens_of(tmp_path / "out", "train") == expected("bytes", ["a\ufffdb", "😀"]) and index["invalid_utf8"] == 1
 
 
 def test_full_shards_hold_exactly_shard_tokens_and_join_to_the_same_stream(tmp_path, bpe):
     texts = [f"{part} é中 {i}" for i, part in enumerate(PARTS[:200])]
     (tmp_path / "a.jsonl").write_text(jsonl(texts))
-    index = prepare([str(tmp_path / "a.jsonl")], tmp_path / "out", tokenizer=bpe, shard_tokens=1000, note=quiet)
+    index = prepare([str(tmp_path / "a.jsonl")], tmp_path / "out", tokenizer=bpe, shard_tokens=1000)
     train = [shard for shard in index["shards"] if shard["split"] == "train"]
     assert len(train) > 5 and all(shard["tokens"] == 1000 for shard in train[:-1])
     assert [shard["file"] for shard in train] == [f"train_{i:05d}.bin" for i in range(len(train))]
@@ -239,7 +218,7 @@ def test_ids_above_65535_are_written_as_uint32(tmp_path, bpe):
         file["model"]["vocab"]["<|endoftext|>"] = file["added_tokens"][0]["id"] = eot
         (tmp_path / "tokenizer.json").write_text(json.dumps(file))
         index = prepare([str(tmp_path / "a.txt")], tmp_path / dtype, tokenizer=str(tmp_path / "tokenizer.json"),
-                        val_fraction=0.0, note=quiet)
+                        val_fraction=0.0)
         assert (index["dtype"], index["vocab_size"]) == (dtype, eot + 1)
         assert tokens_of(tmp_path / dtype, "train")[-1] == eot
 
@@ -275,13 +254,13 @@ def test_every_format_gives_the_same_documents(kind, tmp_path, monkeypatch):
     texts = [*PARTS[:50], "", "é中😀"]
     monkeypatch.setattr(sources, "UNIT_BYTES", 1000)
     path = write_as(kind, tmp_path / "a", texts)
-    prepare([str(path)], tmp_path / "out", tokenizer="bytes", val_fraction=0.0, note=quiet)
+    prepare([str(path)], tmp_path / "out", tokenizer="bytes", val_fraction=0.0)
     assert tokens_of(tmp_path / "out", "train") == expected("bytes", [text for text in texts if text])
 
 
 def test_a_parquet_row_without_text_is_left_out(tmp_path):
     write_parquet(tmp_path / "a.parquet", ["one", None, "", "two"])
-    prepare([str(tmp_path / "a.parquet")], tmp_path / "out", tokenizer="bytes", val_fraction=0.0, note=quiet)
+    prepare([str(tmp_path / "a.parquet")], tmp_path / "out", tokenizer="bytes", val_fraction=0.0)
     assert tokens_of(tmp_path / "out", "train") == expected("bytes", ["one", "two"])
 
 
@@ -291,32 +270,22 @@ def test_a_folder_is_read_in_the_order_of_its_names_without_hidden_and_unknown_f
                        ("a/y.jsonl", '{"text": "row"}\n')):
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "in" / name).write_text(text)
-    prepare([str(tmp_path / "in")], tmp_path / "out", tokenizer="bytes", val_fraction=0.0, note=quiet)
+    prepare([str(tmp_path / "in")], tmp_path / "out", tokenizer="bytes", val_fraction=0.0)
     assert tokens_of(tmp_path / "out", "train") == expected("bytes", ["upper", "abc", "row", "az", "a", "b"])
-
-
-def test_the_standard_library_is_its_source_without_tests():
-    files = sources.find_files("python-stdlib")
-    names = [file.name for file in files]
-    assert "argparse.py" in names and "json/decoder.py" in names
-    assert names == sorted(names, key=lambda name: name.split("/"))
-    assert not any({"test", "tests", "idlelib", "site-packages"} & set(name.split("/")[:-1]) for name in names)
-    assert all(Path(sysconfig.get_paths()["stdlib"], name).stat().st_size == file.bytes
-               for name, file in zip(names, files, strict=True))
 
 
 def test_the_bytes_depend_neither_on_where_the_text_lies_nor_on_when(tmp_path, bpe):
     for place in ("here", "there/deep"):
         (tmp_path / place / "texts").mkdir(parents=True)
         (tmp_path / place / "texts" / "a.txt").write_text(SOURCE)
-        prepare([str(tmp_path / place / "texts")], tmp_path / place / "out", tokenizer=bpe, note=quiet)
+        prepare([str(tmp_path / place / "texts")], tmp_path / place / "out", tokenizer=bpe)
     assert files_of(tmp_path / "here" / "out") == files_of(tmp_path / "there" / "deep" / "out")
 
 
 def test_a_bpe_is_trained_on_the_training_split_alone_and_saved_beside_the_shards(tmp_path):
     texts = [f"{part} {i}" for i, part in enumerate(PARTS[:300])]
     (tmp_path / "a.jsonl").write_text(jsonl(texts))
-    index = prepare([str(tmp_path / "a.jsonl")], tmp_path / "out", tokenizer="bpe:500", note=quiet)
+    index = prepare([str(tmp_path / "a.jsonl")], tmp_path / "out", tokenizer="bpe:500")
     alone = train_bpe(by_hash(texts, "train"), 500)
     assert index["tokenizer"] == "bpe:500" and (index["vocab_size"], index["eot"]) == (500, 499)
     assert index["tokenizer_sha256"] == alone.fingerprint == load_tokenizer(str(tmp_path / "out")).fingerprint
@@ -331,6 +300,26 @@ def test_a_bpe_of_a_large_text_is_trained_on_a_sample_spread_over_it(tmp_path, m
     assert 4_000 < sum(map(len, sample)) < 20_000
     found = [SOURCE.index(text) for text in sample]
     assert found == sorted(found) and found[-1] > 0.7 * len(SOURCE) and found[-1] < 0.9 * len(SOURCE)
+
+
+def test_examples_left_out_as_too_long_are_counted_and_said(tmp_path, monkeypatch, capsys):
+    """examples.py decides which; here every row with an x stands for those."""
+    def leave_out(unit, packing, tokenizer):
+        assert packing.too_long == "drop"
+        for example, invalid in examples(unit, packing, tokenizer):
+            yield None if "x" in example.text else example, invalid
+    examples = module.examples
+    monkeypatch.setattr(module, "examples", leave_out)
+    rows = [{"prompt": "x" * (i % 3 == 0) + "a", "response": "b"} for i in range(30)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"max_seq_len": 99, "too_long": "drop"}
+    index = prepare([str(tmp_path / "a.jsonl")], tmp_path / "out", tokenizer="bytes", val_fraction=0.2, **settings)
+    assert [(lengths["examples"], lengths["dropped"]) for lengths in index["examples"].values()] == [(16, 8), (4, 2)]
+    assert index["settings"]["too_long"] == "drop" and "8 left out as too long" in capsys.readouterr().err
+    (tmp_path / "a.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    shutil.rmtree(tmp_path / "out")
+    found = refusal(tmp_path, ["a.jsonl"], val_fraction=0.0, **settings)
+    assert "the train split holds 0 tokens" in found and "1 were left out as too long (--too-long" in found
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -348,8 +337,7 @@ def test_the_number_of_workers_does_not_change_the_bytes(tmp_path, bpe, monkeypa
     monkeypatch.setattr(module, "SMALL_BYTES", 0)
     monkeypatch.setattr(sources, "UNIT_BYTES", 5000)
     for workers in (1, 2, 3):
-        prepare([str(tmp_path / "in")], tmp_path / str(workers), tokenizer=bpe, workers=workers, shard_tokens=9000,
-                note=quiet)
+        prepare([str(tmp_path / "in")], tmp_path / str(workers), tokenizer=bpe, workers=workers, shard_tokens=9000)
     assert len(files_of(tmp_path / "1")) > 5
     assert files_of(tmp_path / "1") == files_of(tmp_path / "2") == files_of(tmp_path / "3")
 
@@ -357,7 +345,7 @@ def test_the_number_of_workers_does_not_change_the_bytes(tmp_path, bpe, monkeypa
 def test_small_inputs_start_no_process(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text(SOURCE)
     monkeypatch.setattr("concurrent.futures.process.ProcessPoolExecutor.submit", None)
-    prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bytes", workers=4, note=quiet)
+    prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bytes", workers=4)
 
 
 def test_importing_prepare_imports_nothing_heavy():
@@ -370,10 +358,10 @@ def test_importing_prepare_imports_nothing_heavy():
 def test_stopped_anywhere_the_same_call_goes_on_to_the_same_bytes(stop_at, tmp_path, bpe, monkeypatch):
     many_files(tmp_path / "in")
     monkeypatch.setattr(sources, "UNIT_BYTES", 5000)
-    settings = {"tokenizer": bpe, "shard_tokens": 9000, "note": quiet}
+    settings = {"tokenizer": bpe, "shard_tokens": 9000}
     prepare([str(tmp_path / "in")], tmp_path / "whole", **settings)
     asked = iter(range(1000))
-    with pytest.raises(module.PreparationStopped, match="the same command again: it goes on"):
+    with pytest.raises(module.PreparationStopped):
         prepare([str(tmp_path / "in")], tmp_path / "out", should_stop=lambda: next(asked) == stop_at, **settings)
     encoded = []
     encode = module.Encoder.encode
@@ -385,35 +373,47 @@ def test_stopped_anywhere_the_same_call_goes_on_to_the_same_bytes(stop_at, tmp_p
 
 
 def killed_at(point: int, call: Callable[[], None]) -> bool:
-    """Make the call in a child process that is killed when it changes the folder for the point-th time; whether it was.
-
-    Changes are what os.replace, os.fsync, os.unlink and a shard's or spool's next block make.
-    """
+    """Make the call in a child process that is killed when it changes the disk for the point-th time, by a write in the
+    middle of it; whether it was."""
     child = os.fork()
     if child == 0:
         counter = itertools.count()
 
-        def counted(function: Callable) -> Callable:
+        def counted(function: Callable, before_dying: Callable = lambda *args, **kwargs: None) -> Callable:
             def wrapped(*args, **kwargs):
                 if next(counter) == point:
+                    before_dying(*args, **kwargs)
                     os.kill(os.getpid(), signal.SIGKILL)
                 return function(*args, **kwargs)
             return wrapped
-        os.replace, os.fsync, os.unlink = counted(os.replace), counted(os.fsync), counted(os.unlink)
-        module.SplitWriter.add = counted(module.SplitWriter.add)
+
+        def write_half(path, parts, at=None):
+            data = b"".join(bytes(memoryview(part).cast("B")) for part in parts)
+            write(path, [data[:len(data) // 2]], at)
+
+        write = files.write
+        files.write, files.rename = counted(write, write_half), counted(files.rename)
+        os.unlink, os.truncate = counted(os.unlink), counted(os.truncate)
+        files.sync = counted(lambda path: None)  # nothing that a process wrote is lost when it alone dies
         call()
         os._exit(0)
     return os.WIFSIGNALED(os.waitpid(child, 0)[1])
 
 
-def test_killed_at_any_moment_the_same_call_goes_on_to_the_same_bytes(tmp_path, bpe, monkeypatch):
-    (tmp_path / "a.jsonl").write_text(jsonl([f"{part} {i}" for i, part in enumerate(PARTS[:110])]))
+@pytest.mark.parametrize("kind", ["text", "examples"])
+def test_killed_at_any_moment_the_same_call_goes_on_to_the_same_bytes(kind, tmp_path, bpe, monkeypatch):
+    rows = [{"text": f"{part} {i}"} if kind == "text" else {"prompt": part[-20:], "response": f"{part[:99]} {i}"}
+            for i, part in enumerate(PARTS[:110 if kind == "text" else 40])]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setattr(sources, "UNIT_BYTES", 4000)
-    monkeypatch.setattr(module, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(module, "UNIT_BYTES", 4000)
+    monkeypatch.setattr(module, "ROWS_PER_UNIT", 1)
+    monkeypatch.setattr(module, "CHECKPOINT_SECONDS", 0.0 if kind == "text" else 60.0)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
     def call(out: str = "out") -> None:
-        prepare([str(tmp_path / "a.jsonl")], tmp_path / out, tokenizer=bpe, shard_tokens=3000, val_fraction=0.3,
-                note=quiet)
+        prepare([str(tmp_path / "a.jsonl")], tmp_path / out, tokenizer=bpe, val_fraction=0.3, max_seq_len=99,
+                shard_tokens=3000 if kind == "text" else 600)  # examples: several shards of one unit
     call("whole")
     for point in itertools.count():
         if not killed_at(point, call):
@@ -428,27 +428,27 @@ def test_killed_at_any_moment_the_same_call_goes_on_to_the_same_bytes(tmp_path, 
 
 def test_a_trained_bpe_is_not_trained_again_when_the_call_goes_on(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text(SOURCE)
-    prepare([str(tmp_path / "a.txt")], tmp_path / "whole", tokenizer="bpe:400", note=quiet)
+    prepare([str(tmp_path / "a.txt")], tmp_path / "whole", tokenizer="bpe:400")
     with pytest.raises(module.PreparationStopped):
-        prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bpe:400", note=quiet, should_stop=lambda: True)
+        prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bpe:400", should_stop=lambda: True)
     monkeypatch.setattr(module, "train_bpe", None)
-    prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bpe:400", note=quiet)
+    prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bpe:400")
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
 
 
 def test_an_unfinished_folder_that_was_tampered_with_is_refused(tmp_path, bpe):
     def begin() -> None:
         with pytest.raises(module.PreparationStopped):
-            prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bytes", note=quiet,
+            prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bytes",
                     should_stop=lambda: True)
     (tmp_path / "a.txt").write_text("some text " * 50)
-    for name, content, message in ((".train_00000.part", "short", "holds fewer bytes than"),
+    for name, content, message in ((".train_00000.bin.part", "short", "holds fewer bytes than"),
                                    ("tokenizer.json", Path(bpe, "tokenizer.json").read_text(), "was changed meanwhile"),
                                    (".progress.json", "{", "is damaged")):
         begin()
         (tmp_path / "out" / name).write_text(content)
         with pytest.raises(UserError, match=message):
-            prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bytes", note=quiet)
+            prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bytes")
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
 
 
@@ -471,46 +471,26 @@ def children_of(pid: int) -> list[int]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs ps --ppid: that workers end with it is unchecked")
-@pytest.mark.parametrize("how", ["interrupt", "kill"])
-def test_workers_end_with_the_process_that_started_them(how, tmp_path, bpe):
+@pytest.mark.parametrize("how", ["SIGINT", "SIGTERM", "SIGUSR1"])
+def test_workers_end_with_the_process_that_started_them_which_says_what_stopped_it(how, tmp_path, bpe):
     (tmp_path / "a.txt").write_text((SOURCE + "\n") * 200)  # seconds of work
     words = [tmp_path / "a.txt", "--out", tmp_path / "out", "--tokenizer", bpe, "--workers", "2"]
     process = subprocess.Popen([sys.executable, "-m", "data.prepare", *map(str, words)], cwd=ROOT,
-                               stderr=subprocess.PIPE, text=True, start_new_session=True,
-                               # a shell that runs the tests in the background has them ignore Ctrl-C
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+                               stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.monotonic() + 60
     while len(children := children_of(process.pid)) < 3 and time.monotonic() < deadline:
         time.sleep(0.02)
     assert len(children) == 3  # two workers and multiprocessing's resource tracker
-    if how == "interrupt":
-        time.sleep(0.15)  # they are importing, or at work
-        os.killpg(process.pid, signal.SIGINT)  # as the terminal does: to all of them
-        assert process.wait(30) == 130 and "Traceback" not in process.stderr.read()
-    else:
-        process.kill()
-        process.wait(30)
-    process.stderr.close()
+    number = signal.Signals[how]
+    time.sleep(0.15)  # they are importing, or at work
+    os.killpg(process.pid, number)  # as the terminal or a batch system does: to all of them
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and "Traceback" not in errors
+    assert errors.splitlines()[-1] == (f"stopped while preparing {str(tmp_path / 'out')!r} ({how}); the same command "
+                                       "goes on from there")
     while (left := [child for child in children if Path(f"/proc/{child}").exists()]) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not left
-
-
-def test_workers_do_not_import_the_main_module(tmp_path, bpe):
-    (tmp_path / "a.txt").write_text(SOURCE)
-    (tmp_path / "main.py").write_text(f"""
-import sys
-with open("imported", "a") as file:
-    file.write(__name__ + "\\n")
-if __name__ == "__main__":
-    sys.path.insert(0, {str(ROOT)!r})
-    from pathlib import Path
-    from data import prepare
-    prepare.SMALL_BYTES = 0
-    prepare.prepare(["a.txt"], Path("out"), tokenizer={bpe!r}, workers=2)
-""")
-    subprocess.run([sys.executable, "main.py"], cwd=tmp_path, check=True, capture_output=True)
-    assert (tmp_path / "imported").read_text() == "__main__\n" and (tmp_path / "out" / "index.json").exists()
+    assert not left and (tmp_path / "out" / ".progress.json").exists()
 
 
 def test_a_worker_that_dies_is_one_line_and_the_same_call_goes_on(tmp_path, monkeypatch, bpe):
@@ -522,9 +502,9 @@ def test_a_worker_that_dies_is_one_line_and_the_same_call_goes_on(tmp_path, monk
             worker.kill()
         return False
     with pytest.raises(MachineError, match="a worker process died.*fewer --workers"):
-        prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer=bpe, workers=2, note=quiet,
+        prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer=bpe, workers=2,
                 should_stop=kill_workers)
-    prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer=bpe, workers=2, note=quiet)
+    prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer=bpe, workers=2)
     assert tokens_of(tmp_path / "out", "val") == expected(bpe, [SOURCE[int(len(SOURCE) * 0.95):]])
 
 
@@ -545,6 +525,7 @@ def test_wrong_command_lines_are_one_line(tmp_path):
     text, out = tmp_path / "a.txt", ["--out", tmp_path / "out", "--tokenizer", "bytes"]
     assert "unrecognized arguments: --nonsense" in refused(tmp_path, text, *out, "--nonsense")
     assert "--out DIR is missing" in refused(tmp_path, text)
+    assert "argument --too-long: invalid choice: 'keep'" in refused(tmp_path, text, *out, "--too-long", "keep")
     assert "not allowed with argument" in refused(tmp_path, text, *out, "--val", text, "--val-fraction", "0.1")
     assert "--verify DIR stands alone" in refused(tmp_path, text, "--verify", tmp_path)
 
@@ -554,7 +535,7 @@ def refusal(tmp_path: Path, sources: list, **settings) -> str:
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError) as caught:
         prepare([str(tmp_path / source) for source in sources], tmp_path / "out",
-                **{"tokenizer": "bytes", "note": quiet} | settings)
+                **{"tokenizer": "bytes"} | settings)
     assert sorted(tmp_path.rglob("*")) == before
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -627,16 +608,15 @@ def test_a_package_that_is_missing_is_named(package, name, tmp_path, monkeypatch
     for known in [known for known in sys.modules if known.partition(".")[0] == package]:
         monkeypatch.delitem(sys.modules, known)
     monkeypatch.setitem(sys.modules, package, None)
-    assert f"needs the package {package}, which is not installed: pip install {package}" in refusal(tmp_path, [name])
+    assert f"needs the package {package}, which is not installed; pip install {package}" in refusal(tmp_path, [name])
 
 
-def test_a_split_without_one_window_says_what_to_change(tmp_path):
-    (tmp_path / "a.txt").write_text("x" * 1000)
-    found = refusal(tmp_path, ["a.txt"], min_window=129)
-    assert "the val split holds 51 tokens but needs 129; give more validation text, a larger --val-fraction" in found
-    assert "lower model.max_seq_len" in found
-    assert "the train split holds 950 tokens but needs 2,000" in refusal(tmp_path, ["a.txt"], min_window=2000)
-    prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bytes", min_window=51, note=quiet)
+def test_a_split_without_a_token_says_what_to_change(tmp_path):
+    (tmp_path / "a.jsonl").write_text(jsonl([str(i) for i in range(100)]))
+    found = refusal(tmp_path, ["a.jsonl"], val_fraction=1e-9)
+    assert "the val split holds 0 tokens; give more validation text, a larger --val-fraction" in found
+    (tmp_path / "b.txt").write_text("x")
+    assert "the train split holds 0 tokens; give more text" in refusal(tmp_path, ["b.txt"], val_fraction=0.5)
 
 
 def test_only_an_empty_folder_is_written_into(tmp_path):
@@ -653,12 +633,12 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     assert "out' cannot be written: File exists" in refusal(tmp_path, ["a.txt"])
 
 
-def test_the_same_command_again_finds_it_done_and_another_lists_the_differences(tmp_path):
+def test_the_same_command_again_finds_it_done_and_another_lists_the_differences(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("some text " * 50)
-    first = prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bytes", note=quiet)
-    files, notes = files_of(tmp_path / "out"), []
-    assert prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bytes", note=notes.append) == first
-    assert "is prepared already" in notes[0] and files_of(tmp_path / "out") == files
+    first = prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bytes")
+    before, _ = files_of(tmp_path / "out"), capsys.readouterr()
+    assert prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bytes") == first
+    assert "is prepared already" in capsys.readouterr().err and files_of(tmp_path / "out") == before
     found = refusal(tmp_path, ["a.txt"], val_fraction=0.1, tokenizer="bpe:300")
     assert 'tokenizer: "bytes" -> "bpe:300"; val_fraction: 0.05 -> 0.1' in found and "text_field" not in found
     (tmp_path / "a.txt").write_text("other text " * 50)
@@ -668,7 +648,7 @@ def test_the_same_command_again_finds_it_done_and_another_lists_the_differences(
 def test_an_unfinished_folder_of_other_settings_is_left_alone(tmp_path):
     (tmp_path / "a.txt").write_text("some text " * 50)
     with pytest.raises(module.PreparationStopped):
-        prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bytes", note=quiet, should_stop=lambda: True)
+        prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bytes", should_stop=lambda: True)
     assert "val_fraction: 0.05 -> 0.2" in refusal(tmp_path, ["a.txt"], val_fraction=0.2)
 
 
@@ -678,7 +658,7 @@ def test_two_processes_do_not_fill_the_same_folder(tmp_path):
     def second() -> bool:
         assert "another process is preparing" in refusal(tmp_path, ["a.txt"])
         return False
-    prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bytes", note=quiet, should_stop=second)
+    prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bytes", should_stop=second)
     assert (tmp_path / "out" / "index.json").exists() and not (tmp_path / "out" / ".lock").exists()
 
 
@@ -690,18 +670,21 @@ def test_a_source_that_goes_away_in_the_middle_keeps_what_is_done(tmp_path, monk
         (tmp_path / "a.txt").unlink(missing_ok=True)
         return False
     with pytest.raises(MachineError, match="reading .*a.txt' failed: No such file or directory; give the same command"):
-        prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bytes", note=quiet, should_stop=remove)
+        prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bytes", should_stop=remove)
     assert (tmp_path / "out" / ".progress.json").exists()
 
 
 def test_no_space_in_the_middle_keeps_what_is_done(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("some text")
 
-    def full(*args):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    monkeypatch.setattr(module, "write_index", full)
+    def full(path, content):
+        if path.name == "index.json":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write_whole(path, content)
+    write_whole = files.write_whole
+    monkeypatch.setattr(files, "write_whole", full)
     with pytest.raises(MachineError, match="No space left on device; make room and give the same command again"):
-        prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bytes", note=quiet)
+        prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bytes")
     assert (tmp_path / "out" / ".progress.json").exists()
 
 
@@ -718,103 +701,3 @@ def test_verify_finds_a_flipped_bit_by_the_name_of_its_shard(tmp_path):
     found = run("--verify", tmp_path / "out")
     assert found.returncode == 1 and "val_00000.bin' is damaged" in found.stderr.splitlines()[-1]
     assert "is no folder" in refused(tmp_path, "--verify", tmp_path / "nowhere")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# For train.py
-
-@pytest.fixture
-def book(tmp_path, monkeypatch) -> DataConfig:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "mybook.txt").write_text("some text " * 100)
-    return DataConfig(source=("mybook.txt",), tokenizer="bytes")
-
-
-def test_the_folder_is_named_after_the_source_and_the_settings(book):
-    folder = data_dir_for(book)
-    assert folder.parent == Path("shards") and folder.name.startswith("mybook-") and len(folder.name) == 7 + 8
-    changes = [{"tokenizer": "gpt2"}, {"val_fraction": 0.1}, {"val_source": ("x.txt",)}, {"text_field": "content"},
-               {"source": ("mybook.txt", "b.txt")}]
-    assert len({data_dir_for(dataclasses.replace(book, **change)) for change in [{}, *changes]}) == 6
-    assert data_dir_for(dataclasses.replace(book, dir="mine")) == Path("mine")
-    with pytest.raises(ConfigError, match="data.source and data.dir are both left out"):
-        data_dir_for(DataConfig())
-
-
-def test_local_rank_0_prepares_while_the_others_wait(book):
-    notes, found = [], []
-    waiting = threading.Thread(target=lambda: found.append(ensure_prepared(book, local_rank=1, note=notes.append)))
-    waiting.start()
-    time.sleep(0.2)
-    folder = ensure_prepared(book, local_rank=0, note=quiet)
-    waiting.join(10)
-    assert found == [folder] == [data_dir_for(book)] and (folder / "index.json").exists()
-
-
-def test_a_waiting_rank_says_so_now_and_then_and_stops_when_asked(book, monkeypatch):
-    monkeypatch.setattr(module, "NOTE_SECONDS", 0.0)
-    monkeypatch.setattr(module, "POLL_SECONDS", 0.01)
-    notes, asked = [], iter([False, False, True])
-    with pytest.raises(module.PreparationStopped, match="stopped"):
-        ensure_prepared(book, local_rank=1, note=notes.append, should_stop=lambda: next(asked))
-    assert len(notes) == 2 and "waiting for" in notes[0] and "index.json" in notes[0]
-
-
-def test_a_prepared_folder_is_taken_without_its_source(book):
-    folder = ensure_prepared(book, local_rank=0, note=quiet)
-    os.unlink("mybook.txt")
-    notes = []
-    assert ensure_prepared(book, local_rank=0, note=notes.append) == folder and "does not exist" in notes[0]
-
-
-def test_a_folder_made_with_other_settings_is_refused_with_the_list(book):
-    ensure_prepared(dataclasses.replace(book, dir="mine"), local_rank=0, note=quiet)
-    with pytest.raises(ConfigError, match=r"'mine' was made with other settings \(val_fraction: 0.05 -> 0.2\)"):
-        ensure_prepared(dataclasses.replace(book, dir="mine", val_fraction=0.2), local_rank=0, note=quiet)
-    Path("mybook.txt").write_text("longer text " * 100)
-    with pytest.raises(ConfigError, match=r"sources: .*1000.*1200"):
-        ensure_prepared(dataclasses.replace(book, dir="mine"), local_rank=1, note=quiet)
-
-
-def test_the_tokenizer_left_out_or_named_by_its_file_is_that_of_the_folder(book):
-    ensure_prepared(dataclasses.replace(book, dir="mine"), local_rank=0, note=quiet)
-    for tokenizer in (None, "mine", "mine/tokenizer.json", "bytes"):
-        for source in (book.source, ()):
-            data = DataConfig(source=source, dir="mine", tokenizer=tokenizer)
-            assert ensure_prepared(data, local_rank=0, note=quiet) == Path("mine")
-    with pytest.raises(ConfigError, match='tokenizer: "bytes" -> "gpt2"'):
-        ensure_prepared(DataConfig(dir="mine", tokenizer="gpt2"), local_rank=0, note=quiet)
-
-
-def test_documents_end_with_the_end_of_text_that_the_tokenizers_folder_names(book):
-    file = json.loads(train_bpe(["some text"], 258).file_text)
-    file["added_tokens"].append(file["added_tokens"][0] | {"id": 258, "content": "<|im_end|>"})
-    Path("run").mkdir()
-    Path("run", "tokenizer.json").write_text(json.dumps(file))
-    Path("run", "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
-    Path("rows.jsonl").write_text("\n".join(json.dumps({"text": f"some text {i}"}) for i in range(200)))
-    prepare(["rows.jsonl"], Path("shards"), tokenizer="run", note=quiet, val_fraction=0.2)
-    dataset = open_dataset(Path("shards"))
-    stream = open_split(dataset, "train")
-    tokens = stream.windows(np.array([0]), stream.tokens)[0]
-    assert dataset.eot == load_tokenizer("shards").eot == tokens[-1] == 258 and 257 not in tokens
-    for tokenizer in ("run", "shards"):  # either names what the shards were made with
-        ensure_prepared(DataConfig(dir="shards", tokenizer=tokenizer), local_rank=0, note=quiet)
-    with pytest.raises(ConfigError, match="other settings"):
-        Path("run", "tokenizer_config.json").unlink()
-        ensure_prepared(DataConfig(source=("rows.jsonl",), val_fraction=0.2, dir="shards", tokenizer="run"),
-                        local_rank=0, note=quiet)
-
-
-def test_foreign_shards_need_a_tokenizer_and_other_folders_a_source(book, tmp_path):
-    Path("foreign").mkdir()
-    with pytest.raises(ConfigError, match="'foreign' holds neither index.json nor .*set data.source"):
-        ensure_prepared(DataConfig(dir="foreign", tokenizer="gpt2"), local_rank=0, note=quiet)
-    Path("foreign", "fineweb_train_000001.bin").write_bytes(b"")
-    with pytest.raises(ConfigError, match="'foreign' holds shards without index.json; set data.tokenizer"):
-        ensure_prepared(DataConfig(dir="foreign"), local_rank=0, note=quiet)
-    assert ensure_prepared(DataConfig(dir="foreign", tokenizer="gpt2"), local_rank=0, note=quiet) == Path("foreign")
-    Path("half").mkdir()
-    Path("half", ".progress.json").write_text("{}")
-    with pytest.raises(ConfigError, match="'half' is not finished"):
-        ensure_prepared(DataConfig(dir="half"), local_rank=0, note=quiet)

@@ -1,30 +1,24 @@
-"""Shards: the bytes written, what a damaged folder is told, and windows against a plain array."""
+"""Shards, read: what a damaged folder is told, and windows against a plain array."""
 
 import hashlib
 import json
-import resource
 import struct
 import sys
-import threading
 
 import numpy as np
 import pytest
 
 import data.shards
-from config import MachineError
 from data.shards import (
-    BackgroundVerifier,
+    Dataset,
     ShardError,
-    ShardWriter,
     TokenStream,
-    index_hash,
     load_index,
     open_dataset,
     open_split,
     read_header,
-    verify,
-    write_index,
 )
+from data.write_shards import ShardWriter, write_index
 
 
 def llmc_bytes(tokens, magic=20240520, version=1, letter="H", count=None) -> bytes:
@@ -49,91 +43,6 @@ def make_folder(folder, train, val=((1, 2, 3),), dtype=np.uint16, vocab_size=60_
     write_index(folder, {"format": 1, "tokenizer": "bpe:60000", "dtype": np.dtype(dtype).name,
                          "vocab_size": vocab_size, "eot": 0, "settings": {"source": ["a.txt"]}, "shards": shards})
     return folder
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Writing
-
-@pytest.mark.parametrize(("dtype", "magic", "version", "letter", "top"),
-                         [(np.uint16, 20240520, 1, "H", 65_535), (np.uint32, 20240801, 7, "I", 200_000)])
-def test_a_shard_has_the_bytes_that_llmc_writes(tmp_path, dtype, magic, version, letter, top):
-    tokens = [0, 1, 517, top]
-    write_shard(tmp_path / "a.bin", tokens, dtype, top + 1)
-    assert (tmp_path / "a.bin").read_bytes() == llmc_bytes(tokens, magic, version, letter)
-
-
-def test_pieces_of_any_integer_dtype_are_appended_in_order(tmp_path):
-    writer = ShardWriter(tmp_path / "a.bin", np.uint16, 300)
-    for piece in (np.array([1, 2], dtype=np.int64), np.array([], dtype=np.int64), np.array([299], dtype=np.uint16),
-                  np.array([[7, 8], [9, 10]], dtype=np.int32)):
-        writer.write(piece)
-    writer.close()
-    assert (tmp_path / "a.bin").read_bytes() == llmc_bytes([1, 2, 299, 7, 8, 9, 10])
-
-
-def test_close_reports_name_count_and_sha256_of_the_whole_file(tmp_path):
-    entry = write_shard(tmp_path / "train_00000.bin", range(1000))
-    digest = hashlib.sha256((tmp_path / "train_00000.bin").read_bytes()).hexdigest()
-    assert entry == {"file": "train_00000.bin", "tokens": 1000, "sha256": digest}
-
-
-@pytest.mark.parametrize(("tokens", "named"), [([5, -1], "-1"), ([300], "300"), ([70_000], "70000")])
-def test_an_id_outside_the_vocabulary_is_refused_not_wrapped(tmp_path, tokens, named):
-    writer = ShardWriter(tmp_path / "a.bin", np.uint16, 300)
-    with pytest.raises(ShardError, match=f"'a.bin'.* id {named} .*300"):
-        writer.write(np.array(tokens))
-    writer.abort()
-
-
-def test_token_ids_that_are_not_integers_are_refused(tmp_path):
-    writer = ShardWriter(tmp_path / "a.bin", np.uint16, 300)
-    with pytest.raises(ShardError, match="float64"):
-        writer.write(np.array([1.5]))
-    writer.abort()
-
-
-def test_a_vocabulary_above_65536_is_refused_in_uint16(tmp_path):
-    ShardWriter(tmp_path / "a.bin", np.uint16, 65_536).abort()
-    with pytest.raises(ShardError, match="65537.*uint32"):
-        ShardWriter(tmp_path / "a.bin", np.uint16, 65_537)
-
-
-def test_a_shard_of_two_to_the_31_tokens_is_refused(tmp_path):
-    writer = ShardWriter(tmp_path / "a.bin", np.uint16, 300)
-    writer.tokens = 2**31 - 2  # as if so many had been written
-    writer.write(np.array([1]))
-    with pytest.raises(ShardError, match="2147483648"):
-        writer.write(np.array([1]))
-    writer.abort()
-
-
-def test_nothing_has_the_shards_name_before_close_and_abort_leaves_nothing(tmp_path):
-    writer = ShardWriter(tmp_path / "a.bin", np.uint16, 300)
-    writer.write(np.arange(300))
-    assert not (tmp_path / "a.bin").exists()
-    writer.abort()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_abort_after_close_keeps_the_shard(tmp_path):
-    writer = ShardWriter(tmp_path / "a.bin", np.uint16, 300)
-    writer.write(np.arange(300))
-    writer.close()
-    writer.abort()
-    assert [path.name for path in tmp_path.iterdir()] == ["a.bin"]
-
-
-def test_a_disk_that_fails_is_one_line_that_names_the_shard(tmp_path):
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    writer = ShardWriter(tmp_path / "a.bin", np.uint16, 300)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))  # stands in for a full disk
-    try:
-        with pytest.raises(MachineError, match="a.bin.*File too large"):
-            writer.write(np.zeros(100_000, dtype=np.uint16))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    writer.abort()
-    assert list(tmp_path.iterdir()) == []
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -181,8 +90,8 @@ def test_the_same_index_gives_the_same_bytes_and_comes_back_equal(tmp_path):
 
 def test_the_index_hash_depends_on_content_and_not_on_the_order_of_keys(tmp_path):
     index = load_index(make_folder(tmp_path, [range(50)]))
-    assert index_hash(dict(reversed(index.items()))) == index_hash(index)
-    assert index_hash({**index, "eot": 1}) != index_hash(index)
+    assert Dataset(tmp_path, dict(reversed(index.items()))).hash == Dataset(tmp_path, index).hash
+    assert Dataset(tmp_path, {**index, "eot": 1}).hash != Dataset(tmp_path, index).hash
 
 
 def test_a_folder_without_an_index_has_none(tmp_path):
@@ -191,7 +100,7 @@ def test_a_folder_without_an_index_has_none(tmp_path):
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"format": 2}, "format 2"), ({"dtype": "int64"}, "int64"), ({"vocab_size": "many"}, "vocab_size"),
-    ({"eot": "<end>"}, "eot"), ({"shards": None}, "no list"), ({"shards": [{"file": "a.bin"}]}, "shard 0"),
+    ({"eot": "<end>"}, "eot"), ({"shards": None}, "shards None"), ({"shards": [{"file": "a.bin"}]}, "shard 0"),
     ({"shards": [{"file": "../a.bin", "split": "train", "tokens": 1, "sha256": ""}]}, "../a.bin"),
 ])
 def test_an_index_of_the_wrong_shape_is_refused(tmp_path, change, message):
@@ -210,7 +119,8 @@ def test_an_index_that_is_not_json_is_refused(tmp_path):
 def test_an_opened_dataset_knows_its_index_vocabulary_and_end_of_text(tmp_path):
     dataset = open_dataset(make_folder(tmp_path, [range(50)]))
     assert (dataset.vocab_size, dataset.eot) == (60_000, 0)
-    assert dataset.hash == index_hash(load_index(tmp_path))
+    canonical = json.dumps(load_index(tmp_path), sort_keys=True, separators=(",", ":"))
+    assert dataset.hash == hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def test_a_folder_that_does_not_exist_is_an_error_with_the_way_out(tmp_path):
@@ -296,13 +206,6 @@ def test_files_without_header_are_refused_under_other_names_and_beside_an_index(
         open_dataset(tmp_path / "ours")
 
 
-def test_verify_says_which_files_have_no_header(tmp_path):
-    np.array([7, 8, 9], dtype=np.uint16).tofile(tmp_path / "train.bin")
-    notes = []
-    assert verify(tmp_path, notes.append) == []
-    assert notes == ["train.bin: 3 tokens (no header: bare uint16 ids); no index.json, so no sha256 to compare"]
-
-
 def test_the_hash_of_an_llmc_folder_sees_other_tokens_of_the_same_count(tmp_path):
     (tmp_path / "train.bin").write_bytes(llmc_bytes([1, 2, 3]))
     before = open_dataset(tmp_path).hash
@@ -326,72 +229,6 @@ def test_an_llmc_folder_that_cannot_be_read_says_why(tmp_path, files, message):
 def test_a_split_without_shards_is_an_error_with_the_way_out(tmp_path):
     with pytest.raises(ShardError, match="no val shard.*--val"):
         open_split(open_dataset(make_folder(tmp_path, [range(50)], val=())), "val")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Verifying
-
-def test_verify_finds_every_flipped_bit(tmp_path):
-    make_folder(tmp_path, [range(500), range(300)])
-    path = tmp_path / "train_00001.bin"
-    good, random = path.read_bytes(), np.random.default_rng(0)
-    assert verify(tmp_path, lambda line: None) == []
-    for bit in random.choice(8 * len(good), size=60, replace=False):
-        bad = bytearray(good)
-        bad[bit // 8] ^= 1 << (bit % 8)
-        path.write_bytes(bad)
-        problems = verify(tmp_path, lambda line: None)
-        assert len(problems) == 1 and "train_00001.bin" in problems[0]
-
-
-def test_verify_names_all_bad_shards_and_notes_the_good_ones(tmp_path):
-    make_folder(tmp_path, [range(500), range(300)])
-    (tmp_path / "train_00000.bin").unlink()
-    (tmp_path / "val_00000.bin").write_bytes(llmc_bytes([1, 2, 4]))
-    notes = []
-    problems = verify(tmp_path, notes.append)
-    assert ["train_00000.bin" in problems[0], "val_00000.bin" in problems[1], len(problems)] == [True, True, 2]
-    assert len(notes) == 1 and notes[0].startswith("train_00001.bin")
-
-
-def test_verify_without_an_index_checks_headers(tmp_path):
-    (tmp_path / "x_train.bin").write_bytes(llmc_bytes(range(10)))
-    assert verify(tmp_path, lambda line: None) == []
-    (tmp_path / "y_train.bin").write_bytes(llmc_bytes(range(10))[:-2])
-    assert len(verify(tmp_path, lambda line: None)) == 1
-
-
-def test_verify_of_an_empty_folder_is_a_problem(tmp_path):
-    assert "no shards" in verify(tmp_path, lambda line: None)[0]
-
-
-def test_the_background_verifier_names_the_damaged_shard(tmp_path):
-    dataset = open_dataset(make_folder(tmp_path, [range(500), range(300)]))
-    (tmp_path / "train_00001.bin").write_bytes(llmc_bytes([7, *range(1, 300)]))
-    verifier = BackgroundVerifier(dataset)
-    verifier._thread.join(10)
-    assert isinstance(verifier.error, ShardError) and "train_00001.bin" in str(verifier.error)
-    assert not verifier.done
-
-
-def test_the_background_verifier_is_content_with_good_and_with_foreign_shards(tmp_path):
-    (tmp_path / "ours").mkdir()
-    (tmp_path / "theirs").mkdir()
-    make_folder(tmp_path / "ours", [range(500)])
-    (tmp_path / "theirs" / "train.bin").write_bytes(llmc_bytes(range(10)))
-    for folder in ("ours", "theirs"):
-        verifier = BackgroundVerifier(open_dataset(tmp_path / folder))
-        verifier._thread.join(10)
-        assert verifier.done and verifier.error is None
-
-
-def test_stop_ends_the_background_verifier_in_the_middle_of_a_shard(tmp_path, monkeypatch):
-    monkeypatch.setattr(data.shards, "HASH_CHUNK_BYTES", 1)  # 120,000 chunks with a rest after each: tens of seconds
-    dataset = open_dataset(make_folder(tmp_path, [np.zeros(60_000, dtype=np.uint16)]))
-    verifier = BackgroundVerifier(dataset)
-    verifier.stop()
-    assert verifier._thread not in threading.enumerate()
-    assert not verifier.done and verifier.error is None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -450,7 +287,7 @@ def test_memory_is_flat_in_the_size_of_the_data(tmp_path):
     with open(tmp_path / "train.bin", "wb") as file:
         file.write(struct.pack("<256i", 20240520, 1, tokens, *[0] * 253))
         file.truncate(1024 + 2 * tokens)
-    stream = TokenStream([tmp_path / "train.bin"], "train split")
+    stream = TokenStream([read_header(tmp_path / "train.bin")], "train split")
     before = anonymous_bytes()
     for starts in np.random.default_rng(3).integers(0, tokens - 1025, (100, 64)):
         stream.windows(starts, 1025)

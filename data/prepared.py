@@ -1,0 +1,151 @@
+"""Data made ready for train.py: which folder of shards it is, whether it is prepared, and if not, prepare.py run on it.
+
+prepare.py runs in a process of its own, for its workers import what their parent's main module imports: here torch.
+"""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import cli
+from config import ConfigError, DataConfig, MachineError
+from data.chat import DEFAULT_TEMPLATE
+from data.examples import CHAT, PROMPT_RESPONSE, TEXT, Packing, find_kind, template_hash
+from data.prepare import DEFAULT_TOKENIZER, PROGRESS_FILE, PreparationStopped, refuse_differences
+from data.shards import INDEX_FILE, load_index
+from data.sources import SourceError, describe, find_files
+from data.tokenizer import TOKENIZER_FILE, tokenizer_identity
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+POLL_SECONDS = 1.0
+CHILD_POLL_SECONDS = 0.05
+NOTE_SECONDS = 30.0
+
+
+def data_dir_for(data: DataConfig, max_seq_len: int | None = None, chat_template: str = DEFAULT_TEMPLATE) -> Path:
+    """The folder of shards: data.dir, else shards/<name of the first source>-<hash of the data settings>; of examples
+    with max_seq_len, data.too_long and (chat) the template among the settings."""
+    if data.dir is not None:
+        return Path(data.dir)
+    if not data.source:
+        raise ConfigError("data.source and data.dir are both left out; name text (data.source=mybook.txt) or a folder "
+                          "of shards (data.dir=shards/mybook)")
+    tokenizer = tokenizer_identity(data.tokenizer or DEFAULT_TOKENIZER)  # a copied or moved file is the same
+    settings = [data.source, data.val_source, tokenizer, data.val_fraction, data.text_field]
+    name = Path(data.source[0]).absolute().name.partition(".")[0] or "text"
+    of_examples = [*settings, max_seq_len, data.too_long]
+    candidates = {kind: Path("shards", f"{name}-{hashlib.sha256(json.dumps(words).encode()).hexdigest()[:8]}")
+                  for kind, words in ((TEXT, settings), (PROMPT_RESPONSE, of_examples),
+                                      (CHAT, [*of_examples, template_hash(chat_template)]))}
+    for folder in candidates.values():
+        if (folder / INDEX_FILE).exists():  # its source may be gone
+            return folder
+    kind = TEXT
+    with suppress(SourceError):  # prepare() says it
+        kind = find_kind([file for source in data.source for file in find_files(source)], data.text_field)
+    return candidates.get(kind, candidates[PROMPT_RESPONSE])
+
+
+def ensure_prepared(data: DataConfig, max_seq_len: int, chat_template: str | None = None, *, local_rank: int = 0,
+                    should_stop: Callable[[], bool] = lambda: False) -> Path:
+    """The folder of shards, prepared first if it is not: by a process that local rank 0 starts, while the other ranks
+    wait for index.json. max_seq_len, chat_template (its text; None: the plain one): for examples.
+
+    For every rank to call before the process group exists. Raises ConfigError if the folder was made with other
+    settings or holds nothing, PreparationStopped if should_stop() says so, SystemExit with its status if the process
+    failed and said why.
+    """
+    template = DEFAULT_TEMPLATE if chat_template is None else chat_template
+    folder = data_dir_for(data, max_seq_len, template)
+    if not data.source:
+        _check_given_folder(folder, data)
+        return folder
+    started = noted = time.monotonic()
+    while not _is_prepared(folder, data, max_seq_len, template):
+        if local_rank == 0 and _prepare_in_a_process(folder, data, max_seq_len, template, should_stop):
+            break
+        if should_stop():
+            raise PreparationStopped(f"stopped while {str(folder)!r} was being prepared")
+        if time.monotonic() - noted > NOTE_SECONDS:
+            noted = time.monotonic()
+            cli.note(f"waiting for {folder / INDEX_FILE}, {noted - started:.0f} s so far")
+        time.sleep(POLL_SECONDS)
+    return folder
+
+
+def _prepare_in_a_process(folder: Path, data: DataConfig, max_seq_len: int, chat_template: str,
+                          should_stop: Callable[[], bool]) -> bool:
+    """Run prepare.py, whose notes and error go to our stderr and which ends when this process does; False if another
+    process, of another node or job, is at it."""
+    val = [f"--val={source}" for source in data.val_source] or [f"--val-fraction={data.val_fraction}"]
+    command = [sys.executable, "-P", "-m", "data.prepare", f"--out={folder}", f"--parent={os.getpid()}",
+               f"--tokenizer={data.tokenizer or DEFAULT_TOKENIZER}", *val, f"--text-field={data.text_field}",
+               f"--max-seq-len={max_seq_len}", "--chat-template=-", f"--too-long={data.too_long}", "--", *data.source]
+    path = os.pathsep.join([str(CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, env=os.environ | {"PYTHONPATH": path})
+    with suppress(BrokenPipeError), child.stdin:
+        child.stdin.write(chat_template.encode())
+    while child.poll() is None and not should_stop():
+        time.sleep(CHILD_POLL_SECONDS)
+    child.terminate()  # unless it has ended
+    status = child.wait()
+    if status in (0, os.EX_TEMPFAIL):
+        return status == 0
+    number = -status if status < 0 else status - 128
+    if number < 0:
+        sys.exit(status)  # it has said why
+    if should_stop():
+        raise PreparationStopped(f"stopped while preparing {str(folder)!r}")
+    raise MachineError(f"preparing {str(folder)!r} was ended by signal {number} ({signal.strsignal(number)}; out of "
+                       "memory?); the same command goes on from there")
+
+
+def _is_prepared(folder: Path, data: DataConfig, max_seq_len: int, chat_template: str) -> bool:
+    """Whether the folder is finished. Raises ConfigError if it was made with other settings."""
+    index = load_index(folder)
+    if index is None:
+        return False
+    ours = {"val_fraction": None if data.val_source else data.val_fraction, "text_field": data.text_field,
+            **_tokenizer_setting(index, data)}
+    kind = index.get("settings", {}).get("kind")
+    if kind is not None:
+        ours |= Packing(kind, max_seq_len, chat_template, data.too_long).settings
+    try:
+        ours |= {"sources": [describe(source) for source in data.source],
+                 "val_sources": [describe(source) for source in data.val_source]}
+    except SourceError as error:
+        cli.note(f"{error}; using {folder}, which was made from it")
+    refuse_differences(folder, index.get("settings", {}), ours)
+    return True
+
+
+def _tokenizer_setting(index: dict, data: DataConfig) -> dict:
+    """The tokenizer to compare with that of an index: none if it is left out or the index's own tokenizer.json."""
+    if data.tokenizer is None:
+        return {}
+    identity = tokenizer_identity(data.tokenizer)
+    _, plus, end_of_text = index.get("tokenizer", "").partition("+")  # see tokenizer_identity
+    own = f"{TOKENIZER_FILE}:{index.get('tokenizer_sha256', '')[:12]}{plus}{end_of_text}"
+    return {} if identity == own else {"tokenizer": identity}
+
+
+def _check_given_folder(folder: Path, data: DataConfig) -> None:
+    """Raise ConfigError unless the folder holds shards, ours or (with data.tokenizer) foreign ones."""
+    index = load_index(folder)
+    if index is not None:
+        refuse_differences(folder, index.get("settings", {}), _tokenizer_setting(index, data))
+    elif (folder / PROGRESS_FILE).exists():
+        raise ConfigError(f"data.dir = {str(folder)!r} is not finished; give the command that began it again")
+    elif not any(folder.glob("*train*.bin")):
+        raise ConfigError(f"data.dir = {str(folder)!r} holds neither {INDEX_FILE} nor *train*.bin; set data.source to "
+                          "prepare text into it")
+    elif data.tokenizer is None:
+        raise ConfigError(f"data.dir = {str(folder)!r} holds shards without {INDEX_FILE}; set data.tokenizer to the "
+                          "one they were made with (gpt2, most often)")

@@ -1,0 +1,99 @@
+"""Token shards, checked against the sha256 of index.json: all at once, or in the background while a run goes on."""
+
+import os
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import files
+from data.shards import (
+    AGAIN,
+    INDEX_FILE,
+    Dataset,
+    ShardError,
+    check_shard,
+    files_of,
+    load_index,
+    read_header,
+    without_tracks,
+)
+
+
+def verify(data_dir: Path, note: Callable[[str], None]) -> list[str]:
+    """One line for each thing wrong with a data folder: headers, counts, sha256 (without an index headers only)."""
+    data_dir, problems = Path(data_dir), []
+    try:
+        index = load_index(data_dir)
+    except ShardError as error:
+        return [str(error)]
+    shards = index["shards"] if index is not None else \
+        [{"file": path.name} for path in without_tracks(data_dir.glob("*.bin"))]
+    for shard in shards:
+        try:
+            if index is None:
+                header = read_header(data_dir / shard["file"], foreign=True)
+                kind = "" if header.bytes else " (no header: bare uint16 ids)"
+                note(f"{shard['file']}: {header.tokens} tokens{kind}; no {INDEX_FILE}, so no sha256 to compare")
+            else:
+                check_shard(data_dir, index, shard)
+                _check_sha256(data_dir, shard)
+                note(f"{shard['file']}: {shard['tokens']} tokens, sha256 as recorded")
+        except ShardError as error:
+            problems.append(str(error))
+    return problems if shards else [f"data folder {str(data_dir)!r} holds no shards (*.bin)"]
+
+
+def _check_sha256(data_dir: Path, shard: dict, pause: Callable[[float], None] | None = None) -> None:
+    for name, expected in files_of(shard).items():
+        path = data_dir / name
+        try:
+            found = files.sha256(path, pause)
+        except OSError as error:
+            raise ShardError(f"shard {str(path)!r} cannot be read: {error.strerror}") from None
+        if found != expected:
+            raise ShardError(f"shard {str(path)!r} is damaged: its sha256 is {found[:16]}..., {INDEX_FILE} says "
+                             f"{expected[:16]}...; {AGAIN}")
+
+
+class BackgroundVerifier:
+    """Checks the sha256 of every shard in a daemon thread while a run goes on; the loop polls .error.
+
+    It rests twice as long as it works, so that a training step hardly notices. Foreign shards carry no sha256: nothing
+    to do. `done` is set when every shard was found as recorded, `error` when one was not.
+    """
+
+    def __init__(self, dataset: Dataset):
+        self.error: ShardError | None = None
+        self.done = False
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(dataset,), name="shard-verifier", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread; what was not checked yet stays unchecked."""
+        self._stopped.set()
+        self._thread.join()
+
+    def _run(self, dataset: Dataset) -> None:
+        if sys.platform == "linux":  # there a thread has its own niceness; 19 is the lowest priority
+            with suppress(OSError):  # a sandbox that forbids it: the rests must do
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        try:
+            for shard in dataset.index["shards"]:
+                if shard["sha256"] is not None:
+                    _check_sha256(dataset.dir, shard, self._rest)
+            self.done = True
+        except ShardError as error:
+            self.error = error
+        except _Stopped:
+            pass
+
+    def _rest(self, worked_s: float) -> None:
+        if self._stopped.wait(2 * worked_s):
+            raise _Stopped
+
+
+class _Stopped(Exception):
+    """BackgroundVerifier.stop() was called in the middle of a shard."""
