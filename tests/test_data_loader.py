@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from config import ConfigError
 from data.loader import TrainLoader, ValLoader, epoch_key, permuted
 from data.shards import ShardError, TokenStream, read_header
 from tests.test_data_shards import write_shard
@@ -247,11 +246,6 @@ def test_one_token_more_than_seq_len_is_one_window(tmp_path):
     loader = make_loader(make_stream(tmp_path, np.arange(T + 1)), windows_per_step=1)
     assert loader.windows_per_epoch == 1
     assert loader.batch(0)[0].targets.tolist() == [list(range(1, T + 1))]
-
-
-def test_tokens_per_step_that_cannot_be_shared_out_names_legal_values(stream):
-    with pytest.raises(ConfigError, match="tokens_per_step = 105 .* 15 x 4; near it: 60 or 120"):
-        make_loader(stream, windows_per_step=7, world_size=4)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
