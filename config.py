@@ -17,7 +17,7 @@ import sys
 import tomllib
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -60,9 +60,8 @@ def exit_cleanly(main: Callable[[list[str]], None]) -> None:
 def knob(default, what: str, *, choices: tuple[str, ...] = (), minimum: float | None = None,
          maximum: float | None = None, above: float | None = None, may_be_inf: bool = False):
     """A dataclass field with its help text and its allowed range (minimum and maximum inclusive, above exclusive)."""
-    checks = {"what": what, "choices": choices, "minimum": minimum, "maximum": maximum, "above": above,
-              "may_be_inf": may_be_inf}
-    return field(default=default, metadata=checks)
+    return field(default=default, metadata={"what": what, "choices": choices, "minimum": minimum, "maximum": maximum,
+                                            "above": above, "may_be_inf": may_be_inf})
 
 
 @dataclass(frozen=True)
@@ -72,10 +71,8 @@ class RopeScaling:
     kind: str = knob("linear", "linear: positions / factor; llama3: only the low frequencies, as in Llama 3.1",
                      choices=("linear", "llama3"))
     factor: float = knob(1.0, "context is stretched by this factor", minimum=1.0)
-    low_freq_factor: float = knob(1.0, "llama3: wavelengths above original_max_seq_len / this are stretched in full",
-                                  above=0.0)
-    high_freq_factor: float = knob(4.0, "llama3: wavelengths below original_max_seq_len / this are left alone",
-                                   above=0.0)
+    low_freq_factor: float = knob(1.0, "llama3: stretches wavelengths above original_max_seq_len / this", above=0.0)
+    high_freq_factor: float = knob(4.0, "llama3: leaves wavelengths below original_max_seq_len / this", above=0.0)
     original_max_seq_len: int = knob(8192, "llama3: tokens of context before stretching", minimum=1)
 
 
@@ -85,8 +82,7 @@ class ModelConfig:
 
     n_layer: int = knob(12, "blocks", minimum=1)
     n_head: int = knob(12, "query heads", minimum=1)
-    n_kv_head: int | None = knob(None, "key/value heads, divides n_head (grouped-query attention); left out = n_head",
-                                 minimum=1)
+    n_kv_head: int | None = knob(None, "key/value heads (grouped-query attention); left out = n_head", minimum=1)
     n_embd: int = knob(768, "width of the residual stream", minimum=1)
     head_dim: int | None = knob(None, "width of one head; left out = n_embd / n_head", minimum=1)
     mlp_hidden: int | None = knob(None, "hidden width of the MLP; left out = 4 n_embd, for swiglu 8/3 n_embd rounded "
@@ -108,8 +104,7 @@ class ModelConfig:
     tie_embeddings: bool = knob(True, "the head shares the token embedding's table")
     dropout: float = knob(0.0, "on the embedding and on both residual branches; 0.0 = off", minimum=0.0, maximum=0.99)
     logit_softcap: float = knob(0.0, "logits = cap * tanh(logits / cap); 0.0 = off", minimum=0.0)
-    window: int | None = knob(None, "a token sees this many tokens, itself included; left out = all before it",
-                             minimum=1)
+    window: int | None = knob(None, "a token sees so many tokens, itself included; left out = all before", minimum=1)
     init: str = knob("gpt2", "gpt2: normal 0.02, residual projections / sqrt(2 n_layer); zero_residual: normal "
                              "1/sqrt(fan_in), residual projections and an untied head start at 0",
                      choices=("gpt2", "zero_residual"))
@@ -161,20 +156,17 @@ class DataConfig:
 class OptimConfig:
     """The optimizer and its schedule; lr is a pure function of the step."""
 
-    name: str = knob("adamw", "adamw; muon: Muon for the blocks' matrices, AdamW for the rest",
-                     choices=("adamw", "muon"))
+    name: str = knob("adamw", "muon: Muon for the blocks' matrices, AdamW for the rest", choices=("adamw", "muon"))
     lr: float = knob(6e-4, "peak learning rate of AdamW", above=0.0)
     min_lr: float = knob(0.0, "learning rate at the end of the schedule", minimum=0.0)
     schedule: str = knob("cosine", "after warmup: cosine to min_lr; wsd: hold, then linear to min_lr; constant",
                          choices=("cosine", "wsd", "constant"))
     warmup_steps: int = knob(0, "steps of linear warmup", minimum=0)
-    decay_steps: int | None = knob(None, "step at which min_lr is reached; left out = max_steps of the first start",
-                                   minimum=1)
+    decay_steps: int | None = knob(None, "step that reaches min_lr; left out = max_steps at first start", minimum=1)
     decay_fraction: float = knob(0.2, "wsd: the last share of decay_steps, in which lr falls", above=0.0, maximum=1.0)
     betas: tuple[float, float] = knob((0.9, 0.95), "AdamW's decay rates of the first and second moment")
     eps: float = knob(1e-8, "AdamW's term against division by zero", above=0.0)
-    weight_decay: float = knob(0.1, "decoupled, on matrices and embeddings, never on norms and biases; 0.0 = off",
-                               minimum=0.0)
+    weight_decay: float = knob(0.1, "decoupled, on matrices and embeddings, not norms and biases; 0.0 = off", minimum=0.0)
     grad_clip: float = knob(1.0, "largest global gradient norm; inf = off", above=0.0, may_be_inf=True)
     muon_lr: float = knob(0.02, "peak learning rate of Muon; follows the schedule of lr", above=0.0)
     muon_momentum: float = knob(0.95, "Muon's Nesterov momentum", minimum=0.0, maximum=0.999)
@@ -207,14 +199,12 @@ class TrainConfig:
     dtype: str = knob("auto", "of the matmuls; weights and moments stay float32; auto = bfloat16 where the device "
                               "computes it natively, else float16 on CUDA, else float32",
                       choices=("auto", "float32", "bfloat16", "float16"))
-    compile: str = knob("auto", "torch.compile; auto = on for CUDA where a C compiler and triton are found",
-                        choices=("auto", "true", "false"))
+    compile: str = knob("auto", "auto = on CUDA with triton and a C compiler", choices=("auto", "true", "false"))
     kernels: str = knob("auto", "fused Triton kernels; auto = on CUDA from compute capability 8.0 those that pass a "
                                 "check at the start, on a CPU those of kernels/cpu.py, else PyTorch; triton refuses to "
                                 "run without them",
                         choices=("auto", "triton", "torch"))
-    activation_checkpointing: bool = knob(False, "recompute each block in the backward pass: less memory, a third more "
-                                                 "work")
+    activation_checkpointing: bool = knob(False, "recompute blocks in the backward pass: less memory, a third more work")
     init_from: str | None = knob(None, "run folder, checkpoint or Hugging Face folder whose weights and tokenizer "
                                        "start this run")
     fork_from: str | None = knob(None, "run folder or checkpoint to continue as a new run, with its moments and step")
@@ -255,9 +245,7 @@ def parse_arguments(arguments: list[str], default_file: Path | None = None) -> t
     config, given = Config(), set()
     for word in arguments:
         table = _override_table(word) if OVERRIDE.match(word) else _file_table(word)
-        for section, values in table.items():
-            for name in values:
-                given.add(f"{section}.{name}")
+        given |= {f"{section}.{name}" for section, values in table.items() for name in values}
         config = apply_table(config, table)
     check(config)
     return config, given
@@ -287,8 +275,8 @@ def _file_table(word: str) -> dict:
         table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1)
-        raise ConfigError(f"config file {word!r} does not exist" + (f"; did you mean {near[0]!r}?" if near else
-                          "; configs/ holds examples")) from None
+        way_out = f"did you mean {near[0]!r}?" if near else "configs/ holds examples"
+        raise ConfigError(f"config file {word!r} does not exist; {way_out}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {word!r} is not valid TOML: {error}") from None
     except OSError as error:
@@ -330,8 +318,7 @@ def apply_table(config: Config, table: dict) -> Config:
     for section, values in table.items():
         if section not in sections:
             raise ConfigError(f"section [{section}] does not exist{_did_you_mean(section, list(sections))}")
-        current = getattr(config, section)
-        config = replace(config, **{section: _apply_values(current, section, values)})
+        config = replace(config, **{section: _apply_values(getattr(config, section), section, values)})
     return config
 
 
@@ -355,42 +342,36 @@ def _did_you_mean(word: str, names: list[str]) -> str:
 def _convert(name: str, kind: object, value: object, current: object = None):
     """value as the knob's type, or ConfigError. An integer may be written 1e6, a list of one without brackets; a table
     changes what it names of the current one."""
-    if isinstance(kind, types.UnionType):
-        kind = next(k for k in typing.get_args(kind) if k is not type(None))
-    if dataclasses.is_dataclass(kind):
-        if isinstance(value, dict):
-            return _apply_values(current or kind(), name, value)
-    elif kind is bool:
-        if isinstance(value, bool):
-            return value
-    elif kind is str:
-        if isinstance(value, bool):
-            return "true" if value else "false"
-        if value == "":
+    kind, is_number = _without_none(kind), isinstance(value, int | float) and not isinstance(value, bool)
+    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        return _apply_values(current or kind(), name, value)
+    if kind is bool and isinstance(value, bool):
+        return value
+    if kind is str and isinstance(value, str | bool):
+        text = str(value).lower() if isinstance(value, bool) else value
+        if text == "":
             raise ConfigError(f"{name} is empty; give it a value or leave it out")
-        if isinstance(value, str):
-            if any(0xD800 <= ord(character) <= 0xDFFF for character in value):
-                raise ConfigError(f"{name} = {value!r} is not UTF-8; rename the file or folder")
-            return value
-    elif kind is int:
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
-    elif kind is float:
-        if isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value):
-            return float(value)
-    elif typing.get_origin(kind) is tuple:
-        items = value if isinstance(value, list | tuple) else [value]
-        inner = typing.get_args(kind)
+        if any(0xD800 <= ord(character) <= 0xDFFF for character in text):
+            raise ConfigError(f"{name} = {text!r} is not UTF-8; rename the file or folder")
+        return text
+    if kind is int and is_number and (isinstance(value, int) or value.is_integer()):
+        return int(value)
+    if kind is float and is_number and not math.isnan(value):
+        return float(value)
+    if typing.get_origin(kind) is tuple:
+        items, inner = value if isinstance(value, list | tuple) else [value], typing.get_args(kind)
         if inner[-1] is Ellipsis or len(items) == len(inner):
             return tuple(_convert(name, inner[0], item) for item in items)
     raise ConfigError(f"{name} = {value!r} should be {_type_name(kind)}")
 
 
+def _without_none(kind: object) -> object:
+    """int of int | None"""
+    return next(k for k in typing.get_args(kind) if k is not type(None)) if isinstance(kind, types.UnionType) else kind
+
+
 def _type_name(kind: object) -> str:
-    if isinstance(kind, types.UnionType):
-        kind = next(k for k in typing.get_args(kind) if k is not type(None))
+    kind = _without_none(kind)
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
     if typing.get_origin(kind) is tuple:
         inner = typing.get_args(kind)
@@ -415,73 +396,56 @@ def _check_range(name: str, value: object, limits: typing.Mapping) -> None:
 
 def check(config: Config) -> None:
     """Raise ConfigError if values do not fit together."""
-    _check_model(config.model)
-    _check_optim(config.optim)
-    _check_train(config)
-    _check_lora(config)
+    for conflict in _conflicts(config):
+        raise ConfigError(conflict)
 
 
-def _check_model(model: ModelConfig) -> None:
+def _conflicts(config: Config) -> Iterator[str]:
+    model, data, optim, train, lora = config.model, config.data, config.optim, config.train, config.lora
     if model.head_dim is None and model.n_embd % model.n_head:
-        raise ConfigError(f"model.n_embd = {model.n_embd} does not divide by model.n_head = {model.n_head}; change one "
-                          "or set model.head_dim")
+        yield (f"model.n_embd = {model.n_embd} does not divide by model.n_head = {model.n_head}; change one or set "
+               "model.head_dim")
     if model.n_head % model.kv_heads:
-        raise ConfigError(f"model.n_head = {model.n_head} does not divide by model.n_kv_head = "
-                          f"{model.kv_heads}; change one")
+        yield f"model.n_head = {model.n_head} does not divide by model.n_kv_head = {model.kv_heads}; change one"
     if model.position == "rope" and model.dim_per_head % 2:
-        raise ConfigError(f"model.position = 'rope' needs an even head_dim, not {model.dim_per_head}; change "
-                          "model.head_dim, n_embd or n_head")
-    if model.rope_scaling is not None and model.position != "rope":
-        raise ConfigError("model.rope_scaling is set but model.position is 'learned'; set model.position = 'rope'")
+        yield (f"model.position = 'rope' needs an even head_dim, not {model.dim_per_head}; change model.head_dim, "
+               "n_embd or n_head")
     scaling = model.rope_scaling
+    if scaling is not None and model.position != "rope":
+        yield "model.rope_scaling is set but model.position is 'learned'; set model.position = 'rope'"
     if scaling is not None and scaling.kind == "llama3" and scaling.high_freq_factor <= scaling.low_freq_factor:
-        raise ConfigError(f"model.rope_scaling.high_freq_factor = {scaling.high_freq_factor} should be above "
-                          f"low_freq_factor = {scaling.low_freq_factor}")
-
-
-def _check_optim(optim: OptimConfig) -> None:
+        yield (f"model.rope_scaling.high_freq_factor = {scaling.high_freq_factor} should be above low_freq_factor = "
+               f"{scaling.low_freq_factor}")
     if optim.min_lr > optim.lr:
-        raise ConfigError(f"optim.min_lr = {optim.min_lr} is above optim.lr = {optim.lr}")
-    for beta in optim.betas:
-        if not 0.0 <= beta < 1.0:
-            raise ConfigError(f"optim.betas = {list(optim.betas)} should lie in [0, 1)")
-    if optim.decay_steps is None or optim.schedule == "constant":  # start.inherit resolves it, and checks again
-        return
-    if optim.warmup_steps >= optim.decay_steps:
-        raise ConfigError(f"optim.warmup_steps = {optim.warmup_steps} leaves no step before decay ends at "
-                          f"{optim.decay_steps}; lower it or raise train.max_steps (optim.decay_steps if set)")
-    decay_start = round(optim.decay_steps * (1 - optim.decay_fraction), 6)  # 0.93 is no exact binary fraction
-    if optim.schedule == "wsd" and optim.warmup_steps > decay_start:
-        raise ConfigError(f"optim.warmup_steps = {optim.warmup_steps} reaches into the decay, which starts at step "
-                          f"{decay_start:.0f}; lower it or optim.decay_fraction")
-
-
-def _check_train(config: Config) -> None:
-    train = config.train
+        yield f"optim.min_lr = {optim.min_lr} is above optim.lr = {optim.lr}"
+    if not all(0.0 <= beta < 1.0 for beta in optim.betas):
+        yield f"optim.betas = {list(optim.betas)} should lie in [0, 1)"
+    if optim.schedule != "constant" and optim.decay_steps is not None:  # start.inherit resolves it, and checks again
+        decay_start = round(optim.decay_steps * (1 - optim.decay_fraction), 6)  # 0.93 is no exact binary fraction
+        if optim.warmup_steps >= optim.decay_steps:
+            yield (f"optim.warmup_steps = {optim.warmup_steps} leaves no step before decay ends at "
+                   f"{optim.decay_steps}; lower it or raise train.max_steps (optim.decay_steps if set)")
+        if optim.schedule == "wsd" and optim.warmup_steps > decay_start:
+            yield (f"optim.warmup_steps = {optim.warmup_steps} reaches into the decay, which starts at step "
+                   f"{decay_start:.0f}; lower it or optim.decay_fraction")
     if train.init_from is not None and train.fork_from is not None:
-        raise ConfigError("train.init_from and train.fork_from are both set; init_from takes weights only, fork_from "
-                          "also moments and step: keep one")
-    if config.data.source and not config.data.val_source and config.data.val_fraction == 0.0:
-        raise ConfigError("data.val_fraction = 0.0 leaves nothing to validate on; raise it or name data.val_source")
+        yield ("train.init_from and train.fork_from are both set; init_from takes weights only, fork_from also moments "
+               "and step: keep one")
+    if data.source and not data.val_source and data.val_fraction == 0.0:
+        yield "data.val_fraction = 0.0 leaves nothing to validate on; raise it or name data.val_source"
     for step in train.profile_steps:
         if not 1 <= step <= train.max_steps:
-            raise ConfigError(f"train.profile_steps names step {step}; steps run from 1 to {train.max_steps}")
-
-
-def _check_lora(config: Config) -> None:
-    lora, train = config.lora, config.train
-    if lora.rank == 0:
-        return
-    for target in lora.targets:
-        if target not in LORA_TARGETS:
-            raise ConfigError(f"lora.targets names {target!r}; there are {', '.join(LORA_TARGETS)}")
-    if not lora.targets:
-        raise ConfigError(f"lora.targets is empty; name some of {', '.join(LORA_TARGETS)}, or leave it out")
-    if train.init_from is None and train.fork_from is None:
-        raise ConfigError(f"lora.rank = {lora.rank} needs weights to adapt; name them with train.init_from")
-    if config.optim.name == "muon":
-        raise ConfigError("optim.name = 'muon' does not go with lora.rank: it orthogonalises updates of whole "
-                          "matrices, and an adapter's A and B are factors of one; use adamw")
+            yield f"train.profile_steps names step {step}; steps run from 1 to {train.max_steps}"
+    if lora.rank > 0:
+        for target in set(lora.targets) - set(LORA_TARGETS):
+            yield f"lora.targets names {target!r}; there are {', '.join(LORA_TARGETS)}"
+        if not lora.targets:
+            yield f"lora.targets is empty; name some of {', '.join(LORA_TARGETS)}, or leave it out"
+        if train.init_from is None and train.fork_from is None:
+            yield f"lora.rank = {lora.rank} needs weights to adapt; name them with train.init_from"
+        if optim.name == "muon":
+            yield ("optim.name = 'muon' does not go with lora.rank: it orthogonalises updates of whole matrices, and "
+                   "an adapter's A and B are factors of one; use adamw")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -535,11 +499,7 @@ def _help_line(f: dataclasses.Field, kind: object, indent: int = 2) -> str:
 
 
 def main(argv: list[str]) -> None:
-    if any(word in ("-h", "--help") for word in argv):
-        print(help_text())
-        return
-    config, _ = parse_arguments(argv)
-    print(to_toml(config))
+    print(help_text() if {"-h", "--help"} & set(argv) else to_toml(parse_arguments(argv)[0]))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import ConfigError, MachineError, TrainConfig, UserError
@@ -25,7 +26,7 @@ from config import ConfigError, MachineError, TrainConfig, UserError
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among all. Read from torchrun's environment."""
+    """This process's place among all."""
 
     rank: int = 0
     local_rank: int = 0
@@ -61,15 +62,10 @@ class Machine:
     """What a rank computes on and how, with the lines that say so and why."""
 
     device: torch.device
+    name: str  # of the device, as its maker calls it
     dtype: torch.dtype  # of the matmuls
     compiles: bool
-    lines: tuple[str, ...]
-
-    @property
-    def name(self) -> str:
-        """Of the device, as its maker calls it."""
-        is_cuda = self.device.type == "cuda"
-        return torch.cuda.get_device_name(self.device) if is_cuda else platform.processor() or self.device.type
+    lines: tuple[str, str]
 
 
 def choose_machine(train: TrainConfig, world: World) -> Machine:
@@ -83,7 +79,8 @@ def choose_machine(train: TrainConfig, world: World) -> Machine:
     compiles, compile_reason = choose_compile(train.compile, device)
     if device.type == "cpu":
         prepare_cpu(world)
-    return Machine(device, dtype, compiles, (
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type
+    return Machine(device, name, dtype, compiles, (
         f"device: {device} ({device_reason}), ranks {world.size}, threads {torch.get_num_threads()}",
         f"dtype: {str(dtype).removeprefix('torch.')} ({dtype_reason}) | compile: {'on' if compiles else 'off'} "
         f"({compile_reason})"))
@@ -118,9 +115,8 @@ def choose_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
         return getattr(torch, wanted), "asked for"
     if computes_bfloat16(device):
         return torch.bfloat16, "native on this device"
-    if device.type == "cuda":
-        return torch.float16, "no native bfloat16 before compute capability 8.0"
-    return torch.float32, "no native bfloat16"
+    is_cuda = device.type == "cuda"
+    return torch.float16 if is_cuda else torch.float32, f"no native bfloat16{' before sm_80' if is_cuda else ''}"
 
 
 def computes_bfloat16(device: torch.device) -> bool:
@@ -137,14 +133,15 @@ def choose_compile(wanted: str, device: torch.device) -> tuple[bool, str]:
         return wanted == "true", "asked for"
     if device.type != "cuda":
         return False, "does not pay off outside CUDA"
-    if torch.cuda.get_device_capability(device) < (7, 0):
-        return False, "Inductor needs compute capability 7.0"
-    if importlib.util.find_spec("triton") is None:
-        return False, "no triton"
-    if not any(shutil.which(name) for name in (os.environ.get("CC", "gcc"), "gcc", "clang")):
-        return False, "no C compiler: no CC, gcc or clang"
-    if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
-        return False, "no Python.h, which triton compiles against: install python3-dev"
+    has_compiler = any(shutil.which(name) for name in (os.environ.get("CC", "gcc"), "gcc", "clang"))
+    for is_missing, reason in (
+            (torch.cuda.get_device_capability(device) < (7, 0), "Inductor needs compute capability 7.0"),
+            (importlib.util.find_spec("triton") is None, "no triton"),
+            (not has_compiler, "no C compiler: no CC, gcc or clang"),
+            (not Path(sysconfig.get_paths()["include"], "Python.h").exists(),
+             "no Python.h, which triton compiles against: install python3-dev")):
+        if is_missing:
+            return False, reason
     return True, "CUDA with triton and a C compiler"
 
 
@@ -155,11 +152,9 @@ def prepare_cpu(world: World) -> None:
         torch.set_num_threads(max(1, cores // world.local_size))  # torchrun sets 1 whatever the machine has
     if platform.libc_ver()[0] == "glibc":
         # A step frees and takes again the same megabytes. Left alone, glibc maps and unmaps them each time and the
-        # kernel zeroes every page.
-        libc = ctypes.CDLL(None)
-        m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3
-        for parameter, value in ((m_mmap_threshold, 32 << 20), (m_trim_threshold, 512 << 20), (m_top_pad, 64 << 20)):
-            libc.mallopt(parameter, value)
+        # kernel zeroes every page. -3 is M_MMAP_THRESHOLD, -1 M_TRIM_THRESHOLD, -2 M_TOP_PAD.
+        for parameter, value in ((-3, 32 << 20), (-1, 512 << 20), (-2, 64 << 20)):
+            ctypes.CDLL(None).mallopt(parameter, value)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -212,30 +207,26 @@ def gather(value: object, world: World) -> list:
     device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
     own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
     with naming_lost_rank():
-        sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world.size)]
-        dist.all_gather(sizes, torch.tensor([own.numel()], device=device))
-        longest = max(int(size) for size in sizes)
-        padded = torch.zeros(longest, dtype=torch.uint8, device=device)
-        padded[:own.numel()] = own
+        sizes = torch.zeros(world.size, dtype=torch.int64, device=device)
+        dist.all_gather_into_tensor(sizes, torch.tensor([own.numel()], device=device))
+        padded = F.pad(own, (0, int(sizes.max()) - own.numel()))
         texts = [torch.zeros_like(padded) for _ in range(world.size)]
         dist.all_gather(texts, padded)
-    return [json.loads(bytes(text[:int(size)].tolist())) for text, size in zip(texts, sizes, strict=True)]
+    return [json.loads(bytes(text[:size].tolist())) for text, size in zip(texts, sizes.tolist(), strict=True)]
 
 
 @contextlib.contextmanager
 def raise_on_all_ranks(world: World) -> Iterator[None]:
     """A UserError or MachineError inside the block on any rank is raised, with its text, on all."""
-    error = None
+    if world.size == 1:
+        yield
+        return
+    mine = None
     try:
         yield
-    except (UserError, MachineError) as caught:
-        error = caught
-    if world.size == 1:
-        if error is not None:
-            raise error
-        return
-    outcomes = gather(None if error is None else [isinstance(error, UserError), str(error)], world)
-    for rank, outcome in enumerate(outcomes):
+    except (UserError, MachineError) as error:
+        mine = [isinstance(error, UserError), str(error)]
+    for rank, outcome in enumerate(gather(mine, world)):
         if outcome is not None:
             is_user_error, text = outcome
             error = (UserError if is_user_error else MachineError)(text if rank == 0 else f"rank {rank}: {text}")

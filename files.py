@@ -115,11 +115,47 @@ def locked(path: Path) -> Iterator[None]:
         except OSError as error:
             if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
                 raise
-            print(f"warning: the file system of {str(path)!r} has no locks ({error.strerror}): make sure that no other "
-                  "process writes there", file=sys.stderr, flush=True)
+            warn(f"warning: the file system of {str(path)!r} has no locks ({error.strerror}): make sure that no other "
+                 "process writes there")
         with suppress(OSError):  # a full disk: who holds the lock is only a hint for the next one
             os.ftruncate(descriptor, 0)
             os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield
     finally:
         os.close(descriptor)
+
+
+class AppendFile:
+    """A file that only grows, one write() per line. What a full disk refuses waits here and goes first next time."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        self._waiting = b""
+        self._warned = False
+
+    def write(self, line: str) -> None:
+        self._waiting += f"{line}\n".encode(errors="backslashreplace")
+        self._try_to_write()
+
+    def _try_to_write(self) -> None:
+        try:
+            while self._waiting:
+                # A disk that fills on the way takes the first part of a line; the rest must follow it, not a new line.
+                written = os.write(self._descriptor, self._waiting)
+                self._waiting = self._waiting[written:]
+        except OSError as error:
+            if not self._warned:
+                warn(f"warning: {self._path} cannot be written ({error.strerror}); training goes on, the lines are kept "
+                     "in memory and tried again")
+            self._warned = True
+
+    def close(self) -> None:
+        self._try_to_write()
+        os.close(self._descriptor)
+
+
+def warn(text: str) -> None:
+    """A line on stderr, or nowhere: stderr is often a file on the disk whose fullness it reports."""
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)

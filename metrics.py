@@ -13,12 +13,12 @@ import re
 import secrets
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import curves
 import files
-from cli import note, require
+from cli import require
 from config import MachineError, exit_cleanly
 from curves import ROW_FIELDS, human_count, parse_row
 
@@ -87,10 +87,9 @@ def peak_memory_bytes(device) -> int | None:
     if kind == "cuda":
         import torch
         return torch.cuda.max_memory_allocated(device)
+    if kind == "cpu" and sys.platform == "linux":  # getrusage would count the parent's memory from before exec
+        return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
     if kind == "cpu":
-        if sys.platform == "linux":  # getrusage would count the parent's memory from before exec
-            status = Path("/proc/self/status").read_text()
-            return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) * 1024
         import resource
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts bytes
     return None
@@ -115,14 +114,10 @@ def profiled(run_dir: Path, step: int, log: "RunLog") -> Iterator[None]:
 
 def human_seconds(seconds: float) -> str:
     """The two largest units: 42s, 5m 07s, 2h 05m, 3d 04h."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m {whole % 60:02d}s"
-    if whole < 86_400:
-        return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
-    return f"{whole // 86_400}d {whole % 86_400 // 3600:02d}h"
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    d, h = divmod(hours, 24)
+    return f"{d}d {h:02d}h" if d else f"{h}h {m:02d}m" if h else f"{m}m {s:02d}s" if m else f"{s}s"
 
 
 def format_train_line(row: dict, max_steps: int, seconds_left: float | None) -> str:
@@ -169,7 +164,7 @@ class RunLog:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             self._last_step = _drop_rows_after(rows_path, resume_step)
-            self._rows_file, self._text_file = _AppendFile(rows_path), _AppendFile(run_dir / "log.txt")
+            self._rows_file, self._text_file = files.AppendFile(rows_path), files.AppendFile(run_dir / "log.txt")
         except OSError as error:
             raise MachineError(f"run folder '{run_dir}' cannot be written: {error.strerror}") from None
         self._tracker_name = tracker
@@ -233,38 +228,8 @@ class RunLog:
             reason = " ".join(f"{type(error).__name__}: {error}".split())  # one line, however many the error has
             text = (f"warning: tracker {self._tracker_name} failed ({reason}); training goes on without it, "
                     "metrics.jsonl has every row")
-            _warn(text)
+            files.warn(text)
             self._text_file.write(text)
-
-
-class _AppendFile:
-    """A file that only grows, one write() per line. What a full disk refuses waits here and goes first next time."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-        self._waiting = b""
-        self._warned = False
-
-    def write(self, line: str) -> None:
-        self._waiting += f"{line}\n".encode(errors="backslashreplace")
-        self._try_to_write()
-
-    def _try_to_write(self) -> None:
-        try:
-            while self._waiting:
-                # A disk that fills on the way takes the first part of a line; the rest must follow it, not a new line.
-                written = os.write(self._descriptor, self._waiting)
-                self._waiting = self._waiting[written:]
-        except OSError as error:
-            if not self._warned:
-                _warn(f"warning: {self._path} cannot be written ({error.strerror}); training goes on, the lines are "
-                      "kept in memory and tried again")
-            self._warned = True
-
-    def close(self) -> None:
-        self._try_to_write()
-        os.close(self._descriptor)
 
 
 def _print(text: str) -> None:
@@ -276,12 +241,7 @@ def _print(text: str) -> None:
     except OSError as error:
         # What stdout holds would fail again at exit, so it goes to /dev/null with all that follows.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        _warn(f"warning: stdout cannot be written ({error.strerror}); training goes on, log.txt has the lines")
-
-
-def _warn(text: str) -> None:
-    with suppress(OSError):  # stderr is often a file on the disk whose fullness it reports
-        note(text)
+        files.warn(f"warning: stdout cannot be written ({error.strerror}); training goes on, log.txt has the lines")
 
 
 def _drop_rows_after(path: Path, resume_step: int) -> dict[str, int]:
