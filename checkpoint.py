@@ -61,7 +61,12 @@ def save(run_dir: Path, step: int, *, tensors: dict[str, dict[str, Tensor]], sta
     by_size = sorted(tensors.items(), key=lambda item: _bytes_of(item[1]), reverse=True)
     needed = sum(_bytes_of(part) for part in tensors.values()) + MARGIN_BYTES
     try:
-        _make_checkpoints_folder(folder)
+        if not folder.is_dir():
+            if not folder.parent.is_dir():
+                files.make_folder(folder.parent)
+            files.make_folder(folder)
+            files.sync(folder.parent)
+            files.sync(folder.parent.parent)
         _check_space(folder, needed)
         if temporary.exists():
             files.delete_folder(temporary)
@@ -73,7 +78,7 @@ def save(run_dir: Path, step: int, *, tensors: dict[str, dict[str, Tensor]], sta
         raise SaveError(f"checkpoint of step {step} was not saved to {str(folder)!r}: "
                         f"{_reason(error, folder, needed)}; older checkpoints are untouched") from error
     best = best_of(run_dir)
-    for path in _unreplaced(folder)[keep:]:
+    for path in _candidates(folder, replaced=False)[keep:]:
         if path not in (best, final):
             with suppress(OSError):  # one that cannot be deleted costs space, not safety; the next save tries again
                 _discard(path)
@@ -128,15 +133,6 @@ def _reason(error: OSError, folder: Path, needed: int) -> str:
     return f"disk full, {needed / 1e9:.3f} GB are needed and {free} is free"
 
 
-def _make_checkpoints_folder(folder: Path) -> None:
-    if not folder.is_dir():
-        if not folder.parent.is_dir():
-            files.make_folder(folder.parent)
-        files.make_folder(folder)
-        files.sync(folder.parent)
-        files.sync(folder.parent.parent)
-
-
 def _write_checkpoint(folder: Path, tensors: dict[str, dict[str, Tensor]], texts: dict[str, dict]) -> None:
     """Write and sync every file of a checkpoint and the folder itself.
 
@@ -150,7 +146,7 @@ def _write_checkpoint(folder: Path, tensors: dict[str, dict[str, Tensor]], texts
             _write_tensors(folder / name, part)
             hashes[name] = pool.submit(files.sha256, folder / name)
         for name, text in texts.items():
-            files.write(folder / name, [_to_json(_null_for_nan(text))])
+            files.write(folder / name, [_to_json(text)])
             hashes[name] = pool.submit(files.sha256, folder / name)
         for name in hashes:
             files.sync(folder / name)
@@ -162,7 +158,7 @@ def _write_checkpoint(folder: Path, tensors: dict[str, dict[str, Tensor]], texts
 
 
 def _to_json(value: dict) -> bytes:
-    return json.dumps(value, indent=1, sort_keys=True, allow_nan=False).encode() + b"\n"
+    return json.dumps(_null_for_nan(value), indent=1, sort_keys=True, allow_nan=False).encode() + b"\n"
 
 
 def _null_for_nan(value: object) -> object:
@@ -202,7 +198,7 @@ def _discard(path: Path) -> None:
 def best_of(run_dir: Path) -> Path | None:
     """The checkpoint with the lowest validation loss among those saved at an evaluated step; of equals the newest."""
     losses = {}
-    for path in _unreplaced(Path(run_dir) / "checkpoints"):
+    for path in _candidates(Path(run_dir) / "checkpoints", replaced=False):
         with suppress(OSError, ValueError, KeyError, TypeError):  # unreadable: newest() will say so
             loss = json.loads((path / STATE).read_bytes())["val_loss"]
             if isinstance(loss, int | float) and math.isfinite(loss):
@@ -210,18 +206,13 @@ def best_of(run_dir: Path) -> Path | None:
     return min(losses, key=losses.get, default=None)
 
 
-def _unreplaced(folder: Path) -> list[Path]:
-    """The complete checkpoints, newest first."""
-    return [path for path in _candidates(folder) if path.suffix != ".replaced"]
-
-
-def _candidates(folder: Path) -> list[Path]:
-    """Folders named as checkpoints, newest first; other names are nobody's business."""
+def _candidates(folder: Path, *, replaced: bool = True) -> list[Path]:
+    """Folders named as checkpoints, newest first, with or without .replaced ones; other names are nobody's business."""
     found = []
-    if folder.is_dir():
-        for path in folder.iterdir():
-            if (match := STEP_NAME.fullmatch(path.name)) and path.is_dir():
-                found.append((int(match[1]), match[2] is None, path))
+    for path in folder.iterdir() if folder.is_dir() else ():
+        match = STEP_NAME.fullmatch(path.name)
+        if match and path.is_dir() and (replaced or match[2] is None):
+            found.append((int(match[1]), match[2] is None, path))
     return [path for _, _, path in sorted(found, reverse=True)]
 
 
@@ -273,9 +264,8 @@ def newest(run_dir: Path, note: Callable[[str], None]) -> Path | None:
 
 def _settle_replaced(folder: Path, chosen: Path) -> Path:
     """End a replacement that a crash interrupted: `chosen` is valid, so other .replaced folders have no use."""
-    for path in folder.glob("step_*.replaced"):
-        if path != chosen:
-            _discard(path)
+    for path in set(folder.glob("step_*.replaced")) - {chosen}:
+        _discard(path)
     if chosen.suffix == ".replaced":
         files.rename(chosen, chosen.with_suffix(""))
         files.sync(folder)
@@ -326,13 +316,8 @@ def run_dir_of(checkpoint: Path) -> Path:
 # ----------------------------------------------------------------------------------------------------------------------
 # Loading
 
-def load_state(checkpoint: Path) -> dict:
-    """state.json of a checkpoint. Raises CheckpointError."""
-    return load_text(checkpoint, "state")
-
-
-def load_text(checkpoint: Path, name: str) -> dict:
-    """NAME.json of a checkpoint. Raises CheckpointError."""
+def load_state(checkpoint: Path, name: str = "state") -> dict:
+    """state.json of a checkpoint, or another of its JSON files. Raises CheckpointError."""
     path = Path(checkpoint) / f"{name}.json"
     try:
         return json.loads(path.read_bytes())
@@ -363,12 +348,10 @@ def load_into(model: torch.nn.Module, tensors: dict[str, Tensor], where: str) ->
     where: the source, for the message. A tied tensor goes by its first name. Raises one CheckpointError that names all
     that does not fit, before anything is changed.
     """
-    targets: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            targets[name] = tensor
-            seen.add(id(tensor))
+    first_names: dict[int, str] = {}
+    for name, tensor in (state := model.state_dict(keep_vars=True)).items():
+        first_names.setdefault(id(tensor), name)
+    targets = {name: state[name] for name in first_names.values()}
     problems = _misfits(targets, tensors)
     if problems:
         raise CheckpointError(f"{where} does not fit the model: {'; '.join(problems)}; use the [model] section it was "

@@ -166,7 +166,7 @@ class OptimConfig:
     decay_fraction: float = knob(0.2, "wsd: the last share of decay_steps, in which lr falls", above=0.0, maximum=1.0)
     betas: tuple[float, float] = knob((0.9, 0.95), "AdamW's decay rates of the first and second moment")
     eps: float = knob(1e-8, "AdamW's term against division by zero", above=0.0)
-    weight_decay: float = knob(0.1, "decoupled, on matrices and embeddings, not norms and biases; 0.0 = off", minimum=0.0)
+    weight_decay: float = knob(0.1, "decoupled, of matrices and embeddings, not norms, biases; 0.0 = off", minimum=0.0)
     grad_clip: float = knob(1.0, "largest global gradient norm; inf = off", above=0.0, may_be_inf=True)
     muon_lr: float = knob(0.02, "peak learning rate of Muon; follows the schedule of lr", above=0.0)
     muon_momentum: float = knob(0.95, "Muon's Nesterov momentum", minimum=0.0, maximum=0.999)
@@ -204,7 +204,7 @@ class TrainConfig:
                                 "check at the start, on a CPU those of kernels/cpu.py, else PyTorch; triton refuses to "
                                 "run without them",
                         choices=("auto", "triton", "torch"))
-    activation_checkpointing: bool = knob(False, "recompute blocks in the backward pass: less memory, a third more work")
+    activation_checkpointing: bool = knob(False, "recompute blocks in the backward: less memory, a third more work")
     init_from: str | None = knob(None, "run folder, checkpoint or Hugging Face folder whose weights and tokenizer "
                                        "start this run")
     fork_from: str | None = knob(None, "run folder or checkpoint to continue as a new run, with its moments and step")

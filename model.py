@@ -53,8 +53,8 @@ class KVCache:
         slots = config.max_seq_len if slots is None else slots
         # Head-major memory: decoding then reads each head's keys in one run. Seen as (B, slots, Hkv, D).
         shape = (batch, config.kv_heads, slots, config.dim_per_head)
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device).transpose(1, 2) for _ in range(config.n_layer)]
-        self.values = [torch.zeros_like(k.transpose(1, 2)).transpose(1, 2) for k in self.keys]
+        self.keys, self.values = ([torch.zeros(shape, dtype=dtype, device=device).transpose(1, 2)
+                                   for _ in range(config.n_layer)] for _ in range(2))
         self.padding = padding  # (B,) int, or None = no padding anywhere
         self.length = 0  # slots filled, padding included
 
@@ -80,8 +80,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, first_key: Tensor | None,
                 cache: KVCache | None, layer: int) -> Tensor:
         B, T, _ = x.shape
-        qkv = self.qkv(x).view(B, T, self.H + 2 * self.Hkv, self.D)
-        q, k, v = qkv.split((self.H, self.Hkv, self.Hkv), dim=2)  # (B, T, H or Hkv, D)
+        q, k, v = self.qkv(x).view(B, T, -1, self.D).split((self.H, self.Hkv, self.Hkv), dim=2)  # (B, T, H or Hkv, D)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
@@ -156,20 +155,18 @@ class GPT(nn.Module):
         """gpt2: N(0, 0.02), residual projections N(0, 0.02 / sqrt(2 L)) (GPT-2, section 2.3). zero_residual: matrices
         N(0, 1/sqrt(fan_in)), residual projections 0, and with an untied head that head 0 and the embedding N(0, 1), as
         modded-nanogpt. Biases 0, norms 1."""
-        depth = self.config.n_layer
+        is_gpt2 = self.config.init == "gpt2"
         for name, parameter in self.named_parameters():
             if name.endswith(".bias"):
                 nn.init.zeros_(parameter)
             if parameter.dim() < 2:
                 continue  # norms are born 1
-            std = 0.02
-            if self.config.init == "gpt2" and name.endswith("proj.weight"):
-                std = 0.02 / math.sqrt(2 * depth)  # two residual branches per block
-            if self.config.init == "zero_residual" and name in ("wte.weight", "wpe.weight"):
-                std = 0.02 if self.lm_head is None else 1.0
-            elif self.config.init == "zero_residual":
-                is_last = name.endswith("proj.weight") or name == "lm_head.weight"
-                std = 0.0 if is_last else parameter.shape[1] ** -0.5
+            if name in ("wte.weight", "wpe.weight"):
+                std = 0.02 if is_gpt2 or self.lm_head is None else 1.0
+            elif name.endswith("proj.weight"):
+                std = 0.02 / math.sqrt(2 * self.config.n_layer) if is_gpt2 else 0.0  # two residual branches per block
+            else:
+                std = 0.02 if is_gpt2 else 0.0 if name == "lm_head.weight" else parameter.shape[1] ** -0.5
             nn.init.normal_(parameter, std=std) if std else nn.init.zeros_(parameter)
         for table in (self.wte, self.lm_head):
             if table is not None:  # rows that stand for no token stay 0: their gradient is, and decay keeps them there
@@ -300,7 +297,7 @@ def flops_per_token(config: ModelConfig, *, seq_len: int | None = None) -> int:
     A matmul of (1, m) by (m, n) is 2mn FLOPs forward and twice that backward. Embedding look-ups, norms, the surplus
     rows of the padded table and recomputation under activation checkpointing are not counted.
     """
-    T = config.max_seq_len if seq_len is None else seq_len
+    T = seq_len or config.max_seq_len
     C, H, Hkv, D = config.n_embd, config.n_head, config.kv_heads, config.dim_per_head
     fc = 2 * config.mlp_width if config.mlp == "swiglu" else config.mlp_width
     matrices_per_block = C * (H + 2 * Hkv) * D + H * D * C + C * fc + config.mlp_width * C

@@ -90,18 +90,19 @@ class Resume:
 Start = Fresh | Init | Fork | Resume
 
 
-def agree_on_start(config: Config, dataset: Dataset, world: World, note: Callable[[str], None]) -> Start:
+def agree_on_start(config: Config, parent: Parent | None, dataset: Dataset, world: World,
+                   note: Callable[[str], None]) -> Start:
     """Rank 0 chooses and checks what the run starts from; every rank gets the same answer. Raises CheckpointError,
     ConfigError."""
     start = Fresh()
     with distributed.raise_on_all_ranks(world):
         if world.is_main:
-            start = _choose_start(config, dataset, note)
+            start = _choose_start(config, parent, dataset, note)
     kind, values = distributed.gather([type(start).__name__, dataclasses.asdict(start)], world)[0]
     return {"Fresh": Fresh, "Init": Init, "Fork": Fork, "Resume": Resume}[kind](**values)
 
 
-def _choose_start(config: Config, dataset: Dataset, note: Callable[[str], None]) -> Start:
+def _choose_start(config: Config, parent: Parent | None, dataset: Dataset, note: Callable[[str], None]) -> Start:
     """The run's own newest checkpoint beats fork_from and init_from."""
     train, out_dir = config.train, Path(config.train.out_dir)
     if (own := checkpoint.newest(out_dir, note)) is not None:
@@ -119,8 +120,8 @@ def _choose_start(config: Config, dataset: Dataset, note: Callable[[str], None])
                               "it, max_steps counts from step 0")
         return Fork(str(path), step)
     if train.init_from is not None:
-        return Init(str(train.init_from if is_hugging_face(train.init_from) else
-                        checkpoint.resolve(train.init_from, note, weights_only=True)))
+        is_hugging_face = isinstance(parent, HuggingFaceModel)
+        return Init(str(parent.dir if is_hugging_face else checkpoint.resolve(train.init_from, note, weights_only=True)))
     return Fresh()
 
 
@@ -151,10 +152,6 @@ def _check_resumable(config: Config, state: dict, data_hash: str) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 # What was left out of the config
 
-def is_hugging_face(folder: str | Path) -> bool:
-    return (Path(folder) / "config.json").exists() and not (Path(folder) / "config.toml").exists()
-
-
 def has_checkpoint(config: Config) -> bool:
     return any((Path(config.train.out_dir) / "checkpoints").glob("step_*"))
 
@@ -167,7 +164,7 @@ def read_parent(config: Config) -> Parent | None:
     if named is None:
         return None
     path = Path(config.train.out_dir) if has_checkpoint(config) else Path(named)
-    if is_hugging_face(path):
+    if (path / "config.json").exists() and not (path / "config.toml").exists():
         if knob == "fork_from":
             raise ConfigError(f"train.fork_from = {named!r} is a Hugging Face folder, which has no moments to go on "
                               "with; use train.init_from")

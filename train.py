@@ -343,7 +343,7 @@ def train(config: Config, given: set[str], *, world: World, stop: StopRequest) -
             if world.is_main:
                 stack.enter_context(checkpoint.run_lock(Path(config.train.out_dir)))
         notes: list[str] = []
-        start = starting.agree_on_start(config, dataset, world, lambda line: (notes.append(line), note(line)))
+        start = starting.agree_on_start(config, parent, dataset, world, lambda line: (notes.append(line), note(line)))
         if isinstance(start, Resume) and start.step >= config.train.max_steps and not start.val_due:
             if world.is_main:
                 print(f"run {config.train.out_dir!r} is finished: step {start.step} of {config.train.max_steps}; raise "

@@ -61,7 +61,7 @@ def weights_of(path: Path) -> dict[str, Tensor]:
         return checkpoint.load_tensors(path, "model")
     base, adapters = load_base(path), checkpoint.load_tensors(path, ADAPTER)
     try:
-        return lora.merge(base, adapters, checkpoint.load_text(path, ADAPTER_CONFIG))
+        return lora.merge(base, adapters, checkpoint.load_state(path, ADAPTER_CONFIG))
     except (ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"adapters in {str(path)!r} do not fit their base: {error}; use another checkpoint"
                               ) from None
