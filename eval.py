@@ -116,13 +116,15 @@ def main(argv: list[str]) -> None:
         if kind == "multiple choice":
             found, rows = tasks.multiple_choice(model, tokenizer, task, batch_size=args.batch_size)
         elif kind == "classification":
-            found, rows = tasks.classification(model, tokenizer, task, labels, batch_size=args.batch_size)
+            found, rows = tasks.classification(model, tokenizer, task, labels, batch_size=args.batch_size,
+                                               too_long=saved.config.data.too_long)
             cli.note(scores.confusion_table(labels, np.array(found["confusion"])))
         else:
             cli.note(pack_for_decoding(model))
             found, rows = tasks.generation(model, tokenizer, task, saved.chat_template, metrics=metrics,
                                            max_new_tokens=args.max_new_tokens or 256,
-                                           stop=tuple(args.stop or ()), batch_size=args.batch_size)
+                                           stop=tuple(args.stop or ()), batch_size=args.batch_size,
+                                           too_long=saved.config.data.too_long)
         result |= {"task": str(args.task), "kind": kind, "examples": len(task.examples), **found}
         if args.plot is not None:
             with files.disk_errors(args.plot):

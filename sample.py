@@ -24,9 +24,11 @@ from torch import Tensor
 
 import checkpoint
 import cli
+import data.prompts
 import distributed
-from config import UserError, exit_cleanly
-from data.chat import encode_chat, turn_end
+from config import ModelConfig, UserError, exit_cleanly
+from data.chat import turn_end
+from data.prompts import answer_room, fit_chat, fit_prompt
 from data.tokenizer import Tokenizer
 from finetune.runs import SavedRun, read_run
 from kernels import self_check
@@ -199,7 +201,8 @@ def generate_text(model: GPT, tokenizer: Tokenizer, prompts: list[str], *, max_n
 
     Every row ends with a piece whose finish is set; ended rows emit no more. Raises SampleError, ChatError, at once.
     """
-    contexts = [encode_prompt(tokenizer, prompt, model.config.vocab_size, chat_template) for prompt in prompts]
+    contexts = [fit_context(tokenizer, prompt, model.config, max_new_tokens=max_new_tokens,
+                            chat_template=chat_template)[0] for prompt in prompts]
     ends = end_tokens(tokenizer, chat_template)
     streams = {row: TextStream(tokenizer, context, stop, ends) for row, context in enumerate(contexts)}
     steps = generate(model, contexts, max_new_tokens=max_new_tokens, sampling=sampling)
@@ -230,20 +233,32 @@ def sample_text(model: GPT, tokenizer: Tokenizer, prompt: str, *, max_new_tokens
         model.train(was_training)
 
 
-def encode_prompt(tokenizer: Tokenizer, prompt: str, vocab_size: int, chat_template: str | None = None) -> list[int]:
-    """The prompt's ids, special tokens as plain text; behind the tokenizer's bos_token if it has one, and end-of-text
-    for an empty prompt if not. With a chat_template it is what the user says, and the assistant's turn begins. Raises
-    SampleError, ChatError."""
-    if chat_template is not None:
-        ids = encode_chat(tokenizer, chat_template, [{"role": "user", "content": prompt}]).tolist()
+def fit_context(tokenizer: Tokenizer, prompt: str, config: ModelConfig, *, max_new_tokens: int,
+                chat_template: str | None = None) -> tuple[list[int], int]:
+    """The ids that the model continues, and how many tokens were cut of a prompt longer than the context. A plain one
+    then fills half of it, as in generate(); with a chat_template, where it is what the user says and the assistant's
+    turn begins, the conversation leaves answer_room. Raises SampleError, ChatError."""
+    room = config.max_seq_len
+    if chat_template is None:
+        ids = data.prompts.encode_prompt(tokenizer, prompt)
+        ids, cut = fit_prompt(tokenizer, ids, room, free=room - max(1, room // 2))
     else:
-        ids = tokenizer.encode(prompt).tolist()
-        if tokenizer.bos_token is not None or not ids:
-            ids.insert(0, tokenizer.start)
-    if max(ids) >= vocab_size:
-        raise SampleError(f"the prompt has token {max(ids)} but the model knows {vocab_size} ids; the run's "
+        messages = [{"role": "user", "content": prompt}]
+        ids, cut = fit_chat(tokenizer, chat_template, messages, room, free=answer_room(room, max_new_tokens))
+    return known_ids(ids, config.vocab_size), cut
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str, vocab_size: int) -> list[int]:
+    """All ids of a plain prompt, special tokens in it as plain text. Raises SampleError."""
+    return known_ids(data.prompts.encode_prompt(tokenizer, prompt), vocab_size)
+
+
+def known_ids(ids: np.ndarray, vocab_size: int) -> list[int]:
+    """The ids (n,) as a list. Raises SampleError if the model does not know one of them."""
+    if len(ids) and ids.max() >= vocab_size:
+        raise SampleError(f"the prompt has token {ids.max()} but the model knows {vocab_size} ids; the run's "
                           "tokenizer.json belongs to another model")
-    return ids
+    return ids.tolist()
 
 
 def end_tokens(tokenizer: Tokenizer, chat_template: str | None) -> frozenset[int]:
@@ -384,8 +399,14 @@ def main(argv: list[str]) -> None:
     template = run.chat_template if args.chat else None
     model = build_model(run, device=device, dtype=args.dtype, note=cli.note)
     cli.note(pack_for_decoding(model))
-    context = encode_prompt(run.tokenizer, prompt, model.config.vocab_size, template)
-    _check_length(len(context), model.config.max_seq_len, is_chat=args.chat)
+    context, cut = fit_context(run.tokenizer, prompt, model.config, max_new_tokens=args.max_new_tokens,
+                               chat_template=template)
+    if cut:
+        too_long = (f"the {'conversation' if args.chat else 'prompt'} has {len(context) + cut:,} tokens, more than the "
+                    f"context of {model.config.max_seq_len:,}")
+        if args.chat and run.config.data.too_long == "error":
+            raise SampleError(f"{too_long}; shorten the prompt (the run's data.too_long is error)")
+        cli.note(f"{too_long}: {cut:,} were cut from its front")
     pieces = generate_text(model, run.tokenizer, [prompt] * args.num_samples, max_new_tokens=args.max_new_tokens,
                            sampling=sampling, stop=tuple(args.stop), chat_template=template)
     sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows ? instead
@@ -425,15 +446,6 @@ def _read_prompt(args: argparse.Namespace) -> str:
         raise SampleError(f"{name} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise SampleError(f"{name} is not valid UTF-8 at byte {error.start}; convert it first") from None
-
-
-def _check_length(tokens: int, max_seq_len: int, *, is_chat: bool) -> None:
-    """Note that a text is cut on the left; raise SampleError for a chat, which would lose its template's beginning."""
-    too_long = f"has {tokens:,} tokens, more than the context of {max_seq_len:,}"
-    if tokens > max_seq_len and is_chat:
-        raise SampleError(f"the conversation {too_long}; shorten the prompt")
-    if tokens > max_seq_len:
-        cli.note(f"the prompt {too_long}: its last {max(1, max_seq_len // 2):,} are used")
 
 
 if __name__ == "__main__":

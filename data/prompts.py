@@ -1,4 +1,4 @@
-"""Prompts to tokens, as many as there is room for: the one place that cuts, for training, evaluation and sampling.
+"""Prompts to tokens, as many as there is room for: one place that cuts for training, evaluation, sampling and serving.
 
 The front of a plain prompt goes. Of a chat whole oldest turns go, then the front of what the user says; a system
 message, the template's own text and a response to learn from stay.
@@ -20,9 +20,16 @@ def encode_prompt(tokenizer: Tokenizer, text: str) -> np.ndarray:
     return ids if len(ids) and tokenizer.bos_token is None else np.insert(ids, 0, tokenizer.start)
 
 
-def fit_prompt(tokenizer: Tokenizer, ids: np.ndarray, room: int) -> tuple[np.ndarray, int]:
-    """The ids of a plain prompt that stay where there is room for fewer, at least one, and how many were cut."""
-    stay = kept_tokens(tokenizer, ids, room)
+def answer_room(max_seq_len: int, max_new_tokens: int) -> int:
+    """How many places of the context a prompt that is longer leaves free for its answer when it is cut: as many as the
+    answer may need, but at most half. (An answer's last token needs none: even a full context is continued by one.)"""
+    return min(max_new_tokens - 1, max_seq_len // 2)
+
+
+def fit_prompt(tokenizer: Tokenizer, ids: np.ndarray, room: int, *, free: int = 0) -> tuple[np.ndarray, int]:
+    """The ids of a plain prompt that stay where there is room for fewer, and how many were cut. What is cut leaves
+    `free` of the room, which is larger; what fits stays whole."""
+    stay = kept_tokens(tokenizer, ids, room - free if len(ids) > room else room)
     return ids[stay], len(ids) - len(stay)
 
 
@@ -42,14 +49,15 @@ def _prompt_room(room: int, response: int) -> int:
     return room - response if response < room else room // 2
 
 
-def fit_chat(tokenizer: Tokenizer, template: str, messages: list[dict], room: int) -> tuple[np.ndarray, int]:
-    """Ids, uint32 (n <= room,), of what a model is given to answer a conversation, and how many tokens were cut. Raises
-    ChatError."""
+def fit_chat(tokenizer: Tokenizer, template: str, messages: list[dict], room: int, *,
+             free: int = 0) -> tuple[np.ndarray, int]:
+    """Ids, uint32 (n <= room,), of what a model is given to answer a conversation, and how many tokens were cut; `free`
+    as in fit_prompt. Raises ChatError."""
     def encode(some: list[dict]) -> tuple[np.ndarray, np.ndarray]:
         ids = encode_chat(tokenizer, template, some)
         return ids, np.zeros(len(ids), dtype=bool)
 
-    ids, _, cut = _fit(tokenizer, messages, encode, room)
+    ids, _, cut = _fit(tokenizer, messages, encode, room, free=free)
     return ids, cut
 
 
@@ -69,11 +77,12 @@ def fit_conversation(tokenizer: Tokenizer, template: str, messages: list[dict],
 
 
 def _fit(tokenizer: Tokenizer, messages: list[dict], encode: Callable[[list[dict]], tuple[np.ndarray, np.ndarray]],
-         room: int) -> tuple[np.ndarray, np.ndarray, int]:
+         room: int, *, free: int = 0) -> tuple[np.ndarray, np.ndarray, int]:
     """What encode gives of messages that fit, ids and which of them the assistant wrote, and how many tokens were cut.
 
     Messages before the first turn, the system's, stay. Whole oldest turns go, so that a user's comes first again; then
-    the front of what the user says in the last exchange; what is still too long is cut as by kept_tokens.
+    the front of what the user says in the last exchange; what is still too long is cut as by kept_tokens. free: as in
+    fit_prompt.
     """
     ids, written = encode(messages)
     tokens = len(ids)
@@ -86,12 +95,16 @@ def _fit(tokenizer: Tokenizer, messages: list[dict], encode: Callable[[list[dict
         user = messages[start] | {"content": messages[start]["content"][cut:]}
         return [*messages[:first], user, *messages[start + 1:]]
 
+    if tokens > room:
+        room -= free
     if tokens > room and starts:
-        response = _response(encode(shorter(len(starts) - 1))[1])
-        limit = response + _prompt_room(room, response)  # of tokens: room, unless the response does not fit by itself
         steps = range(len(starts) + len(messages[starts[-1]]["content"]))
-        step = bisect_left(steps, True, hi=len(steps) - 1, key=lambda step: len(encode(shorter(step))[0]) <= limit)
-        ids, written = encode(shorter(step))
+        ids, written = encode(shorter(steps[-1]))
+        response = _response(written)
+        limit = response + _prompt_room(room, response)  # of tokens: room, unless the response does not fit by itself
+        if len(ids) <= limit:  # else no step does, and trying some on a long system message would take long
+            step = bisect_left(steps, True, hi=len(steps) - 1, key=lambda step: len(encode(shorter(step))[0]) <= limit)
+            ids, written = encode(shorter(step))
     stay = kept_tokens(tokenizer, ids, room, response=_response(written))
     return ids[stay], written[stay], tokens - len(stay)
 

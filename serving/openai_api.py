@@ -19,6 +19,7 @@ from functools import cached_property, partial, partialmethod
 
 from config import ModelConfig
 from data import chat
+from data.prompts import answer_room, encode_prompt, fit_chat
 from data.tokenizer import Tokenizer, replace_surrogates
 from sample import SampleError, Sampling, TextStream, end_tokens
 from serving.batching import Part, Row, Scored
@@ -60,6 +61,7 @@ class Served:
     config: ModelConfig
     tokenizer: Tokenizer
     template: str | None = None  # of chats
+    too_long: str = "cut"  # what becomes of a chat longer than the context; "error": it is refused
     max_rows: int = 256  # texts of one request
     time_limit_s: float = 600.0
     created: int = field(default_factory=lambda: int(time.time()))
@@ -82,6 +84,7 @@ class Prompt:
     text: str
     tokens: list[int]
     has_start: bool = False  # the first token is the tokenizer's start, which is no part of the text
+    cut: int = 0  # tokens of a chat that are left out, as it is longer than the context
 
 
 @dataclass(frozen=True)
@@ -197,7 +200,13 @@ def parse(body: dict, served: Served, deliver: Callable[[int, Part], None], *, i
         what, param = (f"{len(values)} prompts x n = {n}", "n") if n > 1 else (f"{len(values)} prompts", "prompt")
         raise ApiError(400, f"{what} are more than the {served.max_rows} texts of one request; send them in several",
                        param=param, code="too_many_texts")
-    prompts = [_chat_prompt(value, served) if is_chat else _prompt(value, served) for value in values]
+
+    old = fields.whole("max_tokens", None, low=int(is_chat))
+    most = served.config.max_seq_len if is_chat else DEFAULT_MAX_TOKENS
+    new = fields.whole("max_completion_tokens", most if old is None else old, low=int(is_chat))
+    if old not in (None, new):
+        raise invalid("max_tokens", f"max_tokens = {old} contradicts max_completion_tokens = {new}; give one")
+    prompts = [_chat_prompt(value, served, new) if is_chat else _prompt(value, served) for value in values]
     echo = not is_chat and fields.flag("echo")
 
     if is_chat:
@@ -208,14 +217,6 @@ def parse(body: dict, served: Served, deliver: Callable[[int, Part], None], *, i
         top_logprobs = top_logprobs or 0 if wants_logprobs else None
     else:
         top_logprobs = fields.whole("logprobs", None, low=0, high=MAX_TOP_LOGPROBS)
-
-    old = fields.whole("max_tokens", None, low=int(is_chat))
-    new = fields.whole("max_completion_tokens", old, low=int(is_chat))
-    if old is not None and new != old:
-        told = f"max_tokens = {old} and max_completion_tokens = {new}"
-        raise invalid("max_tokens", f"{told} contradict each other; give one")
-    if new is None:
-        new = served.config.max_seq_len if is_chat else DEFAULT_MAX_TOKENS
 
     settings = {
         "sampling": _sampling(fields), "stop": _stops(fields.take("stop", [])), "top_logprobs": top_logprobs,
@@ -245,24 +246,27 @@ def _prompt(value: object, served: Served) -> Prompt:
         most = served.config.max_seq_len * int(tokenizer.token_bytes().max())  # bytes that could fit
         if tokenizer.byte_level and len(text) > most:  # far too long: it is not encoded first
             raise _too_long(f"at least {-(-len(text) * served.config.max_seq_len // most)}", served, "prompt")
-        tokens = tokenizer.encode(text).tolist()
-        has_start = tokenizer.bos_token is not None or not tokens  # as sample.encode_prompt
-        return Prompt(text, _fitting([tokenizer.start] * has_start + tokens, served, "prompt"), has_start)
+        tokens = _fitting(encode_prompt(tokenizer, text).tolist(), served, "prompt")
+        return Prompt(text, tokens, has_start=tokens[0] == tokenizer.start)  # no text has that token
     if not isinstance(value, list) or not all(map(_is_whole, value)):
         raise wrong("prompt", value, PROMPTS)
     tokens = _fitting(value, served, "prompt")
     return Prompt(detokenized(tokenizer, tokens)[0], tokens)
 
 
-def _chat_prompt(value: object, served: Served) -> Prompt:
+def _chat_prompt(value: object, served: Served, max_new_tokens: int) -> Prompt:
+    """Messages; longer than the context they are cut so that they leave answer_room, or refused."""
     if not isinstance(value, list) or not value:
         raise wrong("messages", value, "a list of messages")
     messages = [_message(message, f"messages[{number}]") for number, message in enumerate(value)]
     try:
-        tokens = chat.encode_chat(served.tokenizer, served.template, messages).tolist()
+        ids, cut = fit_chat(served.tokenizer, served.template, messages, served.config.max_seq_len,
+                            free=answer_room(served.config.max_seq_len, max_new_tokens))
     except chat.ChatError as error:
         raise ApiError(400, str(error), param="messages") from None
-    return Prompt("", _fitting(tokens, served, "messages") or [served.tokenizer.eot])
+    if cut and served.too_long == "error":
+        raise _too_long(str(len(ids) + cut), served, "messages")
+    return Prompt("", _fitting(ids.tolist(), served, "messages") or [served.tokenizer.eot], cut=cut)
 
 
 def _fitting(tokens: list[int], served: Served, param: str) -> list[int]:

@@ -156,6 +156,9 @@ async def generate(request: "Request", served: Served, batcher: Batcher, *, is_c
     # in a thread: encoding megabytes takes a while, and others are being streamed to
     asked = await asyncio.to_thread(openai_api.parse, body, served,
                                     lambda number, part: inbox.put_nowait((number, part)), is_chat=is_chat)
+    if cut := asked.prompts[0].cut:
+        note(f"{asked.id}: the conversation has {len(asked.prompts[0].tokens) + cut:,} tokens, more than the context "
+             f"of {served.config.max_seq_len:,}: {cut:,} were cut from its front")
     answers = answer_parts(request, asked, inbox, batcher)
     try:
         if not asked.stream:
@@ -380,8 +383,8 @@ def main(argv: list[str]) -> None:
         saved = read_run(args.run, note)
         model = build_model(saved, device=device, dtype=args.dtype, note=note)
         note(pack_for_decoding(model))
-        served = Served(saved.dir.name, model.config, saved.tokenizer, saved.chat_template, max_rows=args.queue,
-                        time_limit_s=args.time_limit)
+        served = Served(saved.dir.name, model.config, saved.tokenizer, saved.chat_template, saved.config.data.too_long,
+                        max_rows=args.queue, time_limit_s=args.time_limit)
         batch = Batch(model, saved.tokenizer, max_rows=args.batch_size)
         listener.listen(1024)
         host = f"[{args.host}]" if ":" in args.host else args.host

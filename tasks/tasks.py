@@ -30,8 +30,9 @@ from tqdm import tqdm
 import kernels
 import sample
 from config import UserError
-from data.chat import ChatError, encode_chat, turn_end
+from data.chat import ChatError
 from data.loader import IGNORED
+from data.prompts import answer_room, encode_prompt, fit_chat, fit_prompt
 from data.tokenizer import Tokenizer, replace_surrogates
 from model import GPT, KVCache
 from tasks import scores
@@ -341,34 +342,42 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str, vocab_siz
 # ----------------------------------------------------------------------------------------------------------------------
 # Classification and generation
 
-def encode_asked(model: GPT, tokenizer: Tokenizer, task: Task, example: Labelled | Answer | Chat,
-                 template: str | None = None, *, label_tokens: int = 0) -> list[int]:
-    """The ids of a text, a prompt or messages. Raises TaskError if they leave no room in the context for a label, or
-    for one token of an answer."""
-    try:
-        if isinstance(example, Chat):
-            ids = encode_chat(tokenizer, template, list(example.messages)).tolist()
-        else:
-            asked = example.text if isinstance(example, Labelled) else example.prompt
-            ids = sample.encode_prompt(tokenizer, asked, model.config.vocab_size)
-    except ChatError as error:
-        raise task.wrong(example.line, str(error)) from None
-    if len(ids) + (label_tokens or 1) > model.config.max_seq_len + 1:
-        what = f"text has {len(ids):,} tokens and the longest label {label_tokens}" if label_tokens else \
-            f"prompt has {len(ids):,} tokens"
-        raise task.wrong(example.line, f"the {what}, more than the context of {model.config.max_seq_len:,}; shorten it "
-                                       "or remove the line")
-    return ids
+def encode_asked(model: GPT, tokenizer: Tokenizer, task: Task, template: str | None = None, *, too_long: str,
+                 label_tokens: int = 1, max_new_tokens: int = 1) -> tuple[list[list[int]], int]:
+    """The ids of each example's text, prompt or messages, and of how many examples tokens were cut to fit the context:
+    a text leaves room for the longest label, a longer prompt answer_room. Raises TaskError, also if too_long = "error"
+    and one does not fit."""
+    max_seq_len, contexts, cut_examples = model.config.max_seq_len, [], 0
+    room, free = max_seq_len + 1 - label_tokens, answer_room(max_seq_len, max_new_tokens)
+    if room < 1:
+        raise TaskError(f"the longest label has {label_tokens:,} tokens, more than the context of {max_seq_len:,}; "
+                        "shorten it")
+    for example in task.examples:
+        try:
+            if isinstance(example, Chat):
+                ids, cut = fit_chat(tokenizer, template, list(example.messages), room, free=free)
+            else:
+                asked = example.text if isinstance(example, Labelled) else example.prompt
+                ids, cut = fit_prompt(tokenizer, encode_prompt(tokenizer, asked), room, free=free)
+        except ChatError as error:
+            raise task.wrong(example.line, str(error)) from None
+        if cut and too_long == "error":
+            what, label = ("text", f" and the longest label {label_tokens}") if isinstance(example, Labelled) else (
+                "prompt", "")
+            raise task.wrong(example.line, f"the {what} has {len(ids) + cut:,} tokens{label}, more than the context of "
+                             f"{max_seq_len:,}; shorten it or remove the line (the run's data.too_long is error)")
+        contexts.append(sample.known_ids(ids, model.config.vocab_size))
+        cut_examples += cut > 0
+    return contexts, cut_examples
 
 
-def classification(model: GPT, tokenizer: Tokenizer, task: Task, labels: list[str], *,
-                   batch_size: int) -> tuple[dict, list[dict]]:
+def classification(model: GPT, tokenizer: Tokenizer, task: Task, labels: list[str], *, batch_size: int,
+                   too_long: str = "cut") -> tuple[dict, list[dict]]:
     """The scores, and of each example the prediction. Each label is scored as what follows the text, encoded on its own
-    as in fine-tuning; the likeliest is predicted, the first of equals."""
+    as in fine-tuning; the likeliest is predicted, the first of equals. too_long: the run's, "error" cuts no text."""
     spelled, has_end = encode_labels(tokenizer, labels, model.config.vocab_size)
-    longest = max(map(len, spelled))
-    contexts = [tuple(encode_asked(model, tokenizer, task, example, label_tokens=longest)) for example in task.examples]
-    requests = [(context, label) for context in contexts for label in spelled]
+    contexts, cut = encode_asked(model, tokenizer, task, too_long=too_long, label_tokens=max(map(len, spelled)))
+    requests = [(tuple(context), label) for context in contexts for label in spelled]
     values = np.reshape(log_likelihoods(model, requests, batch_size=batch_size), (-1, len(labels)))
     predicted, expected = values.argmax(axis=1), [labels.index(example.label) for example in task.examples]
     rows = [{"line": example.line, "text": example.text, "label": example.label, "prediction": labels[choice],
@@ -381,7 +390,7 @@ def classification(model: GPT, tokenizer: Tokenizer, task: Task, labels: list[st
               "macro": {name: math.fsum(by_class[name]) / len(labels) for name in ("precision", "recall", "f1")},
               "classes": {label: {name: column[k] for name, column in by_class.items()}
                           for k, label in enumerate(labels)},
-              "labels": labels, "confusion": confusion.tolist(), "end_of_text_scored": has_end}
+              "labels": labels, "confusion": confusion.tolist(), "end_of_text_scored": has_end, "cut": cut}
     return result, rows
 
 
@@ -405,7 +414,7 @@ def choose_labels(task: Task, names: str | None) -> list[str]:
 def encode_labels(tokenizer: Tokenizer, labels: list[str], vocab_size: int) -> tuple[list[tuple[int, ...]], bool]:
     """The ids of ' label' each, and whether end-of-text stands behind them: it does if one label's ids begin another's,
     which otherwise could never be the likelier one."""
-    spelled = [tuple(sample.encode_prompt(tokenizer, f" {label}", vocab_size)) for label in labels]
+    spelled = [tuple(sample.known_ids(tokenizer.encode(f" {label}"), vocab_size)) for label in labels]
     if len(set(spelled)) < len(labels):
         raise TaskError(f"labels {', '.join(map(repr, labels))}: to the run's tokenizer two of them are the same text")
     needs_end = any(a != b and b[:len(a)] == a for a in spelled for b in spelled)
@@ -413,27 +422,27 @@ def encode_labels(tokenizer: Tokenizer, labels: list[str], vocab_size: int) -> t
 
 
 def generation(model: GPT, tokenizer: Tokenizer, task: Task, template: str | None, *, metrics: tuple[str, ...],
-               max_new_tokens: int, stop: tuple[str, ...], batch_size: int) -> tuple[dict, list[dict]]:
+               max_new_tokens: int, stop: tuple[str, ...], batch_size: int,
+               too_long: str = "cut") -> tuple[dict, list[dict]]:
     """The scores of the greedy continuations of the prompts, and of each example the prediction. template: the run's,
-    for a chat. A continuation ends with end-of-text (in a chat also with what ends a turn there), before a stop text,
-    or unfinished: at max_new_tokens, or where the context is full, since a model that no longer sees its prompt answers
-    nothing."""
-    ends = {tokenizer.eot}
-    if task.kind == "chat":
-        if template is None:
-            raise TaskError(f"task {str(task.path)!r} holds messages, but the run has no chat template: it was not "
-                            "trained on chats; give the task as lines of prompt, reference")
-        ends.add(turn_end(tokenizer, template))
-    prompts = [encode_asked(model, tokenizer, task, example, template) for example in task.examples]
-    texts, finished = continue_greedily(model, tokenizer, prompts, ends=ends, max_new_tokens=max_new_tokens, stop=stop,
-                                        batch_size=batch_size)
+    for a chat; too_long: the run's, "error" cuts no prompt. A continuation ends with end-of-text (in a chat also with
+    what ends a turn there), before a stop text, or unfinished: at max_new_tokens, or where the context is full, since a
+    model that no longer sees its prompt answers nothing."""
+    if task.kind != "chat":
+        template = None
+    elif template is None:
+        raise TaskError(f"task {str(task.path)!r} holds messages, but the run has no chat template: it was not "
+                        "trained on chats; give the task as lines of prompt, reference")
+    prompts, cut = encode_asked(model, tokenizer, task, template, too_long=too_long, max_new_tokens=max_new_tokens)
+    texts, finished = continue_greedily(model, tokenizer, prompts, ends=sample.end_tokens(tokenizer, template),
+                                        max_new_tokens=max_new_tokens, stop=stop, batch_size=batch_size)
     result, each = scores.text_scores(texts, [example.references for example in task.examples], metrics)
     rows = [{**asdict(example), "prediction": text, "finished": is_finished, **score}
             for example, text, is_finished, score in zip(task.examples, texts, finished, each, strict=True)]
-    return result | {"unfinished": finished.count(False)}, rows
+    return result | {"unfinished": finished.count(False), "cut": cut}, rows
 
 
-def continue_greedily(model: GPT, tokenizer: Tokenizer, contexts: list[list[int]], *, ends: set[int],
+def continue_greedily(model: GPT, tokenizer: Tokenizer, contexts: list[list[int]], *, ends: frozenset[int],
                       max_new_tokens: int, stop: tuple[str, ...],
                       batch_size: int) -> tuple[list[str], list[bool]]:
     """The text that follows each context up to one of the tokens that end it, and whether it came to its end."""
@@ -442,19 +451,16 @@ def continue_greedily(model: GPT, tokenizer: Tokenizer, contexts: list[list[int]
     with tqdm(desc="generating", total=len(contexts), unit=" prompts", mininterval=1.0) as bar:
         for first in range(0, len(order), batch_size):
             batch = order[first:first + batch_size]
-            streams = {i: sample.TextStream(tokenizer, contexts[i], stop) for i in batch}
+            streams = {i: sample.TextStream(tokenizer, contexts[i], stop, ends) for i in batch}
             room = {i: min(max_new_tokens, model.config.max_seq_len + 1 - len(contexts[i])) for i in batch}
             steps = sample.generate(model, [contexts[i] for i in batch], max_new_tokens=max(room.values()),
                                     sampling=sample.Sampling(temperature=0.0))
             for count, tokens in enumerate(steps, start=1):
                 for i, token in zip(batch, tokens, strict=True):
                     if i in streams:
-                        is_end, is_last = token in ends, count == room[i]
-                        texts[i] += "" if is_end else streams[i].add(token)
-                        texts[i] += streams[i].end() if is_end or is_last else ""
-                        finished[i] = is_end or streams[i].stopped
-                        if finished[i] or is_last:
-                            del streams[i]
+                        texts[i] += streams[i].add(token, is_last=count == room[i])
+                        if streams[i].finish is not None:
+                            finished[i] = streams.pop(i).finish == "stop"
                             bar.update(1)
                 if not streams:
                     break

@@ -6,8 +6,9 @@ import random
 import numpy as np
 import pytest
 
+from data import prompts
 from data.chat import DEFAULT_TEMPLATE
-from data.prompts import encode_prompt, fit_chat, fit_conversation, fit_prompt, kept_tokens
+from data.prompts import answer_room, encode_prompt, fit_chat, fit_conversation, fit_prompt, kept_tokens
 from data.tokenizer import Tokenizer, load_tokenizer
 from tests.test_data_chat import BRACKETS, CHATML, chatml_tokenizer, loaded
 
@@ -97,6 +98,30 @@ def test_of_a_conversation_to_learn_from_the_last_answer_stays(room, expected, l
     assert (spelled(ids), cut, spelled(ids[written])) == (expected, 41 - len(expected), learnt)
 
 
+@pytest.mark.parametrize(("room", "free", "expected"), [
+    (43, 20, "s:S/u:first/a:one/u:second/a:two/u:third/a:"), (42, 13, "s:S/u:second/a:two/u:third/a:"),
+    (42, 14, "s:S/u:third/a:"), (29, 28, ":")])
+def test_what_is_cut_leaves_room_free_and_what_fits_stays_whole(room, free, expected):
+    ids, cut = fit_chat(BYTES, SHORT, LONG_TALK, room, free=free)
+    assert (spelled(ids), cut) == (expected, 43 - len(expected))
+    plain, cut = fit_prompt(BYTES, BYTES.encode("x" * 43), room, free=free)
+    assert (len(plain), cut) == ((43, 0) if room == 43 else (room - free, 43 - room + free))
+
+
+@pytest.mark.parametrize(("max_seq_len", "max_new_tokens", "free"), [
+    (32, 1, 0), (32, 5, 4), (32, 17, 16), (32, 1000, 16), (3, 1000, 1), (1, 1000, 0)])
+def test_an_answer_is_left_what_it_may_need_but_at_most_half_the_context(max_seq_len, max_new_tokens, free):
+    assert answer_room(max_seq_len, max_new_tokens) == free
+
+
+def test_a_system_message_that_is_too_long_itself_is_not_encoded_for_every_shorter_user_text(monkeypatch):
+    encode, calls = prompts.encode_chat, []
+    monkeypatch.setattr(prompts, "encode_chat", lambda *words: calls.append(1) or encode(*words))
+    talk = [{"role": "system", "content": "S" * 99}, {"role": "user", "content": "u" * 10_000}]
+    assert spelled(fit_chat(BYTES, SHORT, talk, 9)[0]) == "SS/u:/a:"[-9:].rjust(9, "S")
+    assert len(calls) == 2
+
+
 def test_a_conversation_without_a_user_and_one_that_begins_with_the_assistant_fit():
     greeting = [{"role": "assistant", "content": "hello"}, *LONG_TALK[1:3]]
     assert spelled(fit_conversation(BYTES, SHORT, greeting, 17)[0]) == "u:first/a:one/"
@@ -129,3 +154,25 @@ def test_whatever_the_room_a_chat_is_one_without_its_oldest_turns_and_the_front_
             found = all_ids.index(ids.tolist())
             assert found == 0 or len(all_ids[min(found, len(turns)) - 1]) > room  # no turn goes without need
             assert found < len(turns) or len(all_ids[found - 1]) > room  # nor a character
+
+
+@pytest.mark.parametrize("template", [SHORT, CHATML, BRACKETS, DEFAULT_TEMPLATE],
+                         ids=["short", "chatml", "brackets", "default"])
+def test_what_is_asked_has_the_tokens_that_training_has_before_the_answer_also_when_both_are_cut(template):
+    draw, tokenizer = random.Random(2), chatml_tokenizer()
+    tokenizer = with_bos(tokenizer, "<|endoftext|>") if template == BRACKETS else tokenizer
+    cuts = 0
+    for _ in range(60):
+        talk = [{"role": role, "content": " ".join(draw.choices(["the", "é中😀", "<|im_end|>", "42?"], k=9)) + "."}
+                for _ in range(draw.randrange(1, 4)) for role in ("user", "assistant")]
+        talk = [{"role": "system", "content": "Be brief."}] * (draw.random() < 0.5) + talk
+        whole, written, _ = fit_conversation(tokenizer, template, talk)
+        start = int(np.flatnonzero(written & ~np.roll(written, 1))[-1])  # of the last answer
+        answer = len(whole) - start
+        room = draw.randrange(answer + 1, len(whole) + 2)
+        ids, _, cut = fit_conversation(tokenizer, template, talk, room)
+        asked, cut_of_asked = fit_chat(tokenizer, template, talk[:-1], room - answer)
+        assert asked.tolist() == ids[:-answer].tolist() and cut_of_asked == cut
+        assert whole[start:].tolist() == ids[-answer:].tolist()
+        cuts += cut > 0
+    assert cuts > 30

@@ -140,15 +140,17 @@ def write_task(name: str, *rows: dict) -> None:
 CHOICES = [{"query": "the cat", "choices": ["sat", "mat", "zzz"], "gold": i % 3} for i in range(4)]
 LABELLED = [{"text": "the cat", "label": label} for label in ("sat", "on", "sat")]
 ANSWERED = [{"prompt": "the", "reference": ["cat", "mat"]}, {"prompt": "a", "reference": "mat"}]
+LONG_PROMPT = {"prompt": "x" * 17, "reference": "y"}
 CHATS = [{"messages": [{"role": "user", "content": "the"}, {"role": "assistant", "content": "cat"}]}]
 
 
 @pytest.mark.parametrize("rows, words, expected", [
     (CHOICES, ["--limit", "3"], {"kind": "multiple choice", "examples": 3, "acc": 1 / 3, "truncated": 0}),
-    (LABELLED, ["--labels", "zzz,sat,on"], {"kind": "classification", "examples": 3, "labels": ["zzz", "sat", "on"]}),
-    (ANSWERED, ["--max-new-tokens", "4", "--stop", " ", "--metrics", "f1,rouge_l"],
-     {"kind": "generation", "examples": 2}),
-    (CHATS, ["--metrics", "f1"], {"kind": "chat", "examples": 1}),
+    (LABELLED, ["--labels", "zzz,sat,on"], {"kind": "classification", "examples": 3, "labels": ["zzz", "sat", "on"],
+                                            "cut": 0}),
+    ([*ANSWERED, LONG_PROMPT], ["--max-new-tokens", "4", "--stop", " ", "--metrics", "f1,rouge_l"],
+     {"kind": "generation", "examples": 3, "cut": 1}),
+    (CHATS, ["--metrics", "f1"], {"kind": "chat", "examples": 1, "cut": 0}),
 ], ids=["multiple-choice", "classification", "generation", "chat"])
 def test_a_task_is_scored_into_json_and_its_predictions_into_a_file(settings, capsys, rows, words, expected):  # noqa: F811
     run_dir = run(settings, "scored", "train.max_steps=1")
@@ -204,12 +206,14 @@ def test_data_and_a_task_share_one_json_object(settings, capsys):  # noqa: F811
     (["--task", "answers.jsonl", "--predictions", "scored"], "--predictions 'scored' is no regular file"),
     (["--task", "answers.jsonl", "--metrics", "f2"], "names 'f2'; there are exact_match"),
     (["--task", "long.jsonl", "--predictions", "p.jsonl"], "task 'long.jsonl' line 1: the prompt has 17 tokens, more"),
+    (["--task", "texts.jsonl", "--predictions", "p.jsonl"], "line 1: the text has 17 tokens and the longest label 4, "),
     (["--task", "chats.jsonl", "--predictions", "p.jsonl"], "holds messages, but the run has no chat template"),
 ])
 def test_mistakes_with_tasks_are_one_line_and_write_nothing(settings, words, message):  # noqa: F811
-    run(settings, "scored", "train.max_steps=1")
+    run(settings, "scored", "train.max_steps=1", "data.too_long=error")
+    long_text = {"text": "x" * 17}
     for name, rows in (("choices", CHOICES), ("labels", LABELLED), ("answers", ANSWERED), ("chats", CHATS),
-                       ("long", [{"prompt": "x" * 17, "reference": "y"}])):
+                       ("long", [LONG_PROMPT]), ("texts", [long_text | {"label": "a"}, long_text | {"label": "bcd"}])):
         write_task(f"{name}.jsonl", *rows)
     os.mkfifo("pipe")
     Path("bad.jsonl").write_text('{"text": "a", "label": "b"}\n{"text": "a", "label": \n')

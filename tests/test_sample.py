@@ -18,10 +18,12 @@ import checkpoint
 import sample
 from config import Config, ModelConfig, TrainConfig, UserError, to_toml
 from data import chat
+from data.prompts import fit_conversation
 from data.tokenizer import load_tokenizer
 from kernels.cpu import pack_for_decoding
 from model import GPT
 from sample import SampleError, Sampling
+from tests.test_data_prompts import with_bos
 
 ROOT = Path(__file__).resolve().parents[1]
 BYTES = load_tokenizer("bytes")
@@ -370,6 +372,30 @@ def test_an_empty_prompt_starts_from_end_of_text():
     assert sample.encode_prompt(BYTES, "", 257) == [EOT]
 
 
+def test_a_plain_prompt_longer_than_the_context_keeps_its_last_half_behind_the_token_that_begins_every_text():
+    model, begun = make_model(), with_bos(BYTES, "<|endoftext|>")
+    for tokenizer, expected in ((BYTES, [120] * 15 + [121]), (begun, [EOT] + [120] * 14 + [121])):
+        fitted = sample.fit_context(tokenizer, "x" * 40 + "y", model.config, max_new_tokens=3)
+        assert fitted == (expected, 25 + (tokenizer is begun))
+        text = "".join(map(chr, expected[tokenizer is begun:]))
+        of_all, of_kept = (sample.sample_text(model, tokenizer, prompt, max_new_tokens=9)
+                           for prompt in ("x" * 40 + "y", text))
+        assert of_all == of_kept
+
+
+@pytest.mark.parametrize("answer", ["yes", "certainly, it is"])  # with end-of-text 4 and 17 tokens: half the row of 33
+def test_a_chat_longer_than_the_context_has_the_tokens_that_training_has_before_an_answer_of_max_new_tokens(answer):
+    config, said = make_model(max_seq_len=32).config, "x" * 30 + "y"
+    template = ("{% for m in messages %}{{ m.role[0] + ':' + m.content + eos_token }}{% endfor %}"
+                "{% if add_generation_prompt %}a:{% endif %}")
+    talk = [{"role": "user", "content": said}, {"role": "assistant", "content": answer}]
+    ids, written, _ = fit_conversation(BYTES, template, talk, config.max_seq_len + 1)
+    start, new_tokens = len(ids) - len(answer) - 1, len(answer) + 1
+    assert len(ids) == 33 and written.argmax() == start and written[start:].all()
+    assert sample.fit_context(BYTES, said, config, max_new_tokens=new_tokens, chat_template=template) == (
+        ids[:start].tolist(), 36 - start)
+
+
 def test_special_tokens_in_a_prompt_are_plain_text():
     assert EOT not in sample.encode_prompt(BYTES, "<|endoftext|>", 257)
 
@@ -474,7 +500,8 @@ def test_a_checkpoint_and_a_copied_run_folder_are_sampled_too(run_dir, tmp_path,
 
 def test_a_prompt_longer_than_the_context_is_noted(run_dir, capsys):
     _, err = run_main(capsys, run_dir, "--prompt", "x" * 33, "--max-new-tokens", 1)
-    assert "the prompt has 33 tokens, more than the context of 32: its last 16 are used" in err
+    assert "the prompt has 33 tokens, more than the context of 32: 17 were cut from its front" in err
+    assert "were cut" not in run_main(capsys, run_dir, "--prompt", "x" * 32, "--max-new-tokens", 1)[1]
 
 
 def test_bfloat16_is_a_choice(run_dir, capsys):
@@ -489,6 +516,12 @@ def test_a_chat_continues_the_template_and_needs_one(run_dir, tmp_path, capsys):
     out, _ = run_main(capsys, run, "--chat", "--prompt", "Hi<|endoftext|>", "--max-new-tokens", 9, "--temperature", 0)
     [expected] = expected_text("[Hi<|endoftext|>]", max_new_tokens=9, sampling=GREEDY)
     assert out == "Hi<|endoftext|>\n" + expected.removeprefix("[Hi<|endoftext|>]") + "\n"
+    out, err = run_main(capsys, run, "--chat", "--prompt", "x" * 31, "--max-new-tokens", 5, "--temperature", 0)
+    assert "the conversation has 33 tokens, more than the context of 32: 5 were cut from its front" in err
+    [expected] = expected_text("[" + "x" * 26 + "]", max_new_tokens=5, sampling=GREEDY)  # 28 + 5 = max_seq_len + 1
+    assert out == "x" * 31 + "\n" + expected.removeprefix("[" + "x" * 26 + "]") + "\n"
+    config = (run / "config.toml").read_text()
+    (run / "config.toml").write_text(config.replace('too_long = "cut"', 'too_long = "error"'))
     with pytest.raises(SampleError, match="the conversation has 33 tokens, more than the context of 32; shorten"):
         run_main(capsys, run, "--chat", "--prompt", "x" * 31)
     with pytest.raises(SampleError, match="holds no chat_template.jinja, it was not trained on conversations"):

@@ -174,7 +174,6 @@ def test_messages_become_the_template_and_specials_in_them_stay_text():
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content", "parts"),
     ({"messages": [*HELLO, {"role": "assistant", "content": "a", "tool_calls": [1]}]}, "messages", "tool_calls is not"),
     ({"messages": [{"role": "wizard", "content": "a"}]}, "messages", "role wizard is none of"),
-    ({"messages": [{"role": "user", "content": "x" * 300}]}, "messages", "more than the model's context of 200"),
     ({"max_tokens": 0}, "max_tokens", "at least 1"), ({"logprobs": 2}, "logprobs", "true or false"),
     ({"top_logprobs": 2}, "top_logprobs", "needs logprobs = true"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "from 0 to 20"),
@@ -183,6 +182,23 @@ def test_messages_become_the_template_and_specials_in_them_stay_text():
 def test_wrong_fields_of_a_chat_are_named(body, param, message):
     error = refusal(chatting, **body)
     assert (error.status, error.param) == (400, param) and message in error.message
+
+
+def test_a_chat_longer_than_the_context_is_cut_to_leave_room_for_its_answer():
+    talk = [{"role": "user", "content": "x" * 170}, {"role": "assistant", "content": "c"},
+            {"role": "user", "content": "y" * 120}]
+    for max_tokens, kept in ((None, 100), (5, 139), (74, 127), (102, 100)):  # 139: all of the last exchange
+        asked = chatting(messages=talk, max_tokens=max_tokens)
+        said = "y" * (kept - len("User:\n\n\nAssistant:\n"))
+        assert bytes(asked.rows[0].prompt).decode() == f"User:\n{said}\n\nAssistant:\n"
+        assert asked.rows[0].max_new_tokens == min(max_tokens or 200, 201 - kept)
+        assert asked.prompts[0].cut == 332 - kept
+        usage = answer(asked, [Part(made=1, finish="length")])["usage"]
+        assert usage == {"prompt_tokens": kept, "completion_tokens": 1, "total_tokens": kept + 1}
+    served = replace(CHATTING, too_long="error")
+    error = refusal(partial(parse, served=served, deliver=None, is_chat=True), body={"messages": talk})
+    assert (error.status, error.param, error.code) == (400, "messages", "context_length_exceeded")
+    assert error.message.startswith("the prompt has 332 tokens, more than the model's context of 200")
 
 
 def test_fields_that_ask_for_nothing_are_accepted():

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -259,6 +260,26 @@ def test_a_chat_continues_its_template(tiny):
     assert chunks[0]["choices"][0]["delta"]["role"] == "assistant"
     assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == \
         continued
+
+
+def test_a_chat_longer_than_the_context_is_cut_and_the_log_tells_how_much_but_not_of_what(tiny):
+    def said(text: str) -> dict:
+        return {"messages": [{"role": "user", "content": text}], "max_tokens": 12, "temperature": 0}
+
+    with serving(tiny.run) as server:
+        cut, short = (server.post("/v1/chat/completions", said(text)).json()
+                      for text in ("secret" * 20, "cret" + "secret" * 5))
+        _, log = server.end()
+    assert cut["choices"] == short["choices"] and cut["usage"]["prompt_tokens"] == 53  # 53 + 12 = max_seq_len + 1
+    note = "the conversation has 139 tokens, more than the context of 64: 86 were cut from its front"
+    assert f"{cut['id']}: {note}" in log
+    assert "secret" not in log and log.count("were cut") == 1
+    config = (tiny.run / "config.toml").read_text()
+    refusing = shutil.copytree(tiny.run, tiny.run.parent / "refusing")
+    (refusing / "config.toml").write_text(config.replace('too_long = "cut"', 'too_long = "error"'))
+    with serving(refusing) as server:
+        status, error = error_of(server.post("/v1/chat/completions", said("secret" * 20)))
+    assert (status, error["code"]) == (400, "context_length_exceeded") and "139 tokens" in error["message"]
 
 
 def test_a_run_without_a_template_refuses_chats(slow):

@@ -15,6 +15,7 @@ from data.tokenizer import load_tokenizer, train_bpe
 from model import GPT
 from tasks import tasks
 from tasks.tasks import Answer, Chat, Choice, Labelled, Task, TaskError, read_task
+from tests.test_data_prompts import with_bos
 
 BYTES = load_tokenizer("bytes")
 EOT = BYTES.eot
@@ -248,13 +249,25 @@ def test_labels_that_begin_one_another_are_told_apart_by_end_of_text():
         assert list(row["log_likelihoods"].values()) == pytest.approx(values, rel=1e-4)
 
 
-def test_a_text_that_leaves_no_room_for_the_longest_label_is_refused_with_its_line():
-    examples = [Labelled(1, "x" * 13, "xy"), Labelled(4, "x" * 14, "abc")]  # 13 + 4 = max_seq_len + 1 just fit
-    model = make_model(max_seq_len=16)
-    tasks.classification(model, BYTES, Task(Path("f"), examples[:1]), ["xy", "abc"], batch_size=1)
-    with pytest.raises(TaskError, match="task 'f' line 4: the text has 14 tokens and the longest label 4, more than "
+def test_a_text_that_leaves_no_room_for_the_longest_label_loses_its_front_or_is_refused_with_its_line():
+    examples = [Labelled(1, "x" * 12 + "y", "xy"), Labelled(4, "abx" + "x" * 11 + "y", "abc")]
+    model, labels = talkative_model(max_seq_len=16), ["xy", "abc"]  # 13 + 4 = max_seq_len + 1 just fit
+    result, (whole, cut) = tasks.classification(model, BYTES, Task(Path("f"), examples), labels, batch_size=1)
+    assert result["cut"] == 1 and whole["log_likelihoods"] == cut["log_likelihoods"] and cut["text"] == examples[1].text
+    tasks.classification(model, BYTES, Task(Path("f"), examples[:1]), labels, batch_size=1, too_long="error")
+    with pytest.raises(TaskError, match="task 'f' line 4: the text has 15 tokens and the longest label 4, more than "
                                         "the context of 16"):
-        tasks.classification(model, BYTES, Task(Path("f"), examples), ["xy", "abc"], batch_size=1)
+        tasks.classification(model, BYTES, Task(Path("f"), examples), labels, batch_size=1, too_long="error")
+    with pytest.raises(TaskError, match="the longest label has 17 tokens, more than the context of 16"):
+        tasks.classification(model, BYTES, Task(Path("f"), examples), ["a", "b" * 16], batch_size=1)
+
+
+def test_the_token_that_begins_every_text_stands_before_texts_and_not_before_labels():
+    begun = with_bos(BYTES, "<|endoftext|>")
+    assert tasks.encode_labels(begun, ["a", "b"], 257) == ([tuple(b" a"), tuple(b" b")], False)
+    task = Task(Path("f"), [Labelled(1, "x" * 9, "a"), Labelled(2, "x" * 20, "a")])
+    assert tasks.encode_asked(make_model(max_seq_len=16), begun, task, too_long="cut", label_tokens=2) == (
+        [[EOT, *b"x" * 9], [EOT, *b"x" * 14]], 1)
 
 
 def test_the_labels_of_a_file_are_sorted_and_a_given_set_keeps_its_order():
@@ -341,11 +354,16 @@ def test_the_scores_are_those_of_the_answers():
     assert all(row["exact_match"] == 1.0 for row, hit in zip(rows, hits, strict=True) if hit)
 
 
-def test_a_prompt_longer_than_the_context_is_refused_with_its_line():
-    examples = [Answer(1, "x" * 32, ("a",)), Answer(9, "x" * 33, ("a",))]
-    with pytest.raises(TaskError, match="task 'f' line 9: the prompt has 33 tokens, more than the context of 32"):
-        tasks.generation(make_model(), BYTES, Task(Path("f"), examples), None, metrics=("f1",), max_new_tokens=5,
-                         stop=(), batch_size=1)
+def test_a_prompt_longer_than_the_context_loses_its_front_or_is_refused_with_its_line():
+    model, arguments = talkative_model(), dict(metrics=("f1",), max_new_tokens=5, stop=(), batch_size=2)
+    task = Task(Path("f"), [Answer(1, "x" * 32, ("a",)), Answer(9, "ab" * 20, ("a",))])
+    result, rows = tasks.generation(model, BYTES, task, None, **arguments)
+    expected = [greedy(model, prompt, 5) for prompt in ("x" * 32, "ab" * 14)]  # 28 + 5 = max_seq_len + 1
+    assert [(row["prediction"], row["finished"]) for row in rows] == [
+        (text.decode(errors="replace"), finished) for text, finished in expected]
+    assert result["cut"] == 1 and len(rows[1]["prompt"]) == 40
+    with pytest.raises(TaskError, match="task 'f' line 9: the prompt has 40 tokens, more than the context of 32"):
+        tasks.generation(model, BYTES, task, None, too_long="error", **arguments)
 
 
 def chat(*contents: str) -> Chat:
@@ -365,6 +383,17 @@ def test_a_chat_is_answered_behind_what_the_template_makes_of_it():
     assert [row["prediction"] for row in rows] == [text.decode(errors="replace") for text, _ in expected]
     assert [row["finished"] for row in rows] == [finished for _, finished in expected]
     assert rows[0]["messages"] == examples[0].messages
+
+
+def test_a_chat_longer_than_the_context_loses_its_oldest_turns_or_is_refused_with_its_line():
+    model, arguments = talkative_model(max_seq_len=64), dict(metrics=("f1",), max_new_tokens=9, stop=(), batch_size=2)
+    task = Task(Path("f"), [chat("b" * 40, "c", "hi"), chat("hi")])
+    result, rows = tasks.generation(model, BYTES, task, DEFAULT_TEMPLATE, **arguments)
+    text, finished = greedy(model, "User:\nhi\n\nAssistant:\n", 9)
+    assert [(row["prediction"], row["finished"]) for row in rows] == [(text.decode(errors="replace"), finished)] * 2
+    assert result["cut"] == 1 and len(rows[0]["messages"]) == 3
+    with pytest.raises(TaskError, match="task 'f' line 5: the prompt has 84 tokens, more than the context of 64"):
+        tasks.generation(model, BYTES, task, DEFAULT_TEMPLATE, too_long="error", **arguments)
 
 
 def test_an_answer_in_a_chat_ends_with_what_ends_a_turn_there_and_with_no_other_special_token():
