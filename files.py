@@ -146,8 +146,8 @@ class AppendFile:
                 self._waiting = self._waiting[written:]
         except OSError as error:
             if not self._warned:
-                warn(f"warning: {self._path} cannot be written ({error.strerror}); training goes on, the lines are kept "
-                     "in memory and tried again")
+                warn(f"warning: {self._path} cannot be written ({error.strerror}); training goes on, the lines are "
+                     "kept in memory and tried again")
             self._warned = True
 
     def close(self) -> None:

@@ -120,8 +120,8 @@ def _choose_start(config: Config, parent: Parent | None, dataset: Dataset, note:
                               "it, max_steps counts from step 0")
         return Fork(str(path), step)
     if train.init_from is not None:
-        is_hugging_face = isinstance(parent, HuggingFaceModel)
-        return Init(str(parent.dir if is_hugging_face else checkpoint.resolve(train.init_from, note, weights_only=True)))
+        is_hf = isinstance(parent, HuggingFaceModel)
+        return Init(str(parent.dir if is_hf else checkpoint.resolve(train.init_from, note, weights_only=True)))
     return Fresh()
 
 
