@@ -81,7 +81,7 @@ def run(args: argparse.Namespace, figures: measure.Figures) -> dict:
         names = {who: f"{who}: {compared.label}" for who in compared.runs}
         ceiling = "copy" if next(iter(compared.work)).endswith("GB/s") else "matmul"
         bound = f"{ceiling}, beside {compared.label}"
-        figures.take_turns({names[who]: partial(compared.measure, run) for who, run in compared.runs.items()} | {
+        figures.take_turns({names[who]: partial(compared.measure, call) for who, call in compared.runs.items()} | {
             bound: partial(ceilings[ceiling], compared.work)}, args.repeats)
         ours, *peers = names
         for peer in peers:

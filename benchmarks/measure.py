@@ -49,8 +49,7 @@ class Figures:
         self.samples: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
 
     def take_turns(self, contenders: dict[str, Contender], repeats: int) -> None:
-        """Measure every contender once per repeat; who begins changes: the first after a pause finds a cooler machine.
-        """
+        """Measure every contender once per repeat. Who begins changes, since the first finds a cooler machine."""
         names = list(contenders)
         for repeat in range(repeats):
             first = repeat % len(names)
@@ -81,8 +80,7 @@ class Figures:
             cells = {row["quantity"]: _text(row["median"]) + (
                 f" ({_text(row['p10'])}-{_text(row['p90'])})" if row["repeats"] > 1 else "") for row in rows}
             tables[tuple(cells)].append((subject, *cells.values()))
-        repeats = " or ".join(map(str, sorted({row["repeats"] for row in self.rows()})))
-        return "\n\n".join([f"median (p10-p90) of {repeats} repeats",
+        return "\n\n".join([f"median (p10-p90) of {self.rows()[0]['repeats']} repeats",
                             *(format_table(("", *quantities), rows) for quantities, rows in tables.items())])
 
 
@@ -128,8 +126,7 @@ count = partial(whole, minimum=1)
 def nanogpt_checkout(path: str) -> Path:
     missing = [name for name in NANOGPT_FILES if not Path(path, name).is_file()]
     if missing:
-        raise argparse.ArgumentTypeError(f"{path!r} is no nanoGPT checkout, it has no {missing[0]}; name the folder of "
-                                         "one")
+        raise argparse.ArgumentTypeError(f"{path!r} is no nanoGPT checkout: it has no {missing[0]}; name one")
     return Path(path).resolve()
 
 
@@ -180,8 +177,7 @@ def describe_machine() -> dict:
 
 @contextmanager
 def others_watched(setting: dict, when: str) -> Iterator[None]:
-    """Puts into the setting the share of all cores that other processes took during the block, None if that is not
-    known; a warning if it is large."""
+    """Puts into the setting others' share of all cores in the block, None if not known; a warning if it is large."""
     before = cpu_seconds()
     yield
     others, total = (b - a for a, b in zip(before, cpu_seconds(), strict=True))
@@ -231,9 +227,8 @@ json.dump({"started": started, "ended": ended, "seconds": ended - started, "peak
 
 
 def run_to_end(*arguments: str, cwd: Path) -> SimpleNamespace:
-    """When the process started (before its interpreter) and ended, on time.monotonic(), which all processes share; its
-    seconds, peak_bytes (resident) and output (stdout and stderr). Raises MachineError with its last line if it fails.
-    """
+    """started (before its interpreter) and ended, on time.monotonic(), which all processes share; seconds, peak_bytes
+    (resident), output (stdout and stderr). Raises MachineError with its last line if it fails."""
     done = subprocess.run([sys.executable, "-I", "-S", "-c", LAUNCHER, *arguments], cwd=cwd, capture_output=True,
                           text=True, errors="replace", env=os.environ | {"PYTHONUTF8": "1"})
     result = json.loads(done.stderr) if done.returncode == 0 else {"status": done.returncode}
@@ -268,8 +263,9 @@ class Worker(subprocess.Popen):
 
     def __init__(self, script: str, *arguments: str, cwd: Path):
         self.log = tempfile.TemporaryFile(mode="w+", errors="replace")
-        super().__init__([sys.executable, "-B", "-c", WORKER + script, *arguments], cwd=cwd, text=True,  # -B: no
-                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log)  # bytecode in a peer's folder
+        # -B: no bytecode in a peer's folder
+        super().__init__([sys.executable, "-B", "-c", WORKER + script, *arguments], cwd=cwd, text=True,
+                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log)
 
     def __exit__(self, *exception: object) -> None:
         self.terminate()

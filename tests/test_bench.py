@@ -184,7 +184,7 @@ def test_saving_is_compared_with_dd_and_leaves_nothing_behind(config_file, tmp_p
     (["kernel"], "invalid choice: 'kernel'"),
     (["train", "--repeats", "0"], "'0' should be a whole number, at least 1"),
     (["train", "--seeds", "1.5"], "'1.5' should be a whole number, at least 0"),
-    (["train", "--peer", "."], "argument --peer: '.' is no nanoGPT checkout, it has no train.py"),
+    (["train", "--peer", "."], "argument --peer: '.' is no nanoGPT checkout: it has no train.py"),
     (["train", "--config", "nowhere.toml"], "config file 'nowhere.toml' does not exist"),
     (["train", "--config", "tiny.toml", "--config", "tiny.toml"], "names the same contender twice"),
     (["train", "--config", "tiny.toml", "--data", "nowhere.txt"], "source 'nowhere.txt' does not exist"),

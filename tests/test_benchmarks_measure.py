@@ -43,7 +43,8 @@ def test_contenders_take_turns_and_begin_in_turn(capsys):
 
 def test_json_that_cannot_be_written_leaves_nothing_half_done(tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "WATCHED_S", 0.0)
-    args = argparse.Namespace(json=str(tmp_path), run=lambda args, figures: {"text": "none"})
+    args = argparse.Namespace(json=str(tmp_path), run=lambda args, figures: figures.take_turns(
+        {"a": lambda: {"s": 1.0}}, 1) or {})
     with pytest.raises(MachineError, match=f"writing '{tmp_path}' failed: Is a directory"):
         measure.report(["train"], args)
     assert list(tmp_path.parent.glob(f".{tmp_path.name}*")) == []
