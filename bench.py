@@ -14,8 +14,7 @@ from config import exit_cleanly
 def main(argv: list[str]) -> None:
     parser = cli.Parser(prog="python bench.py", description="Benchmarks against PyTorch and peers: a table, and JSON.",
                         allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True,
-                                     metavar="{train,data,sample,serve,kernels,checkpoint}")
+    commands = parser.add_subparsers(dest="command", required=True)
     for command in (train, data, sample, serve, kernels, checkpoint):
         command.add_to(commands)
     measure.report(argv, parser.parse_args(argv))

@@ -33,40 +33,39 @@ def run(args: argparse.Namespace, figures: measure.Figures) -> dict:
     moments = optimizer.state_tensors().values()
     for tensor in moments:
         tensor.normal_()  # zeros might be compressed
-    size = sum(t.numel() * t.element_size() for t in (*model.state_dict().values(), *moments))
-    setting = measure.describe_machine()
-    setting["model"] = f"{measure.label(args.config)}, {model.parameter_count():,} parameters and their moments"
-    setting["bytes"] = f"{size:,} in {Path(args.dir).resolve()}"
-    setting["verify s, load s"] = "every sha256; copying into model and optimizer; the files are in the page cache"
-    setting["first, second"] = "which of the two wrote first; a repeat runs both orders, ratios are of the same place"
+    size = sum(t.nbytes for t in (*model.state_dict().values(), *moments))
     with tempfile.TemporaryDirectory(prefix="bench-checkpoint-", dir=args.dir) as folder:
-        common = {"folder": Path(folder), "size": size}
-        measure.take_turns({SAVED: partial(_save_and_load, model=model, optimizer=optimizer, **common),
-                            DD: partial(_write_by_dd, **common)}, 2 * args.repeats, figures, by_place=True)
+        ours = partial(_save_and_load, model, optimizer, folder=Path(folder), size=size)
+        dd = partial(_write_by_dd, folder=Path(folder), size=size)
+        for _ in range(args.repeats):
+            figures.take_turns({f"{SAVED}, first": ours, f"{DD}, second": dd}, repeats=1)
+            figures.take_turns({f"{DD}, first": dd, f"{SAVED}, second": ours}, repeats=1)
     for place in ("first", "second"):
-        figures.add_ratios(f"{SAVED} / {DD}, both {place}", f"{SAVED}, {place}", f"{DD}, {place}", ("save s",))
-    return setting
+        figures.add_ratios(f"{SAVED} / {DD}, both {place}", f"{SAVED}, {place}", f"{DD}, {place}", "save s")
+    return {"model": f"{measure.label(args.config)}, {model.parameter_count():,} parameters and their moments",
+            "bytes": f"{size:,} in {Path(args.dir).resolve()}",
+            "verify s, load s": "every sha256; copying into model and optimizer; the files are in the page cache",
+            "first, second": "which of the two wrote first; a repeat runs both orders, ratios are of the same place"}
 
 
-def _save_and_load(repeat: int, *, model: GPT, optimizer: Optimizer, folder: Path, size: int) -> dict[str, float]:
+def _save_and_load(model: GPT, optimizer: Optimizer, *, folder: Path, size: int) -> dict[str, float]:
     def load() -> None:
         checkpoint.load_into(model, checkpoint.load_tensors(path, "model"), str(path))
         optimizer.load_state_tensors(checkpoint.load_tensors(path, "optimizer"), updates=0)
 
     os.sync()  # what others left to write is not ours
     tensors = {"model": model.state_dict(), "optimizer": optimizer.state_tensors()}
-    save_s, path = measure.seconds_of(
-        lambda: checkpoint.save(folder / "run", repeat, tensors=tensors, state={}, keep=1))
+    save_s, path = measure.seconds_of(lambda: checkpoint.save(folder / "run", 1, tensors=tensors, state={}, keep=1))
     verify_s, _ = measure.seconds_of(lambda: checkpoint.resolve(path, cli.note))
     load_s, _ = measure.seconds_of(load)
     shutil.rmtree(folder / "run")
     return {"save s": save_s, "save GB/s": size / 1e9 / save_s, "verify s": verify_s, "load s": load_s}
 
 
-def _write_by_dd(repeat: int, *, folder: Path, size: int) -> dict[str, float]:
+def _write_by_dd(*, folder: Path, size: int) -> dict[str, float]:
     blocks = -(-size // 2 ** 20)
     os.sync()
-    done = measure.run_to_end(["dd", "if=/dev/zero", "of=zeros", f"bs={2 ** 20}", f"count={blocks}", "conv=fsync"],
-                              cwd=folder)
+    seconds = measure.run_to_end("dd", "if=/dev/zero", "of=zeros", f"bs={2 ** 20}", f"count={blocks}", "conv=fsync",
+                                 cwd=folder).seconds
     (folder / "zeros").unlink()
-    return {"save s": done.seconds, "save GB/s": blocks * 2 ** 20 / 1e9 / done.seconds}
+    return {"save s": seconds, "save GB/s": blocks * 2 ** 20 / 1e9 / seconds}

@@ -9,12 +9,13 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import distributed
+import start
 from benchmarks import measure
 from config import Config, UserError, parse_arguments
 from data.loader import MicroBatch, TrainLoader
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace, figures: measure.Figures) -> dict:
     if args.tokenizer not in TIKTOKEN_FILES and not re.fullmatch(r"bpe:\d+", args.tokenizer):
         raise UserError(f"--tokenizer {args.tokenizer!r} is none that tiktoken runs; name bpe:N or one of "
                         f"{', '.join(TIKTOKEN_FILES)}")
-    config = parse_arguments(args.config)[0]
+    config = start.inherit(*parse_arguments(args.config), None, distributed.World())
     workers = args.workers or measure.cores()
     source_texts = measure.read_documents(args.source, limit_bytes=args.mb * 1e6)
     texts = measure.take(itertools.cycle(source_texts), size=args.mb * 1e6)
@@ -81,28 +82,27 @@ def run(args: argparse.Namespace, figures: measure.Figures) -> dict:
     left_out = UNIT_BYTES * (workers if size > SMALL_BYTES else 1)
     if size < 2 * left_out:
         raise UserError(f"--mb {args.mb} is too little text for {workers} processes; raise it to 100, say")
-    setting = measure.describe_machine()
-    setting["text"] = (f"{size / 1e6:.2f} MB of {args.source} in {len(texts):,} documents made of "
-                       f"{len(source_texts):,}, no validation split")
-    setting |= {"tokenizer": args.tokenizer, "processes": workers, "tiktoken": measure.version("tiktoken")}
-    setting["MB/s"] = (f"{TIKTOKEN}: encode_to_numpy of documents in memory, all processes together; {PREPARED}: from "
-                       "the first encoded unit to the synced index.json, one unit per process left out")
-    setting["start-up s"] = (f"{TIKTOKEN}: spawn, imports, tokenizer; {PREPARED}: the same, counting documents and one "
-                             "unit encoded; wall s holds it")
+    setting = {
+        "text": f"{size / 1e6:.2f} MB of {args.source} in {len(texts):,} documents made of {len(source_texts):,}, no "
+                "validation split",
+        "tokenizer": args.tokenizer, "processes": workers, "tiktoken": measure.version("tiktoken"),
+        "MB/s": f"{TIKTOKEN}: encode_to_numpy of documents in memory, all processes together; {PREPARED}: from the "
+                "first encoded unit to the synced index.json, one unit per process left out",
+        "start-up s": f"{TIKTOKEN}: spawn, imports, tokenizer; {PREPARED}: the same, counting documents and one unit "
+                      "encoded; wall s holds it"}
     with tempfile.TemporaryDirectory(prefix="bench-data-") as temporary:
         folder = Path(temporary)
-        write_jsonl(folder / "texts.jsonl", texts)
         tokenizer, description = tokenizer_for_both(args.tokenizer, source_texts, folder)
         (folder / "encoding.json").write_text(json.dumps(description))
-        for number, part in enumerate(shared_out(texts, workers)):
-            write_jsonl(folder / f"part_{number}.jsonl", part)
-        common = {"folder": folder, "workers": workers, "size": size}
-        measure.take_turns({PREPARED: partial(_prepare_once, tokenizer=tokenizer, left_out=left_out, **common),
-                            TIKTOKEN: partial(_encode_bare, **common)}, args.repeats, figures)
-        figures.add_ratios(f"{PREPARED} / {TIKTOKEN}", PREPARED, TIKTOKEN, ("MB/s",))
+        write_jsonl(folder / "texts.jsonl", texts)
+        parts = [folder / f"part_{number}.jsonl" for number in range(workers)]
+        for part, share in zip(parts, shared_out(texts, workers), strict=True):
+            write_jsonl(part, share)
+        figures.take_turns({PREPARED: partial(_prepare_once, folder, tokenizer, workers, size - left_out),
+                            TIKTOKEN: partial(_encode_bare, folder, parts, size)}, args.repeats)
+        figures.add_ratios(f"{PREPARED} / {TIKTOKEN}", PREPARED, TIKTOKEN, "MB/s")
         write_jsonl(folder / "small.jsonl", measure.take(iter(texts), size=LOADER_TEXT_BYTES))
-        setting["loader"] = _measure_loader(config, folder, args, figures)
-    return setting
+        return setting | {"loader": _measure_loader(config, folder, args, figures)}
 
 
 def write_jsonl(path: Path, texts: Iterable[str]) -> None:
@@ -121,33 +121,26 @@ def tokenizer_for_both(name: str, texts: list[str], folder: Path) -> tuple[str, 
 
 
 def shared_out(texts: list[str], parts: int) -> list[list[str]]:
-    """The texts in parts of nearly equal length: each, longest first, goes to the part that is shortest so far."""
-    shares: list[list[str]] = [[] for _ in range(parts)]
-    lengths = [0] * parts
-    for text in sorted(texts, key=len, reverse=True):
-        shortest = lengths.index(min(lengths))
-        shares[shortest].append(text)
-        lengths[shortest] += len(text)
-    return shares
+    """The texts in parts of nearly equal length: sorted by length, then dealt out there and back again."""
+    texts = sorted(texts, key=len, reverse=True)
+    return [texts[i::2 * parts] + texts[2 * parts - 1 - i::2 * parts] for i in range(parts)]
 
 
-def _prepare_once(repeat: int, *, folder: Path, tokenizer: str, workers: int, size: int,
-                  left_out: int) -> dict[str, float]:
+def _prepare_once(folder: Path, tokenizer: str, workers: int, size: int) -> dict[str, float]:
     out = folder / "shards"
-    done = measure.run_to_end([sys.executable, "-c", PREPARE, str(folder / "texts.jsonl"), str(out), tokenizer,
-                               str(workers)], cwd=measure.CHECKOUT)
+    done = measure.run_to_end(sys.executable, "-c", PREPARE, str(folder / "texts.jsonl"), str(out), tokenizer,
+                              str(workers), cwd=measure.CHECKOUT)
     shutil.rmtree(out)
     first_unit = float(re.search(r"a unit at ([\d.]+)", done.output)[1])
-    return {"MB/s": (size - left_out) / 1e6 / (done.ended - first_unit), "start-up s": first_unit - done.started,
+    return {"MB/s": size / 1e6 / (done.ended - first_unit), "start-up s": first_unit - done.started,
             "wall s": done.seconds}
 
 
-def _encode_bare(repeat: int, *, folder: Path, workers: int, size: int) -> dict[str, float]:
+def _encode_bare(folder: Path, parts: list[Path], size: int) -> dict[str, float]:
     started = time.perf_counter()
     with contextlib.ExitStack() as stack:
-        processes = [stack.enter_context(measure.Worker(TIKTOKEN_WORKER, str(folder / f"part_{number}.jsonl"),
-                                                str(folder / "encoding.json"), cwd=folder))
-                     for number in range(workers)]
+        processes = [stack.enter_context(measure.Worker(TIKTOKEN_WORKER, str(part), str(folder / "encoding.json"),
+                                                        cwd=folder)) for part in parts]
         for process in processes:
             process.receive()  # it has started
         startup = time.perf_counter() - started
@@ -161,33 +154,27 @@ def _measure_loader(config: Config, folder: Path, args: argparse.Namespace, figu
     """Steps of a small model, for which loading weighs most, by TrainLoader and with one batch; what was run."""
     prepare([str(folder / "small.jsonl")], folder / "small", tokenizer=config.data.tokenizer or "bytes",
             val_fraction=0.0)
-    dtype, _ = distributed.choose_dtype(config.train.dtype, measure.CPU)
-    distributed.prepare_cpu(distributed.World())
     dataset = open_dataset(folder / "small")
-    tokens_per_step, model_config = config.train.tokens_per_step, replace(config.model, vocab_size=dataset.vocab_size)
+    model_config = replace(config.model, vocab_size=dataset.vocab_size)
+    machine = distributed.choose_machine(replace(config.train, device="cpu"), distributed.World())
+    model = GPT(model_config, compute_dtype=machine.dtype)
+    self_check.choose("auto", model_config, table_rows=model.wte.num_embeddings, dtype=machine.dtype,
+                      device=measure.CPU)
     loader = TrainLoader(open_split(dataset, "train"), seq_len=model_config.max_seq_len, seed=config.train.seed,
-                         tokens_per_step=tokens_per_step, micro_batch=config.train.micro_batch)
-    model = GPT(model_config, compute_dtype=dtype)
-    self_check.choose("auto", model_config, table_rows=model.wte.num_embeddings, dtype=dtype, device=measure.CPU)
-    optimizer, scale = Optimizer(model, config.optim), LossScale.for_dtype(dtype)
-    resident = loader.batch(0)
+                         tokens_per_step=config.train.tokens_per_step, micro_batch=config.train.micro_batch)
+    step = partial(train_step, model, Optimizer(model, config.optim), lr=config.optim.lr, step=0,
+                   tokens_per_step=config.train.tokens_per_step, grad_clip=config.optim.grad_clip,
+                   scale=LossScale.for_dtype(machine.dtype))
+    one_batch = [loader.batch(0)] * args.steps
 
-    def loaded(repeat: int) -> Iterator[list[MicroBatch]]:
-        return loader.batches(repeat * args.steps, (repeat + 1) * args.steps)
+    def ms_each(work: Callable[[list[MicroBatch]], object], batches: Iterable[list[MicroBatch]]) -> float:
+        return 1e3 * measure.seconds_of(lambda: [work(batch) for batch in batches])[0] / args.steps
 
-    def ms_each(batches: Iterable[list[MicroBatch]], *, train: bool) -> float:
-        started = time.perf_counter()
-        for micro_batches in batches:
-            if train:
-                train_step(model, optimizer, micro_batches, lr=config.optim.lr, tokens_per_step=tokens_per_step,
-                           grad_clip=config.optim.grad_clip, scale=scale, step=0)
-        return 1e3 * (time.perf_counter() - started) / args.steps
-
-    ms_each([resident], train=True)  # warms up
-    measure.take_turns({
-        "loader alone": lambda repeat: {"ms/batch": ms_each(loaded(repeat), train=False)},
-        "steps with loader": lambda repeat: {"ms/step": ms_each(loaded(repeat), train=True)},
-        "steps with one batch": lambda repeat: {"ms/step": ms_each([resident] * args.steps, train=True)}},
-        args.repeats, figures)
-    figures.add_ratios("with loader / with one batch", "steps with loader", "steps with one batch", ("ms/step",))
-    return f"{measure.label(args.config)}, {dtype}, {args.steps} steps of {tokens_per_step:,} tokens"
+    step(one_batch[0])  # warms up
+    figures.take_turns({
+        "loader alone": lambda: {"ms/batch": ms_each(len, loader.batches(0, args.steps))},
+        "steps with loader": lambda: {"ms/step": ms_each(step, loader.batches(0, args.steps))},
+        "steps with one batch": lambda: {"ms/step": ms_each(step, one_batch)}}, args.repeats)
+    figures.add_ratios("with loader / with one batch", "steps with loader", "steps with one batch", "ms/step")
+    return (f"{measure.label(args.config)}, {machine.dtype}, {args.steps} steps of {config.train.tokens_per_step:,} "
+            "tokens")

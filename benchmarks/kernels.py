@@ -9,10 +9,10 @@ Dims: N rows, C width, V vocabulary; B batch, T sequence, H heads, D head dim.
 import argparse
 import ctypes
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -27,14 +27,36 @@ from benchmarks import measure
 from config import ModelConfig
 from kernels import self_check
 
-GPT2_WIDTHS = {"124M": 768, "350M": 1024, "1.5B": 1600}
+GPT2_WIDTHS = (768, 1024, 1600)  # of 124M, 350M, 1.5B
 CONTEXTS = (512, 1024, 2048, 4096, 8192)
 DOCUMENT_TOKENS = 512  # on average; lengths are distributed geometrically
 VOCAB_SIZE, TABLE_ROWS = 50_257, 50_304
-RATIOS = ("forward ms", "backward ms", "forward + backward ms", "peak memory MiB")  # to the peers', where both have it
 Run = Callable[[], Tensor | tuple[Tensor, ...]]
-# One operation at one shape: its label, the contenders, ours first, and the quantities that a copy or a matmul bounds.
-Comparison = tuple[str, dict[str, measure.Contender], tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One operation at one shape."""
+
+    label: str
+    runs: dict[str, Run]  # contender -> forward pass; ours comes first
+    inputs: list[Tensor]  # those that get gradients
+    work: dict[str, float]  # forward, backward or both in one: rate -> GB moved (a copy's bound) or TFLOP (a matmul's)
+
+    def measure(self, run: Run) -> dict[str, float]:
+        if len(self.work) == 1:
+            def step() -> None:
+                torch.autograd.grad(run(), self.inputs)
+            seconds, peak = [seconds_per_call(step)], peak_growth_bytes(step, self.inputs[0].device)
+            values = {"forward + backward ms": 1e3 * seconds[0]}
+        else:
+            outputs, peak = run(), None
+            gradients = [torch.randn_like(out) for out in ((outputs,) if isinstance(outputs, Tensor) else outputs)]
+            seconds = [seconds_per_call(run), seconds_per_call(
+                lambda: torch.autograd.grad(outputs, self.inputs, gradients, retain_graph=True))]
+            values = {"forward ms": 1e3 * seconds[0], "backward ms": 1e3 * seconds[1]}
+        values |= {rate: work / s for (rate, work), s in zip(self.work.items(), seconds, strict=True)}
+        return values if peak is None else values | {"peak memory MiB": peak / 2 ** 20}
 
 
 def add_to(commands) -> None:
@@ -50,21 +72,22 @@ def run(args: argparse.Namespace, figures: measure.Figures) -> dict:
     device = distributed.choose_device(args.device, option="--device ")[0]
     on_cuda = device.type == "cuda"
     dtype = getattr(torch, args.dtype or ("bfloat16" if on_cuda else "float32"))
-    setting = measure.describe_machine()
-    setting["device"] = torch.cuda.get_device_name(device) if on_cuda else str(device)
-    setting["dtype"] = f"{dtype}, weights float32"
+    setting = {"device": torch.cuda.get_device_name(device) if on_cuda else str(device),
+               "dtype": f"{dtype}, weights float32"}
     setting |= {package: measure.version(package) for package in ("triton", "liger_kernel", "flash_attn") if on_cuda}
     setting["kernels"] = choose_backends(device, dtype)
     ceilings = _ceilings(device, dtype)
-    rows = args.rows or (65_536 if on_cuda else 1024)
-    for label, contenders, bounded in comparisons(args.ops, device, dtype, rows=rows):
-        ceiling = "copy" if bounded[0].endswith("GB/s") else "matmul"
-        bound = f"{ceiling}, beside {label}"
-        measure.take_turns(contenders | {bound: partial(ceilings[ceiling], bounded)}, args.repeats, figures)
-        ours, *peers = contenders
+    for compared in comparisons(args.ops, device, dtype, rows=args.rows or (65_536 if on_cuda else 1024)):
+        names = {who: f"{who}: {compared.label}" for who in compared.runs}
+        ceiling = "copy" if next(iter(compared.work)).endswith("GB/s") else "matmul"
+        bound = f"{ceiling}, beside {compared.label}"
+        figures.take_turns({names[who]: partial(compared.measure, call) for who, call in compared.runs.items()} | {
+            bound: partial(ceilings[ceiling], compared.work)}, args.repeats)
+        ours, *peers = names
         for peer in peers:
-            figures.add_ratios(f"{ours} / {peer.partition(':')[0]}", ours, peer, RATIOS)
-        figures.add_ratios(f"{ours} / {ceiling}", ours, bound, bounded)
+            figures.add_ratios(f"{names[ours]} / {peer}", names[ours], names[peer], "forward ms", "backward ms",
+                               "forward + backward ms", "peak memory MiB")
+        figures.add_ratios(f"{names[ours]} / {ceiling}", names[ours], bound, *compared.work)
     return setting
 
 
@@ -77,22 +100,20 @@ def choose_backends(device: torch.device, dtype: torch.dtype) -> str:
     return self_check.agree("auto", [verdicts])
 
 
-def _runs(op: str, by: Callable[[ModuleType], Run], plain: Run | None = None, *,
-          device: torch.device) -> dict[str, Run]:
-    """by(module) of Triton's or the CPU's kernel, first, where one was chosen, and of PyTorch's; then plain, and that
-    compiled on CUDA."""
-    chosen = kernels.backend(op)
-    runs = {chosen: by(kernels.module_of(op, chosen))} if chosen != "torch" else {}
-    runs |= {"torch": by(kernels.module_of(op, "torch"))} | ({} if plain is None else {"PyTorch": plain})
-    if plain is not None and device.type == "cuda":
-        torch._dynamo.reset()  # one code object serves all shapes: past 8 of them Dynamo would go on in eager
-        runs["torch.compile"] = torch.compile(plain, dynamic=False)
-    return runs
+def _ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[Iterable[str]], dict[str, float]]]:
+    """What the device reaches at best, on random data, as each of some rates: GB/s read and written by a copy, TFLOP/s
+    of a square matmul."""
+    size, n = (2 ** 30, 8192) if device.type == "cuda" else (2 ** 27, 2048)
+    source = torch.randn(size // 4, device=device)
+    target = torch.empty_like(source)
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    return {"copy": lambda rates: dict.fromkeys(rates, 2 * size / 1e9 / seconds_per_call(lambda: target.copy_(source))),
+            "matmul": lambda rates: dict.fromkeys(rates, 2 * n ** 3 / 1e12 / seconds_per_call(lambda: a @ b))}
 
 
 def comparisons(ops: list[str], device: torch.device, dtype: torch.dtype, *, rows: int) -> Iterator[Comparison]:
     randn = partial(torch.randn, device=device, dtype=dtype, requires_grad=True)
-    for C in GPT2_WIDTHS.values() if device.type == "cuda" else (GPT2_WIDTHS["124M"],):
+    for C in GPT2_WIDTHS if device.type == "cuda" else GPT2_WIDTHS[:1]:
         for op, residual in itertools.product([op for op in ops if op.endswith("_norm")], (False, True)):
             yield _norm(op, randn, rows=rows, C=C, residual=residual)
         if "linear_cross_entropy" in ops:
@@ -106,44 +127,39 @@ def comparisons(ops: list[str], device: torch.device, dtype: torch.dtype, *, row
         yield _attention(randn, tokens=rows, T=contexts[-1], H=12, D=64, window=contexts[-1] // 8)
 
 
-def _ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[..., dict[str, float]]]:
-    """What the device reaches at best, on random data, as each of some quantities: GB/s read and written by a copy,
-    TFLOP/s of a square matmul."""
-    size, n = (2 ** 30, 8192) if device.type == "cuda" else (2 ** 27, 2048)
-    source = torch.randn(size // 4, device=device)
-    target = torch.empty_like(source)
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-
-    def reach(amount: float, work: Run, quantities: tuple[str, ...], repeat: int) -> dict[str, float]:
-        return dict.fromkeys(quantities, amount / seconds_per_call(work))
-
-    return {"copy": partial(reach, 2 * size / 1e9, lambda: target.copy_(source)),
-            "matmul": partial(reach, 2 * n ** 3 / 1e12, lambda: a @ b)}
+def _runs(op: str, *inputs: Tensor, plain: Run | None = None, **options: object) -> dict[str, Run]:
+    """op by Triton's or the CPU's kernel, first, where one was chosen, and by PyTorch's; then plain, and that compiled
+    on CUDA."""
+    runs = {backend: partial(getattr(kernels.module_of(op, backend), op), *inputs, **options)
+            for backend in dict.fromkeys((kernels.backend(op), "torch"))}
+    if plain is not None:
+        runs["PyTorch"] = plain
+        if inputs[0].is_cuda:
+            torch._dynamo.reset()  # one code object serves all shapes: past 8 of them Dynamo would go on in eager
+            runs["torch.compile"] = torch.compile(plain, dynamic=False)
+    return runs
 
 
 def _norm(op: str, randn: Callable[..., Tensor], *, rows: int, C: int, residual: bool) -> Comparison:
     """Bytes: x, y and the gradients once each; with a residual it, the sum and the sum's gradient too."""
     is_layer = op == "layer_norm"
-    x, more = randn(rows, C), randn(rows, C)
-    weight, bias = (randn(C, dtype=torch.float32) for _ in range(2))
-
-    def by(module: ModuleType) -> Run:
-        norm = partial(module.layer_norm, x, weight, bias) if is_layer else partial(module.rms_norm, x, weight)
-        return partial(norm, eps=1e-5, residual=more if residual else None)
+    x, more = randn(rows, C), randn(rows, C) if residual else None
+    weights = [randn(C, dtype=torch.float32) for _ in range(1 + is_layer)]  # and the bias
 
     def plain() -> Tensor | tuple[Tensor, ...]:
-        added, w = x + more if residual else x, weight.to(x.dtype)
-        y = F.layer_norm(added, (C,), w, bias.to(x.dtype), 1e-5) if is_layer else F.rms_norm(added, (C,), w, 1e-5)
+        added = x + more if residual else x
+        norm = F.layer_norm if is_layer else F.rms_norm
+        y = norm(added, (C,), *(weight.to(x.dtype) for weight in weights), eps=1e-5)
         return (y, added) if residual else y
 
-    runs = _runs(op, by, plain, device=x.device)
+    runs = _runs(op, x, *weights, plain=plain, eps=1e-5, residual=more)
     if is_layer and not residual and x.is_cuda and cli.is_installed("liger_kernel"):
         from liger_kernel.ops.layer_norm import LigerLayerNormFunction
-        runs["Liger"] = lambda: LigerLayerNormFunction.apply(x, weight, bias, 1e-5)
-    tensor_gb = rows * C * x.element_size() / 1e9
-    return _in_two_phases(f"{op}{' + residual' if residual else ''} {rows} x {C}", runs,
-                          [x, weight] + [bias] * is_layer + [more] * residual, unit="GB/s",
-                          forward=(4 if residual else 2) * tensor_gb, backward=(4 if residual else 3) * tensor_gb)
+        runs["Liger"] = lambda: LigerLayerNormFunction.apply(x, *weights, 1e-5)
+    tensor_gb = x.nbytes / 1e9
+    return Comparison(f"{op}{' + residual' if residual else ''} {rows} x {C}", runs, [x, *weights] + [more] * residual,
+                      {"forward GB/s": (4 if residual else 2) * tensor_gb,
+                       "backward GB/s": (4 if residual else 3) * tensor_gb})
 
 
 def _attention(randn: Callable[..., Tensor], *, tokens: int, T: int, H: int, D: int, documents: bool = False,
@@ -158,15 +174,15 @@ def _attention(randn: Callable[..., Tensor], *, tokens: int, T: int, H: int, D: 
     own = torch.arange(T, device=q.device)
     seen_from = torch.zeros_like(own) if first_key is None else first_key.clamp(min=0)
     tflop = 2 * D * H * (own + 1 - seen_from).expand(B, T).sum().item() / 1e12  # of one matmul
-    runs = _runs("attention", lambda module: partial(module.attention, q, k, v, first_key=first_key), device=q.device)
+    runs = _runs("attention", q, k, v, first_key=first_key)
     for name, peer in _attention_peers(q, k, v, ids, window).items():
         try:
             peer()
             runs[name] = peer
         except RuntimeError as error:  # a backend that this build or this shape lacks
             cli.note(f"{name} left out: {str(error).splitlines()[0][:160]}")
-    return _in_two_phases(f"attention {kind} {B} x {T} x {H} x {D}", runs, [q, k, v], unit="TFLOP/s",
-                          forward=2 * tflop, backward=5 * tflop)
+    return Comparison(f"attention {kind} {B} x {T} x {H} x {D}", runs, [q, k, v],
+                      {"forward TFLOP/s": 2 * tflop, "backward TFLOP/s": 5 * tflop})
 
 
 def _attention_peers(q: Tensor, k: Tensor, v: Tensor, ids: Tensor | None, window: int | None) -> dict[str, Run]:
@@ -174,13 +190,8 @@ def _attention_peers(q: Tensor, k: Tensor, v: Tensor, ids: Tensor | None, window
     and documents, flash-attn."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     is_causal = ids is None and window is None
-
-    def heads_first() -> list[Tensor]:
-        return [x.transpose(1, 2) for x in (q, k, v)]
-
-    def sdpa() -> Tensor:
-        return F.scaled_dot_product_attention(*heads_first(), is_causal=True)
-
+    heads_first = [x.transpose(1, 2) for x in (q, k, v)]
+    sdpa = partial(F.scaled_dot_product_attention, *heads_first, is_causal=True)
     if not q.is_cuda:
         return {"PyTorch" if is_causal else "PyTorch, causal": sdpa}
     peers: dict[str, Run] = {"SDPA flash, causal": sdpa_kernel(SDPBackend.FLASH_ATTENTION)(sdpa),
@@ -192,11 +203,9 @@ def _attention_peers(q: Tensor, k: Tensor, v: Tensor, ids: Tensor | None, window
             seen = key <= query if ids is None else (key <= query) & (ids[b, query] == ids[b, key])
             return seen if window is None else seen & (key > query - window)
 
-        B, T = q.shape[:2]
-        mask = create_block_mask(visible, B, None, T, T, device=q.device)
+        mask = create_block_mask(visible, len(q), None, q.shape[1], q.shape[1], device=q.device)
         torch._dynamo.reset()
-        flex = torch.compile(flex_attention, dynamic=False)
-        peers["FlexAttention"] = lambda: flex(*heads_first(), block_mask=mask)
+        peers["FlexAttention"] = partial(torch.compile(flex_attention, dynamic=False), *heads_first, block_mask=mask)
     if cli.is_installed("flash_attn"):
         from flash_attn import flash_attn_func
         size = (-1 if window is None else window - 1, 0)
@@ -211,48 +220,20 @@ def _cross_entropy(randn: Callable[..., Tensor], *, rows: int, C: int) -> Compar
     weight = (randn(TABLE_ROWS, C, dtype=torch.float32).detach() / C ** 0.5).requires_grad_()
     targets = torch.randint(VOCAB_SIZE, (rows,), device=hidden.device)
 
-    def by(module: ModuleType) -> Run:
-        return partial(module.linear_cross_entropy, hidden, weight, targets, vocab_size=VOCAB_SIZE, reduction="mean",
-                       softcap=0.0)
-
     def plain() -> Tensor:
         return F.cross_entropy((hidden @ weight.to(hidden.dtype).T)[:, :VOCAB_SIZE].float(), targets)
 
-    runs = _runs("linear_cross_entropy", by, plain, device=hidden.device)
+    runs = _runs("linear_cross_entropy", hidden, weight, targets, plain=plain, vocab_size=VOCAB_SIZE, reduction="mean",
+                 softcap=0.0)
     if hasattr(torch.nn, "LinearCrossEntropyOptions"):
-        options = torch.nn.LinearCrossEntropyOptions()
         runs["F.linear_cross_entropy"] = lambda: F.linear_cross_entropy(
-            hidden, weight.to(hidden.dtype)[:VOCAB_SIZE], targets, options=options)
+            hidden, weight.to(hidden.dtype)[:VOCAB_SIZE], targets, options=torch.nn.LinearCrossEntropyOptions())
     if hidden.is_cuda and cli.is_installed("liger_kernel"):
         from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
         runs["Liger"] = lambda: LigerFusedLinearCrossEntropyFunction.apply(
             hidden, weight.to(hidden.dtype)[:VOCAB_SIZE], targets)[0]
-
-    def measured(run: Run, repeat: int) -> dict[str, float]:
-        def step() -> None:
-            torch.autograd.grad(run(), [hidden, weight])
-        seconds, peak = seconds_per_call(step), peak_growth_bytes(step, hidden.device)
-        return {"forward + backward ms": 1e3 * seconds, "TFLOP/s": 6 * rows * C * TABLE_ROWS / 1e12 / seconds,
-                **({} if peak is None else {"peak memory MiB": peak / 2 ** 20})}
-
-    label = f"linear_cross_entropy {rows} x {C} x {TABLE_ROWS}"
-    return label, {f"{name}: {label}": partial(measured, run) for name, run in runs.items()}, ("TFLOP/s",)
-
-
-def _in_two_phases(label: str, runs: dict[str, Run], inputs: list[Tensor], *, unit: str, forward: float,
-                   backward: float) -> Comparison:
-    """Forward and backward apart; what each moves or computes is given in the unit times seconds."""
-    def measured(run: Run, repeat: int) -> dict[str, float]:
-        outputs = run()
-        outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
-        gradients = [torch.randn_like(out) for out in outputs]
-        forward_s = seconds_per_call(run)
-        backward_s = seconds_per_call(lambda: torch.autograd.grad(outputs, inputs, gradients, retain_graph=True))
-        return {"forward ms": 1e3 * forward_s, "backward ms": 1e3 * backward_s,
-                f"forward {unit}": forward / forward_s, f"backward {unit}": backward / backward_s}
-
-    return (label, {f"{name}: {label}": partial(measured, run) for name, run in runs.items()},
-            (f"forward {unit}", f"backward {unit}"))
+    return Comparison(f"linear_cross_entropy {rows} x {C} x {TABLE_ROWS}", runs, [hidden, weight],
+                      {"TFLOP/s": 6 * rows * C * TABLE_ROWS / 1e12})
 
 
 def seconds_per_call(work: Callable[[], object]) -> float:

@@ -74,38 +74,36 @@ def add_to(commands) -> None:
 def run(args: argparse.Namespace, figures: measure.Figures) -> dict:
     """Every contender at every dtype, batch size and choice of the token; each model is built once and stays."""
     config = measure.complete_config(args).model
-    peer = args.peer and measure.check_nanogpt(args.peer)
-    setting = measure.describe_machine()
-    setting["model"] = f"{measure.label(args.config)}, random weights"
-    setting["tokens/s"] = f"of {args.new_tokens} new tokens after {args.prompt_tokens}, reading the prompt included"
-    setting["first token ms"] = "a call for one token"
-    setting["bound %"] = "of memory's GB/s / bytes of weights read per token"
+    setting = {"model": f"{measure.label(args.config)}, random weights",
+               "tokens/s": f"of {args.new_tokens} new tokens after {args.prompt_tokens}, reading the prompt included",
+               "first token ms": "a call for one token",
+               "bound %": "of memory's GB/s / bytes of weights read per token"}
     contenders: dict[str, measure.Contender] = {MEMORY: _read_memory}
-    prompts = {n: np.random.default_rng(0).integers(config.vocab_size, size=(n, args.prompt_tokens)).tolist()
-               for n in args.batch_sizes}
     measured = []  # who, of what, bytes of weights per token
+    prompts = np.random.default_rng(0).integers(config.vocab_size, size=(max(args.batch_sizes), args.prompt_tokens))
     with contextlib.ExitStack() as stack:
         for dtype in args.dtypes:
-            generators = {OURS: _our_generate(config, dtype, setting)} | _peers(config, dtype, peer, stack, setting)
+            ours = _our_generate(config, dtype, setting)
+            generators = {OURS: ours} | _peers(config, dtype, args.peer, stack, setting)
             for batch, (choice, top_k), who in itertools.product(args.batch_sizes, CHOICES.items(), generators):
                 if who == measure.NANOGPT and top_k is None:
                     continue  # it always draws
                 of = f"{dtype}, batch {batch}, {choice}"
                 measured.append((who, of, weight_bytes(config, dtype) / batch))
-                generators[who](prompts[batch], min(4, args.new_tokens), top_k)  # warms up
-                contenders[f"{who}, {of}"] = partial(_token_rate, generate=generators[who], prompts=prompts[batch],
-                                                     new_tokens=args.new_tokens, top_k=top_k)
-        measure.take_turns(contenders, args.repeats, figures)
+                generate = partial(generators[who], prompts[:batch].tolist(), top_k=top_k)
+                generate(min(4, args.new_tokens))  # warms up
+                contenders[f"{who}, {of}"] = partial(_token_rate, generate, batch, args.new_tokens)
+        figures.take_turns(contenders, args.repeats)
     for who, of, size in measured:
-        name = f"{who}, {of}"
-        rates = zip(figures.samples[name, "tokens/s"], figures.samples[MEMORY, "GB/s"], strict=True)
-        figures.samples[name, "bound %"] = [100 * rate * size / (1e9 * memory) for rate, memory in rates]
+        name, samples = f"{who}, {of}", figures.samples[f"{who}, {of}"]
+        rates = zip(samples["tokens/s"], figures.samples[MEMORY]["GB/s"], strict=True)
+        samples["bound %"] = [100 * rate * size / (1e9 * memory) for rate, memory in rates]
         if who != OURS:
-            figures.add_ratios(f"{OURS} / {name}", f"{OURS}, {of}", name, ("tokens/s", "first token ms"))
+            figures.add_ratios(f"{OURS} / {name}", f"{OURS}, {of}", name, "tokens/s", "first token ms")
     return setting
 
 
-def _read_memory(repeat: int) -> dict[str, float]:
+def _read_memory() -> dict[str, float]:
     """Read bandwidth of all threads together: the median of five sums over one buffer."""
     buffer = torch.ones(BANDWIDTH_BYTES // 4)
     return {"GB/s": BANDWIDTH_BYTES / 1e9 / statistics.median(measure.seconds_of(buffer.sum)[0] for _ in range(5))}
@@ -120,12 +118,11 @@ def weight_bytes(config: ModelConfig, dtype: str) -> int:
     return read * getattr(torch, dtype).itemsize
 
 
-def _token_rate(repeat: int, *, generate: Generate, prompts: list[list[int]], new_tokens: int,
-                top_k: int | None) -> dict[str, float]:
-    first, _ = measure.seconds_of(lambda: generate(prompts, 1, top_k))
-    seconds, made = measure.seconds_of(lambda: generate(prompts, new_tokens, top_k))
-    if made != len(prompts) * new_tokens:
-        raise MachineError(f"a contender made {made} tokens instead of {len(prompts) * new_tokens}")
+def _token_rate(generate: Callable[[int], int], batch: int, new_tokens: int) -> dict[str, float]:
+    first, _ = measure.seconds_of(lambda: generate(1))
+    seconds, made = measure.seconds_of(lambda: generate(new_tokens))
+    if made != batch * new_tokens:
+        raise MachineError(f"a contender made {made} tokens instead of {batch * new_tokens}")
     return {"tokens/s": made / seconds, "first token ms": 1e3 * first}
 
 
@@ -155,9 +152,12 @@ def _peers(config: ModelConfig, dtype: str, nanogpt: Path | None, stack: context
         workers[measure.NANOGPT] = measure.Worker(NANOGPT_GENERATE, description, cwd=nanogpt)
         setting[measure.NANOGPT] = f"{nanogpt}, commit {measure.commit(nanogpt)}"
     setting[TRANSFORMERS] = measure.version(TRANSFORMERS)
-    if cli.is_installed(TRANSFORMERS):  # isolated: our kernels/ shadows a package of that name, which it imports
-        workers[TRANSFORMERS] = measure.Worker(TRANSFORMERS_GENERATE, description, cwd=measure.CHECKOUT, isolated=True)
+    if cli.is_installed(TRANSFORMERS):  # not here: our kernels/ would shadow a package of that name, which it imports
+        workers[TRANSFORMERS] = measure.Worker(TRANSFORMERS_GENERATE, description, cwd=Path("/"))
+
+    def generate(worker: measure.Worker, prompts: list[list[int]], new_tokens: int, top_k: int | None) -> int:
+        return measure.ask(worker, prompts=prompts, new_tokens=new_tokens, top_k=top_k)[0]["tokens"]
+
     for worker in workers.values():
         stack.enter_context(worker).receive()  # it is ready
-    return {who: lambda prompts, new_tokens, top_k, worker=worker: measure.ask(
-        worker, prompts=prompts, new_tokens=new_tokens, top_k=top_k)[0]["tokens"] for who, worker in workers.items()}
+    return {who: partial(generate, worker) for who, worker in workers.items()}

@@ -1,7 +1,6 @@
 """bench.py serve: many clients of serve.py beside one."""
 
 import argparse
-import concurrent.futures
 import contextlib
 import http.client
 import json
@@ -11,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -38,9 +38,6 @@ def run(args: argparse.Namespace, figures: measure.Figures) -> dict:
     """One server process with random weights; per repeat one client, then --clients at once, each with one request."""
     config = measure.complete_config(args)
     cli.require("bench.py serve", "fastapi", "uvicorn")
-    setting = measure.describe_machine()
-    setting["model"] = f"{measure.label(args.config)}, random weights, {args.dtype}"
-    setting["tokens/s"] = f"of all clients' {args.new_tokens} new tokens each after {args.prompt_tokens}, over HTTP"
     with tempfile.TemporaryDirectory(prefix="bench-serve-") as temporary:
         folder = Path(temporary)
         files.write_whole(folder / "config.toml", to_toml(config))
@@ -48,15 +45,15 @@ def run(args: argparse.Namespace, figures: measure.Figures) -> dict:
         torch.manual_seed(0)
         weights = dict(GPT(config.model).named_parameters())
         checkpoint.save(folder, 1, tensors={"model": weights}, state={}, keep=1)
+        prompts = np.random.default_rng(0).integers(config.model.vocab_size, size=(args.clients, args.prompt_tokens))
         with _running_server(folder, args.dtype) as address:
-            rate = partial(_served_rate, address=address, prompt_tokens=args.prompt_tokens,
-                           vocab_size=config.model.vocab_size)
-            rate(0, clients=1, new_tokens=4)  # warms up
-            contenders = {f"{n} at once": partial(rate, clients=n, new_tokens=args.new_tokens)
-                          for n in (1, args.clients)}
-            measure.take_turns(contenders, args.repeats, figures)
-    figures.add_ratios(f"{args.clients} clients / 1", f"{args.clients} at once", "1 at once", ("tokens/s",))
-    return setting
+            rate = partial(_served_rate, address, prompts.tolist())
+            rate(clients=1, new_tokens=4)  # warms up
+            figures.take_turns({f"{n} at once": partial(rate, clients=n, new_tokens=args.new_tokens)
+                                for n in (1, args.clients)}, args.repeats)
+    figures.add_ratios(f"{args.clients} clients / 1", f"{args.clients} at once", "1 at once", "tokens/s")
+    return {"model": f"{measure.label(args.config)}, random weights, {args.dtype}",
+            "tokens/s": f"of all clients' {args.new_tokens} new tokens each after {args.prompt_tokens}, over HTTP"}
 
 
 @contextlib.contextmanager
@@ -77,21 +74,19 @@ def _running_server(run_dir: Path, dtype: str) -> Iterator[str]:
             process.terminate()
 
 
-def _served_rate(repeat: int, *, clients: int, new_tokens: int, address: str, prompt_tokens: int,
-                 vocab_size: int) -> dict[str, float]:
+def _served_rate(address: str, prompts: list[list[int]], *, clients: int, new_tokens: int) -> dict[str, float]:
     def ask(client: int) -> int:
         """New tokens of one request."""
-        prompt = np.random.default_rng(client).integers(vocab_size, size=prompt_tokens).tolist()
-        connection = http.client.HTTPConnection(address)
-        body = {"prompt": prompt, "max_tokens": new_tokens, "seed": client, "logit_bias": {"256": -100}}  # no end
-        connection.request("POST", "/v1/completions", json.dumps(body))
-        answer = json.loads(connection.getresponse().read())
-        connection.close()
+        body = {"prompt": prompts[client], "max_tokens": new_tokens, "seed": client,
+                "logit_bias": {"256": -100}}  # no end
+        with contextlib.closing(http.client.HTTPConnection(address)) as connection:
+            connection.request("POST", "/v1/completions", json.dumps(body))
+            answer = json.loads(connection.getresponse().read())
         if "usage" not in answer:
             raise MachineError(f"the server refused: {answer['error']['message']}")
         return answer["usage"]["completion_tokens"]
 
-    with concurrent.futures.ThreadPoolExecutor(clients) as pool:
+    with ThreadPoolExecutor(clients) as pool:
         seconds, made = measure.seconds_of(lambda: sum(pool.map(ask, range(clients))))
     if made != clients * new_tokens:
         raise MachineError(f"the server made {made} tokens instead of {clients * new_tokens}")

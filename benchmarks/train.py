@@ -1,12 +1,14 @@
 """bench.py train: our train.py beside nanoGPT's, in speed and in loss."""
 
 import argparse
+import itertools
 import json
 import re
 import shutil
 import statistics
 import sys
 import tempfile
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import checkpoint
+import convert
 import distributed
 import eval as evaluation
 import sample
@@ -32,9 +35,6 @@ WARMUP_STEPS = 20
 VAL_FRACTION = 0.1  # nanoGPT's, the end of the text
 SCORE_WINDOW = 64  # characters of context that every model is scored with
 NANOGPT_HEADS, NANOGPT_CONTEXT, NANOGPT_BATCH = 4, 64, 12
-NANOGPT_NAMES = {"transformer.wte": "wte", "transformer.wpe": "wpe", "transformer.ln_f": "final_norm",
-                 "transformer.h": "blocks", "ln_1": "attn_norm", "ln_2": "mlp_norm", "attn.c_attn": "attn.qkv",
-                 "attn.c_proj": "attn.proj", "mlp.c_fc": "mlp.fc", "mlp.c_proj": "mlp.proj"}
 
 # Runs a script that leaves `model` in its globals, without its fixed seed; says when it ended, then saves the weights.
 NANOGPT_TRAIN = """
@@ -68,36 +68,34 @@ def run(args: argparse.Namespace, figures: measure.Figures) -> dict:
         raise UserError("--config names the same contender twice; leave one out (--repeats repeats all)")
     for words in configs:
         parse_arguments(words)  # a mistake ends the benchmark before the first run
-    peer = args.peer and measure.check_nanogpt(args.peer)
     text = read_text(args.data)
     val_text = text[int(len(text) * (1 - VAL_FRACTION)):]
-    setting = measure.describe_machine()
-    setting["dtype"] = "float32, or where a config says auto: {} ({})".format(*distributed.choose_dtype("auto", CPU))
-    setting["text"] = f"{args.data or STDLIB}, {len(text):,} characters, {len(set(text))} different ones"
-    setting["loss"] = f"the last {len(val_text):,} characters but the first, windows of {SCORE_WINDOW}, float32"
-    setting["seeds"] = args.seeds
+    setting = {
+        "dtype": "float32, or where a config says auto: {} ({})".format(*distributed.choose_dtype("auto", CPU)),
+        "text": f"{args.data or STDLIB}, {len(text):,} characters, {len(set(text))} different ones",
+        "loss": f"the last {len(val_text):,} characters but the first, windows of {SCORE_WINDOW}, float32",
+        "seeds": args.seeds}
     with tempfile.TemporaryDirectory(prefix="bench-train-") as temporary:
-        folder = Path(temporary)
-        text_file = folder / "input.txt"
+        text_file = Path(temporary, "input.txt")
         text_file.write_text(text, encoding="utf-8", newline="")
-        common = {"seeds": args.seeds, "val_text": val_text}
-        contenders = {name: partial(_train_ours, words=words, text_file=text_file, **common)
+        contenders = {name: partial(_train_ours, words, itertools.cycle(args.seeds), text_file, val_text)
                       for name, words in words_of.items()}
-        if peer:
-            copy = folder / "nanogpt"
+        if args.peer:
+            copy = Path(temporary, "nanogpt")
             for name in measure.NANOGPT_FILES:
                 (copy / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(peer / name, copy / name)
-            script = copy / measure.NANOGPT_FILES[-1]
-            shutil.copy(text_file, script.with_name("input.txt"))
-            seconds = measure.run_to_end([sys.executable, str(script)], cwd=copy).seconds
-            setting["peer"] = f"{peer}, commit {measure.commit(peer)}, its data prepared apart in {seconds:.2f} s"
-            contenders[NANOGPT] = partial(_train_nanogpt, copy=copy, steps=args.peer_steps,
-                                          alphabet=sorted(set(text)), **common)
-        measure.take_turns(contenders, args.repeats * len(args.seeds), figures)
+                shutil.copy(args.peer / name, copy / name)
+            prepare = copy / measure.NANOGPT_FILES[-1]
+            shutil.copy(text_file, prepare.with_name("input.txt"))
+            seconds = measure.run_to_end(sys.executable, str(prepare), cwd=copy).seconds
+            commit = measure.commit(args.peer)
+            setting["peer"] = f"{args.peer}, commit {commit}, its data prepared apart in {seconds:.2f} s"
+            contenders[NANOGPT] = partial(_train_nanogpt, copy, args.peer_steps, itertools.cycle(args.seeds),
+                                          sorted(set(text)), val_text)
+        figures.take_turns(contenders, args.repeats * len(args.seeds))
     for name in words_of:
-        figures.add_ratios(f"{name} / {NANOGPT}", name, NANOGPT,
-                           ("steps/s", "tokens/s", "wall s", "peak MiB", "val nats/char"))
+        figures.add_ratios(f"{name} / {NANOGPT}", name, NANOGPT, "steps/s", "tokens/s", "wall s", "peak MiB",
+                           "val nats/char")
     return setting
 
 
@@ -108,17 +106,16 @@ def read_text(source: str | None) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _train_ours(repeat: int, *, words: list[str], seeds: list[int], text_file: Path, val_text: str) -> dict[str, float]:
-    tokens_per_step = parse_arguments(words)[0].train.tokens_per_step
+def _train_ours(words: list[str], seeds: Iterator[int], text_file: Path, val_text: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory(dir=text_file.parent) as folder:
         run_dir = Path(folder, "run")
         done = measure.run_to_end(
-            [sys.executable, str(CHECKOUT / "train.py"), "train.device=cpu", *words, "train.log_every=1",
-             f"train.seed={seeds[repeat % len(seeds)]}", f"train.out_dir={run_dir}", f"data.dir={folder}/shards",
-             f"data.source={text_file}", "data.val_source=[]", f"data.val_fraction={VAL_FRACTION}"], cwd=Path.cwd())
+            sys.executable, str(CHECKOUT / "train.py"), "train.device=cpu", *words, "train.log_every=1",
+            f"train.seed={next(seeds)}", f"train.out_dir={run_dir}", f"data.dir={folder}/shards",
+            f"data.source={text_file}", "data.val_source=[]", f"data.val_fraction={VAL_FRACTION}", cwd=Path.cwd())
         rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
         model, tokenizer = sample.load_model(run_dir, device=CPU, dtype="float32", note=lambda line: None)
-    return {**_speed([row for row in rows if row["kind"] == "train"], tokens_per_step),
+    return {**_speed([row for row in rows if row["kind"] == "train"], parse_arguments(words)[0].train.tokens_per_step),
             "wall s": done.seconds, "peak MiB": done.peak_bytes / 2 ** 20,
             "val nats/char": nats_per_character(model, tokenizer.encode(val_text), tokenizer.token_bytes(), val_text)}
 
@@ -141,15 +138,15 @@ def nats_per_character(model: GPT, ids: np.ndarray, token_bytes: np.ndarray, tex
     return score.loss * score.tokens / characters
 
 
-def _train_nanogpt(repeat: int, *, copy: Path, steps: int, seeds: list[int], alphabet: list[str],
+def _train_nanogpt(copy: Path, steps: int, seeds: Iterator[int], alphabet: list[str],
                    val_text: str) -> dict[str, float]:
     """README's CPU demo of nanoGPT."""
     weights = copy / "weights.safetensors"
     done = measure.run_to_end(
-        [sys.executable, "-c", NANOGPT_TRAIN, str(seeds[repeat % len(seeds)]), str(weights),
-         "config/train_shakespeare_char.py", "--device=cpu", "--compile=False", "--eval_iters=20", "--log_interval=1",
-         f"--block_size={NANOGPT_CONTEXT}", f"--batch_size={NANOGPT_BATCH}", "--n_layer=4", "--n_embd=128",
-         f"--n_head={NANOGPT_HEADS}", f"--max_iters={steps}", f"--lr_decay_iters={steps}", "--dropout=0.0"], cwd=copy)
+        sys.executable, "-c", NANOGPT_TRAIN, str(next(seeds)), str(weights), "config/train_shakespeare_char.py",
+        "--device=cpu", "--compile=False", "--eval_iters=20", "--log_interval=1", f"--block_size={NANOGPT_CONTEXT}",
+        f"--batch_size={NANOGPT_BATCH}", "--n_layer=4", "--n_embd=128", f"--n_head={NANOGPT_HEADS}",
+        f"--max_iters={steps}", f"--lr_decay_iters={steps}", "--dropout=0.0", cwd=copy)
     steps_ms = re.findall(r"^iter \d+: loss .*?, time ([\d.]+)ms", done.output, re.MULTILINE)
     if not steps_ms:
         raise MachineError(f"nanoGPT printed no step times: {measure.last_line(done.output)}")
@@ -169,12 +166,12 @@ def encode_characters(text: str, alphabet: list[str]) -> tuple[np.ndarray, np.nd
 
 def gpt_from_nanogpt(tensors: dict[str, Tensor], *, n_head: int) -> GPT:
     """Our model, in float32 and eval mode, with the weights of nanoGPT's state_dict (without its tied lm_head)."""
-    ours = {re.sub("|".join(map(re.escape, NANOGPT_NAMES)), lambda match: NANOGPT_NAMES[match[0]], name): tensor
-            for name, tensor in tensors.items()}
-    (vocab_size, n_embd), max_seq_len = ours["wte.weight"].shape, len(ours["wpe.weight"])
-    n_layer = 1 + max(int(name.split(".")[1]) for name in ours if name.startswith("blocks."))
-    model = GPT(ModelConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd, vocab_size=vocab_size,
-                            max_seq_len=max_seq_len, mlp="gelu_exact", bias="final_norm.bias" in ours))
-    ours["wte.weight"] = F.pad(ours["wte.weight"], (0, 0, 0, padded_vocab_size(vocab_size) - vocab_size))
+    wte, wpe = tensors["transformer.wte.weight"], tensors["transformer.wpe.weight"]
+    model = GPT(ModelConfig(
+        n_layer=sum(name.endswith(".attn.c_attn.weight") for name in tensors), n_head=n_head, n_embd=wte.shape[1],
+        vocab_size=len(wte), max_seq_len=len(wpe), mlp="gelu_exact", bias="transformer.ln_f.bias" in tensors))
+    names = {theirs: rule.ours for rule in convert.rules(model.config, "gpt2") for theirs in rule.theirs}
+    ours = {names[theirs]: tensor for theirs, tensor in tensors.items()}  # named as in transformers, not transposed
+    ours["wte.weight"] = F.pad(wte, (0, 0, 0, padded_vocab_size(len(wte)) - len(wte)))
     checkpoint.load_into(model, ours, "nanoGPT's model")
     return model.eval()

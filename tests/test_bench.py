@@ -182,15 +182,16 @@ def test_saving_is_compared_with_dd_and_leaves_nothing_behind(config_file, tmp_p
 
 @pytest.mark.parametrize(("argv", "message"), [
     (["kernel"], "invalid choice: 'kernel'"),
-    (["train", "--repeats", "0"], "'0' should be at least 1"),
-    (["train", "--seeds", "1.5"], "'1.5' should be a whole number"),
-    (["train", "--peer", "."], "--peer '.' is no nanoGPT checkout, it has no train.py"),
+    (["train", "--repeats", "0"], "'0' should be a whole number, at least 1"),
+    (["train", "--seeds", "1.5"], "'1.5' should be a whole number, at least 0"),
+    (["train", "--peer", "."], "argument --peer: '.' is no nanoGPT checkout: it has no train.py"),
     (["train", "--config", "nowhere.toml"], "config file 'nowhere.toml' does not exist"),
     (["train", "--config", "tiny.toml", "--config", "tiny.toml"], "names the same contender twice"),
     (["train", "--config", "tiny.toml", "--data", "nowhere.txt"], "source 'nowhere.txt' does not exist"),
     (["train", "--json", "nowhere/result.json"], "lies in a folder that does not exist"),
     (["data", "--tokenizer", "bytes"], "--tokenizer 'bytes' is none that tiktoken runs"),
     (["data", "--mb", "1"], "--mb 1 is too little text"),
+    (["data", "--config", "tiny.toml", "train.tokens_per_step=100"], "tokens_per_step = 100 does not divide"),
     (["sample", "--config", "tiny.toml", "--new-tokens", "64"], "exceed model.max_seq_len = 64"),
     (["serve", "--config", "tiny.toml", "--new-tokens", "64"], "exceed model.max_seq_len = 64"),
     (["checkpoint", "--config", str(CHECKOUT / "configs" / "shakespeare.toml")], "add model.vocab_size=50257"),
@@ -198,7 +199,7 @@ def test_saving_is_compared_with_dd_and_leaves_nothing_behind(config_file, tmp_p
 ])
 def test_mistakes_are_named_before_anything_is_measured(argv, message, config_file, monkeypatch):
     monkeypatch.chdir(config_file.parent)
-    monkeypatch.setattr(measure, "take_turns", lambda *arguments: pytest.fail("it began"))
+    monkeypatch.setattr(measure.Figures, "take_turns", lambda *arguments: pytest.fail("it began"))
     with pytest.raises(UserError, match=message):
         bench.main(argv)
 
@@ -207,5 +208,5 @@ def test_a_mistake_ends_in_one_line_and_status_2(tmp_path):
     done = subprocess.run([sys.executable, str(CHECKOUT / "bench.py"), "data", "--workers", "few"], cwd=tmp_path,
                           capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == ("error: argument --workers: 'few' should be a whole number; python bench.py data --help "
-                           "lists the arguments\n")
+    assert done.stderr == ("error: argument --workers: 'few' should be a whole number, at least 1; python bench.py "
+                           "data --help lists the arguments\n")

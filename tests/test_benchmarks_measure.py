@@ -1,7 +1,6 @@
 """What the benchmarks share: figures and their ratios, turns, other processes' share of the CPU, processes, texts."""
 
 import argparse
-import itertools
 import sys
 
 import pytest
@@ -12,10 +11,10 @@ from config import MachineError, UserError
 
 def test_figures_have_medians_and_spreads_and_ratios_are_paired_by_repeat():
     figures = measure.Figures()
-    for ours, theirs in ((1.0, 2.0), (2.0, 8.0), (30.0, 30.0)):
-        figures.add("ours", {"wall s": ours, "tokens/s": 1234567.0})
-        figures.add("peer", {"wall s": theirs})
-    figures.add_ratios("ours / peer", "ours", "peer", ("wall s", "tokens/s"))
+    ours, theirs = iter((1.0, 2.0, 30.0)), iter((2.0, 8.0, 30.0))
+    figures.take_turns({"ours": lambda: {"wall s": next(ours), "tokens/s": 1234567.0},
+                        "peer": lambda: {"wall s": next(theirs)}}, 3)
+    figures.add_ratios("ours / peer", "ours", "peer", "wall s", "tokens/s")
     rows = {(row["subject"], row["quantity"]): row for row in figures.rows()}
     assert rows["ours", "wall s"]["median"] == 2.0 and rows["ours", "wall s"]["repeats"] == 3
     assert rows["ours", "wall s"]["p10"] == pytest.approx(1.2)  # a fifth of the way from the first to the second
@@ -34,54 +33,44 @@ def test_figures_have_medians_and_spreads_and_ratios_are_paired_by_repeat():
         "ours / peer    0.5 (0.3-0.9)"])
 
 
-def test_contenders_take_turns_and_begin_in_turn():
-    calls = []
-    contenders = {name: lambda repeat, name=name: calls.append((repeat, name)) or {"s": 1.0} for name in "ab"}
-    figures = measure.Figures()
-    measure.take_turns(contenders, 2, figures)
-    assert calls == [(0, "a"), (0, "b"), (1, "b"), (1, "a")]
-    assert figures.samples == {("a", "s"): [1.0, 1.0], ("b", "s"): [1.0, 1.0]}
+def test_contenders_take_turns_and_begin_in_turn(capsys):
+    calls, figures = [], measure.Figures()
+    figures.take_turns({name: lambda name=name: calls.append(name) or {"s": float(len(calls))} for name in "ab"}, 2)
+    assert calls == ["a", "b", "b", "a"]
+    assert figures.samples == {"a": {"s": [1.0, 4.0]}, "b": {"s": [2.0, 3.0]}}
+    assert capsys.readouterr().err == "a, repeat 1: 1 s\nb, repeat 1: 2 s\nb, repeat 2: 3 s\na, repeat 2: 4 s\n"
 
 
-def test_by_place_first_is_compared_with_first_and_second_with_second():
-    """A disk on which whoever writes second takes twice the time: the ratio at each place is still 3."""
-    turn = itertools.count()
-    contenders = {name: lambda repeat, s=s: {"s": s * (1 + next(turn) % 2)} for name, s in (("a", 3.0), ("b", 1.0))}
-    figures = measure.Figures()
-    measure.take_turns(contenders, 4, figures, by_place=True)
-    assert figures.samples == {("a, first", "s"): [3.0, 3.0], ("b, second", "s"): [2.0, 2.0],
-                               ("b, first", "s"): [1.0, 1.0], ("a, second", "s"): [6.0, 6.0]}
-    for place in ("first", "second"):
-        figures.add_ratios(place, f"a, {place}", f"b, {place}", ("s",))
-        assert figures.samples[place, "ratio of s"] == [3.0, 3.0]
-
-
-def test_json_that_cannot_be_written_leaves_nothing_half_done(tmp_path):
-    args = argparse.Namespace(json=str(tmp_path), run=lambda args, figures: figures.add("a", {"s": 1.0}) or {})
+def test_json_that_cannot_be_written_leaves_nothing_half_done(tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "WATCHED_S", 0.0)
+    args = argparse.Namespace(json=str(tmp_path), run=lambda args, figures: figures.take_turns(
+        {"a": lambda: {"s": 1.0}}, 1) or {})
     with pytest.raises(MachineError, match=f"writing '{tmp_path}' failed: Is a directory"):
         measure.report(["train"], args)
     assert list(tmp_path.parent.glob(f".{tmp_path.name}*")) == []
 
 
 def test_cpu_time_of_others_is_what_is_busy_and_not_ours(monkeypatch, capsys):
-    snapshots = iter([(50.0, 1000.0), (56.0, 1020.0)])  # busy for others, in all
+    snapshots = iter([(50.0, 1000.0), (56.0, 1020.0), (0.0, 0.0), (0.0, 0.0)])  # busy for others, in all; not known
     monkeypatch.setattr(measure, "cpu_seconds", lambda: next(snapshots))
-    assert measure.others_percent(measure.cpu_seconds(), "now") == 30.0
-    assert capsys.readouterr().err == ("warning: other processes use 30 % of the CPU now; do not trust figures taken "
-                                       "now\n")
-    monkeypatch.setattr(measure, "cpu_seconds", lambda: None)
-    assert measure.others_percent((50.0, 1000.0), "now") is None
+    setting = {}
+    for when in ("before", "during"):
+        with measure.others_watched(setting, when):
+            pass
+    assert setting == {"others' CPU % before": 30.0, "others' CPU % during": None}
+    assert capsys.readouterr().err == ("warning: other processes took 30 % of the CPU before the measurements; do not "
+                                       "trust figures taken now\n")
 
 
 def test_the_peak_memory_of_a_process_is_its_own(tmp_path):
-    done = measure.run_to_end([sys.executable, "-c", "print('done')"], cwd=tmp_path)
+    done = measure.run_to_end(sys.executable, "-c", "print('done')", cwd=tmp_path)
     assert done.output == "done\n" and done.seconds > 0
     assert done.peak_bytes < 100 * 2 ** 20  # this process, with torch in it, has more
 
 
 def test_a_process_that_fails_is_reported_with_its_last_line(tmp_path):
     with pytest.raises(MachineError, match="failed: ValueError: no luck"):
-        measure.run_to_end([sys.executable, "-c", "raise ValueError('no luck')"], cwd=tmp_path)
+        measure.run_to_end(sys.executable, "-c", "raise ValueError('no luck')", cwd=tmp_path)
     with measure.Worker("raise ValueError('no luck')", cwd=tmp_path) as worker:
         with pytest.raises(MachineError, match="ended early: ValueError: no luck"):
             worker.receive()
