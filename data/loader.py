@@ -105,11 +105,11 @@ def _read(stream: TokenStream, window_ids: np.ndarray, seq_len: int, eot: int | 
     starts = window_ids * (stream.row_tokens or seq_len)
     tokens = torch.from_numpy(windows[:, :-1].astype(np.int64, order="C"))  # (B, T)
     targets = torch.from_numpy(windows[:, 1:].astype(np.int64, order="C"))  # (B, T)
-    if stream.loss is not None:
-        targets[torch.from_numpy(stream.loss.windows(starts + 1, seq_len) == 0)] = IGNORED
+    if "loss" in stream.tracks:
+        targets[torch.from_numpy(stream.windows(starts + 1, seq_len, "loss") == 0)] = IGNORED
     document_ids = None
-    if stream.start is not None:
-        document_ids = stream.start.windows(starts, seq_len).cumsum(axis=1, dtype=np.int32) - 1
+    if "start" in stream.tracks:
+        document_ids = stream.windows(starts, seq_len, "start").cumsum(axis=1, dtype=np.int32) - 1
     elif eot is not None:  # end-of-text tokens strictly before each position: an eot belongs to the document it ends
         ends = windows[:, :-1] == eot
         document_ids = np.cumsum(ends, axis=1, dtype=np.int32) - ends
@@ -118,7 +118,7 @@ def _read(stream: TokenStream, window_ids: np.ndarray, seq_len: int, eot: int | 
 
 def _scored(stream: TokenStream, targets: Sequence[Tensor]) -> list[int | None]:
     """How many targets count in each micro-batch; None where the data has no loss mask."""
-    return [None if stream.loss is None else int((t != IGNORED).sum()) for t in targets]
+    return [None if "loss" not in stream.tracks else int((t != IGNORED).sum()) for t in targets]
 
 
 def _check_length(stream: TokenStream, seq_len: int) -> int:
