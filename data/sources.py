@@ -449,7 +449,7 @@ class Texts:
     val_fraction: float
     text_field: str | None  # None: rows are no plain text
     val_split: str
-    row_unit_bytes: int | None = None  # None: UNIT_BYTES
+    row_unit_bytes: int  # of text of rows in a unit
 
     @property
     def bytes(self) -> int:
@@ -472,9 +472,9 @@ class Texts:
 
 
 def choose_split(files: list[TextFile], val_files: list[TextFile], val_fraction: float, text_field: str | None, *,
-                 row_unit_bytes: int | None = None) -> Texts:
-    """How the texts are split; text_field None: rows stay whole, whatever they hold. Raises SourceError if there is no
-    text."""
+                 row_unit_bytes: int = 0) -> Texts:
+    """How the texts are split; text_field None: rows stay whole, whatever they hold; row_unit_bytes: of rows in a unit,
+    at least. Raises SourceError if there is no text."""
     def documents(file: TextFile) -> Iterator[object]:
         """Of a file with rows: its texts (text_field None: whatever they hold)."""
         for unit in _row_units(file, None):
@@ -492,6 +492,7 @@ def choose_split(files: list[TextFile], val_files: list[TextFile], val_fraction:
         val_split = "none"
     else:
         val_split = "hash" if counts[0] == FEW_DOCUMENTS else "rows" if text_field is None else "characters"
+    row_unit_bytes = min(max(UNIT_BYTES, row_unit_bytes), LONGEST_UNIT_BYTES)
     return Texts(files, val_files, val_fraction, text_field, val_split, row_unit_bytes)
 
 
