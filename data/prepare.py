@@ -517,31 +517,22 @@ def main(argv: list[str]) -> None:
     if args.chat_template is not None:
         from_stdin = args.chat_template == "-"
         template = sys.stdin.buffer.read().decode() if from_stdin else read_template(Path(args.chat_template))
-    signals: list[int] = []
-
-    def handle(number: int, frame: object) -> None:
-        if signals and number == signal.SIGINT:  # a second Ctrl-C does not wait
-            raise KeyboardInterrupt
-        signals.append(number)
-
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, handle)
+    stop = cli.StopRequest()
     try:
         prepare(args.sources, Path(args.out), tokenizer=args.tokenizer, val_fraction=args.val_fraction,
                 val_sources=args.val, workers=args.workers, text_field=args.text_field, shard_tokens=args.shard_tokens,
                 max_seq_len=args.max_seq_len, chat_template=template, too_long=args.too_long,
-                should_stop=lambda: bool(signals))
+                should_stop=stop)
     except Busy:
         if args.parent is None:
             raise
         sys.exit(os.EX_TEMPFAIL)
     except (PreparationStopped, WorkerDied):
-        if not signals:
+        if not stop():
             raise
         if args.parent is None:
-            cli.note(f"stopped while preparing {args.out!r} ({signal.Signals(signals[0]).name}); the same command goes "
-                     "on from there")
-        sys.exit(128 + signals[0])
+            cli.note(f"stopped while preparing {args.out!r} ({stop.signal}); the same command goes on from there")
+        sys.exit(128 + signal.Signals[stop.signal])
 
 
 if __name__ == "__main__":
