@@ -1,12 +1,10 @@
 """Sources of text: names to files, files to texts, texts to train or val.
 
 A source is a .txt (one document), a .jsonl (.gz, .zst) or .parquet (a document in each row), a folder of those, or the
-running Python's own library source. Its files are cut into units of about 1 MB, in order, which prepare.py hands to
-worker processes; nothing is read as a whole but the units themselves. Nothing here knows tokens, only the places where
-a text may be cut without changing them (tokenizer.CUT).
+running Python's own library source. Its files are cut into units of about 1 MB, in order, for any process to read. Of
+tokens only the places are known here where a text may be cut without changing them (tokenizer.CUT).
 """
 
-import gzip
 import hashlib
 import itertools
 import json
@@ -17,6 +15,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -66,26 +65,28 @@ class TextFile:
 def find_files(source: str) -> list[TextFile]:
     """The files of a source, in a fixed order. Raises SourceError if there is none or none can be used."""
     path = Path(sysconfig.get_paths()["stdlib"] if source == STDLIB else source)
+    suffixes = ", ".join(KINDS)
     try:
+        folder = path if path.is_dir() else path.parent
         if source == STDLIB:
-            files = [_text_file(p, path) for p in _walk(path, STDLIB_SKIPPED) if p.suffix == ".py"]
-            files = [file for file in files if not GENERATED.search(
-                _read_range(file.path, 0, min(file.bytes, GENERATED_HEAD_BYTES)))]
+            paths = [p for p in _walk(path, STDLIB_SKIPPED)
+                     if p.suffix == ".py" and not GENERATED.search(p.read_bytes()[:GENERATED_HEAD_BYTES])]
             problem = f"source {STDLIB!r}: {str(path)!r} holds no .py files; name a text file instead"
         elif path.is_dir():
-            files = [_text_file(p, path) for p in _walk(path) if _kind(p)]
-            problem = (f"source folder {source!r} holds no text: no file with a byte in it that ends in "
-                       f"{', '.join(KINDS)}")
+            paths = [p for p in _walk(path) if _kind(p)]
+            problem = f"source folder {source!r} holds no text: no file with a byte in it that ends in {suffixes}"
         else:
-            files, problem = [_text_file(path, path.parent)], f"source {source!r} is empty"
-            if not _kind(path):
-                raise SourceError(f"source {source!r} has an unknown suffix; it should end in one of "
-                                  f"{', '.join(KINDS)} (plain text of another name: rename it to .txt)")
+            paths, problem = [path], f"source {source!r} is empty"
+        files = [TextFile(str(p), p.relative_to(folder).as_posix(), *(_kind(p) or ("txt", "")), p.stat().st_size)
+                 for p in paths]
     except FileNotFoundError:
-        raise SourceError(f"source {source!r} does not exist; name a file ({', '.join(KINDS)}), a folder of those, or "
+        raise SourceError(f"source {source!r} does not exist; name a file ({suffixes}), a folder of those, or "
                           f"{STDLIB}") from None
     except OSError as error:
         raise SourceError(f"source {source!r} cannot be read: {error.strerror}") from None
+    if paths == [path] and not _kind(path):
+        raise SourceError(f"source {source!r} has an unknown suffix; it should end in one of {suffixes} (plain text of "
+                          "another name: rename it to .txt)")
     files = [file for file in files if file.bytes]
     if not files:
         raise SourceError(problem)
@@ -106,10 +107,6 @@ def _walk(folder: Path, skipped: Sequence[str] = ()) -> list[Path]:
 
 def _kind(path: Path) -> tuple[str, str] | None:
     return next((kind for suffix, kind in KINDS.items() if path.name.lower().endswith(suffix)), None)
-
-
-def _text_file(path: Path, folder: Path) -> TextFile:
-    return TextFile(str(path), path.relative_to(folder).as_posix(), *(_kind(path) or ("txt", "")), path.stat().st_size)
 
 
 def describe(source: str) -> dict:
@@ -168,7 +165,7 @@ class TextUnit:
     text: str | None = None
     invalid: int = 0  # sequences replaced in `text`
 
-    def texts(self) -> Iterator[tuple[str, int]]:
+    def texts(self, text_field: str) -> Iterator[tuple[str, int]]:
         yield _decoded(_read_range(self.path, self.start, self.end)) if self.text is None else (self.text, self.invalid)
 
 
@@ -181,7 +178,7 @@ class FilesUnit:
     split: str | None
     ends = True
 
-    def texts(self) -> Iterator[tuple[str, int]]:
+    def texts(self, text_field: str) -> Iterator[tuple[str, int]]:
         for path in self.paths:
             with _reading(path):
                 data = Path(path).read_bytes()
@@ -239,7 +236,7 @@ Unit = TextUnit | FilesUnit | RowsUnit
 
 def texts_of(unit: Unit, text_field: str) -> Iterator[tuple[str, int]]:
     """(text, invalid UTF-8 sequences replaced by U+FFFD in it) of each document of a unit; empty ones are left out."""
-    return (found for found in (unit.texts(text_field) if isinstance(unit, RowsUnit) else unit.texts()) if found[0])
+    return (found for found in unit.texts(text_field) if found[0])
 
 
 def jsonl_rows(unit: RowsUnit) -> Iterator[tuple[int, object, int]]:
@@ -267,8 +264,7 @@ def row_name(unit: RowsUnit, number: int) -> str:
 
 def first_row(file: TextFile) -> object | None:
     """The first row of a .jsonl that is not blank; None if there is none."""
-    rows = (value for unit in _row_units(file, None, FIRST_ROW_BYTES) for _, value, _ in jsonl_rows(unit))
-    return next(rows, None)
+    return next((row for unit in _row_units(file, None, FIRST_ROW_BYTES) for _, row, _ in jsonl_rows(unit)), None)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -285,45 +281,8 @@ def whole_document_units(files: Sequence[TextFile], split: str | None, *, val_fr
             if file.kind != "txt":
                 yield from _row_units(file, split, row_unit_bytes)
                 continue
-            chosen = split or split_of((text for unit in _txt_units(file, "", unit_bytes)
-                                        for text, _ in unit.texts()), val_fraction)
-            yield from _txt_units(file, chosen, unit_bytes)
-
-
-def units_split_by_characters(files: Sequence[TextFile], *, val_fraction: float, text_field: str,
-                              unit_bytes: int) -> Iterator[Unit]:
-    """The units of a text whose last val_fraction of characters is val (nanoGPT's way)."""
-    def units() -> Iterator[Unit]:
-        return whole_document_units(files, "train", val_fraction=0.0, unit_bytes=unit_bytes)
-
-    lengths = [sum(len(text) for text, _ in texts_of(unit, text_field)) for unit in units()]
-    train_left = int(sum(lengths) * (1 - val_fraction))
-    for unit, length in zip(units(), lengths, strict=True):
-        if length <= train_left or train_left == 0:
-            yield unit if length <= train_left else replace(unit, split="val")
-            train_left = max(0, train_left - length)
-            continue
-        for text, invalid in texts_of(unit, text_field):
-            head, tail = text[:train_left], text[train_left:]
-            if head:
-                yield TextUnit(len(head), "train", unit.ends and not tail, text=head, invalid=invalid)
-            if tail:
-                yield TextUnit(len(tail), "val", unit.ends, text=tail, invalid=0 if head else invalid)
-            train_left = max(0, train_left - len(text))
-
-
-def units_split_by_rows(files: Sequence[TextFile], *, val_fraction: float) -> Iterator[Unit]:
-    """The units of a few rows that stay whole: the last val_fraction of them, at least one, is val."""
-    lines = [b"".join(unit.content() for unit in _row_units(file, None)).removesuffix(b"\n").split(b"\n")
-             for file in files]
-    filled = [(place, number) for place, rows in enumerate(lines) for number, row in enumerate(rows) if row.strip()]
-    val_place, val_number = filled[-max(1, round(len(filled) * val_fraction))]
-    for place, (file, rows) in enumerate(zip(files, lines, strict=True)):
-        cut = val_number if place == val_place else len(rows) if place < val_place else 0
-        for split, start, part in (("train", 0, rows[:cut]), ("val", cut, rows[cut:])):
-            if part:
-                content = b"\n".join(part) + b"\n"
-                yield RowsUnit(file.path, len(content), split, lines=content, first_line=start + 1)
+            texts = (text for unit in _txt_units(file, "", unit_bytes) for text, _ in unit.texts(""))
+            yield from _txt_units(file, split or split_of(texts, val_fraction), unit_bytes)
 
 
 def _files_units(files: Iterator[TextFile], split: str | None) -> Iterator[FilesUnit]:
@@ -375,7 +334,7 @@ def _character_start(opened: BinaryIO, offset: int) -> int:
 
 def _row_units(file: TextFile, split: str | None, unit_bytes: int | None = None) -> Iterator[RowsUnit]:
     """Units of a file with one document in each row; of a .jsonl about unit_bytes (left out: UNIT_BYTES) each."""
-    unit_bytes = UNIT_BYTES if unit_bytes is None else unit_bytes
+    unit_bytes = unit_bytes or UNIT_BYTES
     if file.kind == "parquet":
         groups = _open_parquet(file.path).num_row_groups
         for group in range(groups):
@@ -416,23 +375,23 @@ def _packed_units(file: TextFile, split: str | None, unit_bytes: int) -> Iterato
 
 
 def _unpacked(file: TextFile, opened: BinaryIO) -> Iterator[bytes]:
-    """The content of a .gz or .zst in blocks. Raises EOFError if it is cut short."""
+    """The content of a .gz or .zst, one frame or several, in blocks. Raises EOFError if it is cut short."""
     if file.packing == "gz":
-        with gzip.GzipFile(fileobj=opened) as unpacked:
-            while block := unpacked.read(UNIT_BYTES):
-                yield block
-        return
-    cli.require(f"source {file.path!r}", "zstandard")
-    import zstandard
+        begin, damaged = partial(zlib.decompressobj, wbits=31), zlib.error  # 31: gzip's header and checksum
+    else:
+        cli.require(f"source {file.path!r}", "zstandard")
+        import zstandard
+        begin, damaged = zstandard.ZstdDecompressor().decompressobj, zstandard.ZstdError
     frame = None
     while data := opened.read(1 << 16):
         while data:
-            frame = frame or zstandard.ZstdDecompressor().decompressobj()
+            frame = frame or begin()
             try:
                 yield frame.decompress(data)
-            except zstandard.ZstdError as error:
+            except damaged as error:
                 raise zlib.error(str(error)) from None
-            data, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+            # gzip's files may be padded with zeros
+            data, frame = (frame.unused_data.lstrip(b"\0"), None) if frame.eof else (b"", frame)
     if frame is not None:
         raise EOFError("it ends within a frame")
 
@@ -459,16 +418,47 @@ class Texts:
         """All units, in order: the same at each call. cuttable: a cut changes no ids, so a .txt is cut every 1 MB."""
         unit_bytes = UNIT_BYTES if cuttable else LONGEST_UNIT_BYTES
         if self.val_split == "characters":
-            yield from units_split_by_characters(self.files, val_fraction=self.val_fraction,
-                                                 text_field=self.text_field, unit_bytes=unit_bytes)
-            return
-        if self.val_split == "rows":
-            yield from units_split_by_rows(self.files, val_fraction=self.val_fraction)
-            return
-        split = None if self.val_split == "hash" else "train"
-        for files, chosen in ((self.files, split), (self.val_files, "val")):
-            yield from whole_document_units(files, chosen, val_fraction=self.val_fraction, unit_bytes=unit_bytes,
-                                            row_unit_bytes=self.row_unit_bytes)
+            yield from self._split_by_characters(unit_bytes)
+        elif self.val_split == "rows":
+            yield from self._split_by_rows()
+        else:
+            split = None if self.val_split == "hash" else "train"
+            for files, chosen in ((self.files, split), (self.val_files, "val")):
+                yield from whole_document_units(files, chosen, val_fraction=self.val_fraction, unit_bytes=unit_bytes,
+                                                row_unit_bytes=self.row_unit_bytes)
+
+    def _split_by_characters(self, unit_bytes: int) -> Iterator[Unit]:
+        """The last val_fraction of the characters is val (nanoGPT's way)."""
+        def units() -> Iterator[Unit]:
+            return whole_document_units(self.files, "train", val_fraction=0.0, unit_bytes=unit_bytes)
+
+        lengths = [sum(len(text) for text, _ in texts_of(unit, self.text_field)) for unit in units()]
+        train_left = int(sum(lengths) * (1 - self.val_fraction))
+        for unit, length in zip(units(), lengths, strict=True):
+            if length <= train_left or train_left == 0:
+                yield unit if length <= train_left else replace(unit, split="val")
+                train_left = max(0, train_left - length)
+                continue
+            for text, invalid in texts_of(unit, self.text_field):
+                head, tail = text[:train_left], text[train_left:]
+                if head:
+                    yield TextUnit(len(head), "train", unit.ends and not tail, text=head, invalid=invalid)
+                if tail:
+                    yield TextUnit(len(tail), "val", unit.ends, text=tail, invalid=0 if head else invalid)
+                train_left -= len(head)
+
+    def _split_by_rows(self) -> Iterator[Unit]:
+        """A few rows stay whole: the last val_fraction of them, at least one, is val."""
+        lines = [b"".join(unit.content() for unit in _row_units(file, None)).removesuffix(b"\n").split(b"\n")
+                 for file in self.files]
+        filled = [(place, number) for place, rows in enumerate(lines) for number, row in enumerate(rows) if row.strip()]
+        first_val = filled[-max(1, round(len(filled) * self.val_fraction))]
+        for place, (file, rows) in enumerate(zip(self.files, lines, strict=True)):
+            cut = sum((place, number) < first_val for number in range(len(rows)))
+            for split, start, part in (("train", 0, rows[:cut]), ("val", cut, rows[cut:])):
+                if part:
+                    content = b"\n".join(part) + b"\n"
+                    yield RowsUnit(file.path, len(content), split, lines=content, first_line=start + 1)
 
 
 def choose_split(files: list[TextFile], val_files: list[TextFile], val_fraction: float, text_field: str | None, *,
