@@ -5,6 +5,7 @@ running Python's own library source. Its files are cut into units of about 1 MB,
 tokens only the places are known here where a text may be cut without changing them (tokenizer.CUT).
 """
 
+import gzip
 import hashlib
 import itertools
 import json
@@ -15,7 +16,6 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -136,7 +136,7 @@ def _read_range(path: str, start: int, end: int) -> bytes:
         data = opened.read(end - start)
         if len(data) < end - start:
             raise EOFError("it became shorter meanwhile")
-    return data
+        return data
 
 
 def _decoded(data: bytes) -> tuple[str, int]:
@@ -274,26 +274,20 @@ def whole_document_units(files: Sequence[TextFile], split: str | None, *, val_fr
                          row_unit_bytes: int | None = None) -> Iterator[Unit]:
     """The units of files whose documents stay whole: all of one split, or (None) each document by its hash."""
     for is_small, members in itertools.groupby(files, lambda file: file.kind == "txt" and file.bytes < UNIT_BYTES):
-        if is_small:
-            yield from _files_units(members, split)
-            continue
+        paths, size = [], 0  # of small files, which share a unit
         for file in members:
-            if file.kind != "txt":
+            if is_small:
+                paths, size = [*paths, file.path], size + file.bytes
+                if size >= UNIT_BYTES:
+                    yield FilesUnit(tuple(paths), size, split)
+                    paths, size = [], 0
+            elif file.kind == "txt":
+                texts = (text for unit in _txt_units(file, "", unit_bytes) for text, _ in unit.texts(""))
+                yield from _txt_units(file, split or split_of(texts, val_fraction), unit_bytes)
+            else:
                 yield from _row_units(file, split, row_unit_bytes)
-                continue
-            texts = (text for unit in _txt_units(file, "", unit_bytes) for text, _ in unit.texts(""))
-            yield from _txt_units(file, split or split_of(texts, val_fraction), unit_bytes)
-
-
-def _files_units(files: Iterator[TextFile], split: str | None) -> Iterator[FilesUnit]:
-    paths, size = [], 0
-    for file in files:
-        paths, size = [*paths, file.path], size + file.bytes
-        if size >= UNIT_BYTES:
+        if paths:
             yield FilesUnit(tuple(paths), size, split)
-            paths, size = [], 0
-    if paths:
-        yield FilesUnit(tuple(paths), size, split)
 
 
 def _txt_units(file: TextFile, split: str, unit_bytes: int) -> Iterator[TextUnit]:
@@ -375,23 +369,23 @@ def _packed_units(file: TextFile, split: str | None, unit_bytes: int) -> Iterato
 
 
 def _unpacked(file: TextFile, opened: BinaryIO) -> Iterator[bytes]:
-    """The content of a .gz or .zst, one frame or several, in blocks. Raises EOFError if it is cut short."""
+    """The content of a .gz or .zst in blocks. Raises EOFError if it is cut short."""
     if file.packing == "gz":
-        begin, damaged = partial(zlib.decompressobj, wbits=31), zlib.error  # 31: gzip's header and checksum
-    else:
-        cli.require(f"source {file.path!r}", "zstandard")
-        import zstandard
-        begin, damaged = zstandard.ZstdDecompressor().decompressobj, zstandard.ZstdError
+        with gzip.GzipFile(fileobj=opened) as unpacked:
+            while block := unpacked.read(UNIT_BYTES):
+                yield block
+        return
+    cli.require(f"source {file.path!r}", "zstandard")
+    import zstandard
     frame = None
     while data := opened.read(1 << 16):
         while data:
-            frame = frame or begin()
+            frame = frame or zstandard.ZstdDecompressor().decompressobj()
             try:
                 yield frame.decompress(data)
-            except damaged as error:
+            except zstandard.ZstdError as error:
                 raise zlib.error(str(error)) from None
-            # gzip's files may be padded with zeros
-            data, frame = (frame.unused_data.lstrip(b"\0"), None) if frame.eof else (b"", frame)
+            data, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
     if frame is not None:
         raise EOFError("it ends within a frame")
 
@@ -466,20 +460,20 @@ def choose_split(files: list[TextFile], val_files: list[TextFile], val_fraction:
     """How the texts are split; text_field None: rows stay whole, whatever they hold; row_unit_bytes: of rows in a unit,
     at least. Raises SourceError if there is no text."""
     def documents(file: TextFile) -> Iterator[object]:
-        """Of a file with rows: its texts (text_field None: whatever they hold)."""
+        if file.kind == "txt":
+            yield file
+            return
         for unit in _row_units(file, None):
             yield from jsonl_rows(unit) if text_field is None else texts_of(unit, text_field)
 
     counts = []
     for named, limit in ((files, FEW_DOCUMENTS), (val_files, 1)):  # after the limit nothing more is read
-        found = itertools.chain.from_iterable([file] if file.kind == "txt" else documents(file) for file in named)
+        found = itertools.chain.from_iterable(map(documents, named))
         counts.append(sum(1 for _ in itertools.islice(found, limit)))
         if named and not counts[-1]:
             raise SourceError(f"source {named[0].path!r} holds no text: every row is empty")
-    if val_files:
-        val_split = "given"
-    elif val_fraction == 0.0:
-        val_split = "none"
+    if val_files or val_fraction == 0.0:
+        val_split = "given" if val_files else "none"
     else:
         val_split = "hash" if counts[0] == FEW_DOCUMENTS else "rows" if text_field is None else "characters"
     row_unit_bytes = min(max(UNIT_BYTES, row_unit_bytes), LONGEST_UNIT_BYTES)
