@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +29,7 @@ SPLITS = ("train", "val")
 TRACKS = ("loss", "start")
 SAMPLE_BYTES = 64 << 10  # hashed at both ends of a foreign shard, which carries no sha256
 OPEN_SHARDS = 256  # mapped at once; each holds a file descriptor and 1024 is a common limit
-AGAIN = "copy it again or prepare the data again"
+REDO = "copy it again or prepare the data again"
 
 
 class ShardError(UserError):
@@ -61,7 +61,7 @@ def read_header(path: Path, *, foreign: bool = False) -> ShardHeader:
     if foreign and is_raw and path.name in RAW_FILES:
         return _raw_header(path, start, size)
     if len(start) < HEADER_BYTES:
-        raise ShardError(f"{name} holds {size} bytes, fewer than its header of {HEADER_BYTES}; {AGAIN}")
+        raise ShardError(f"{name} holds {size} bytes, fewer than its header of {HEADER_BYTES}; {REDO}")
     magic, version, tokens = np.frombuffer(start, dtype="<i4", count=3).tolist()
     dtype = next((d for d, known in MAGIC_VERSION.items() if known == (magic, version)), None)
     if dtype is None:
@@ -71,7 +71,7 @@ def read_header(path: Path, *, foreign: bool = False) -> ShardHeader:
     expected = HEADER_BYTES + tokens * dtype.itemsize
     if tokens < 0 or size != expected:
         raise ShardError(f"{name} holds {size} bytes but its header says {tokens} tokens of {dtype.name}, {expected} "
-                         f"bytes; it is cut short or damaged: {AGAIN}")
+                         f"bytes; it is cut short or damaged: {REDO}")
     return ShardHeader(path, dtype, tokens)
 
 
@@ -176,20 +176,20 @@ def check_shard(data_dir: Path, index: dict, shard: dict) -> None:
     header = read_header(data_dir / shard["file"])
     if (header.dtype.name, header.tokens) != (index["dtype"], shard["tokens"]):
         raise ShardError(f"shard {str(header.path)!r} holds {header.tokens} tokens of {header.dtype.name} but "
-                         f"{INDEX_FILE} says {shard['tokens']} of {index['dtype']}; {AGAIN}")
+                         f"{INDEX_FILE} says {shard['tokens']} of {index['dtype']}; {REDO}")
     for track in TRACKS:
         path = track_path(header.path, track)
         size = path.stat().st_size if path.exists() else None
         if size != header.tokens and (size is not None or f"{track}_sha256" in shard):
             found = "is missing" if size is None else f"holds {size} bytes but its shard {header.tokens} tokens"
-            raise ShardError(f"{str(path)!r} {found}; {AGAIN}")
+            raise ShardError(f"{str(path)!r} {found}; {REDO}")
 
 
 def _foreign_index(data_dir: Path) -> dict:
     """An index for a folder of llm.c, modded-nanogpt or nanoGPT shards."""
     shards, dtypes = [], {}
     for split in SPLITS:
-        for path in without_tracks(data_dir.glob(f"*{split}*.bin")):
+        for path in shards_in(data_dir, f"*{split}*.bin"):
             if all(name in path.name for name in SPLITS):
                 raise ShardError(f"shard {str(path)!r} has both train and val in its name; rename it")
             header = read_header(path, foreign=True)
@@ -210,8 +210,9 @@ def _foreign_index(data_dir: Path) -> dict:
     return {"format": INDEX_FORMAT, "dtype": next(iter(dtypes)), "shards": shards}
 
 
-def without_tracks(paths: Iterable[Path]) -> list[Path]:
-    return sorted(path for path in paths if path.suffixes[-2:-1] not in ([f".{track}"] for track in TRACKS))
+def shards_in(data_dir: Path, pattern: str) -> list[Path]:
+    """The files of that name, sorted, without tracks."""
+    return sorted(path for path in data_dir.glob(pattern) if path.suffixes[-2:-1] not in ([f".{t}"] for t in TRACKS))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
