@@ -1,7 +1,8 @@
-"""What all commands share: a parser whose errors are one line, notes on stderr, optional packages."""
+"""What all commands share: a parser whose errors are one line, notes on stderr, stop signals, optional packages."""
 
 import argparse
 import importlib.util
+import signal
 import sys
 
 from config import UserError
@@ -17,6 +18,24 @@ class Parser(argparse.ArgumentParser):
 def note(text: str) -> None:
     """A line for the user beside the results, on stderr at once."""
     print(text, file=sys.stderr, flush=True)
+
+
+class StopRequest:
+    """Set by SIGTERM, SIGINT or SIGUSR1, polled by what goes on for long; signal: its name. A second Ctrl-C does not
+    wait."""
+
+    def __init__(self):
+        self.signal: str | None = None
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame) -> None:
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number).name
+
+    def __call__(self) -> bool:
+        return self.signal is not None
 
 
 def is_installed(package: str) -> bool:

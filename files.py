@@ -102,9 +102,10 @@ class Locked(Exception):
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Holds a lock on a file, made if it is not there, for the time of the block. The lock is flock's: the system drops
-    it when the process ends, however it ends. Raises Locked if another process holds it, OSError if it cannot be made.
+def locked(path: Path) -> Iterator[int]:
+    """Holds a lock on a file, made if it is not there, for the time of the block; its descriptor. The lock is flock's:
+    the system drops it when the process ends, however it ends. Raises Locked if another process holds it, OSError if it
+    cannot be made.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
@@ -120,7 +121,7 @@ def locked(path: Path) -> Iterator[None]:
         with suppress(OSError):  # a full disk: who holds the lock is only a hint for the next one
             os.ftruncate(descriptor, 0)
             os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
-        yield
+        yield descriptor
     finally:
         os.close(descriptor)
 

@@ -14,7 +14,6 @@ import hashlib
 import json
 import math
 import platform
-import signal
 import statistics
 import subprocess
 import time
@@ -35,7 +34,7 @@ import kernels
 import metrics
 import sample
 import start as starting
-from cli import note
+from cli import StopRequest, note
 from config import Config, ConfigError, MachineError, UserError
 from data.chat import TEMPLATE_FILE, load_template, save_template
 from data.loader import MicroBatch, TrainLoader, ValLoader
@@ -127,7 +126,7 @@ class Training:
     train_data: TrainLoader
     val_data: ValLoader
     log: metrics.RunLog
-    stop: "StopRequest"
+    stop: StopRequest
 
 
 def loop(run: Training) -> None:
@@ -284,24 +283,6 @@ def report(run: Training) -> None:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # From the command line to the loop
-
-class StopRequest:
-    """Set by SIGTERM, SIGINT or SIGUSR1, polled by the loop: the run ends at the next step boundary, on all ranks
-    together. A second Ctrl-C does not wait."""
-
-    def __init__(self):
-        self.signal: str | None = None
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self._handle)
-
-    def _handle(self, number: int, frame) -> None:
-        if self.signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signal = signal.Signals(number).name
-
-    def __call__(self) -> bool:
-        return self.signal is not None
-
 
 def train(config: Config, given: set[str], *, world: World, stop: StopRequest) -> None:
     """The whole run, from raw text to the last checkpoint."""

@@ -2,17 +2,18 @@
 
 Window i of a split is its tokens [i*T, i*T + T], T+1 of them; a short tail is dropped. A keyed permutation per epoch
 orders the windows, and batch k (from 0) is the permuted windows k*S .. (k+1)*S - 1, straddling epochs. So there is no
-loader state, seeking costs nothing, and the number of processes does not change a batch. Reading shards is shards.py's.
-Where examples were packed into rows of T+1 tokens, window i is row i, and the examples in it do not see each other.
+loader state, seeking costs nothing, and the number of processes does not change a batch. Where examples were packed
+into rows of T+1 tokens, window i is row i, and the examples in it do not see each other.
 
 Dims: B windows of a micro-batch, T tokens of a window (seq_len), S windows of a step over all ranks.
 """
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -89,36 +90,30 @@ class MicroBatch:
         return replace(self, tokens=self.tokens.to(device), targets=self.targets.to(device), document_ids=document_ids)
 
 
-def _checked_windows(stream: TokenStream, window_ids: np.ndarray, seq_len: int, vocab_size: int | None) -> np.ndarray:
-    """(B, T+1) tokens of windows, in the shards' dtype. Raises ShardError for an id from vocab_size on."""
-    windows = stream.windows(window_ids * (stream.row_tokens or seq_len), seq_len + 1)
+def _read(window_ids: np.ndarray, *, stream: TokenStream, seq_len: int, eot: int | None,
+          vocab_size: int | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """tokens, targets, document_ids (B, T) of windows. Raises ShardError for an id from vocab_size on."""
+    starts = window_ids * (stream.row_tokens or seq_len)
+    windows = stream.windows(starts, seq_len + 1)  # (B, T+1) in the shards' dtype
     if vocab_size is not None and windows.size and windows.max() >= vocab_size:
         raise ShardError(f"{stream.name} holds token {windows.max()} but the tokenizer has {vocab_size} ids; these "
                          "shards were made with another tokenizer: name it in data.tokenizer")
-    return windows
-
-
-def _read(stream: TokenStream, window_ids: np.ndarray, seq_len: int, eot: int | None,
-          vocab_size: int | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """tokens, targets, document_ids (B, T) of windows. Raises ShardError for an id from vocab_size on."""
-    windows = _checked_windows(stream, window_ids, seq_len, vocab_size)
-    starts = window_ids * (stream.row_tokens or seq_len)
     tokens = torch.from_numpy(windows[:, :-1].astype(np.int64, order="C"))  # (B, T)
     targets = torch.from_numpy(windows[:, 1:].astype(np.int64, order="C"))  # (B, T)
-    if stream.loss is not None:
-        targets[torch.from_numpy(stream.loss.windows(starts + 1, seq_len) == 0)] = IGNORED
-    document_ids = None
-    if stream.start is not None:
-        document_ids = stream.start.windows(starts, seq_len).cumsum(axis=1, dtype=np.int32) - 1
+    if "loss" in stream.tracks:
+        targets[torch.from_numpy(stream.windows(starts + 1, seq_len, "loss") == 0)] = IGNORED
+    if "start" in stream.tracks:
+        document_ids = stream.windows(starts, seq_len, "start").cumsum(axis=1, dtype=np.int32) - 1
     elif eot is not None:  # end-of-text tokens strictly before each position: an eot belongs to the document it ends
         ends = windows[:, :-1] == eot
         document_ids = np.cumsum(ends, axis=1, dtype=np.int32) - ends
-    return tokens, targets, None if document_ids is None else torch.from_numpy(document_ids)
+    else:
+        return tokens, targets, None
+    return tokens, targets, torch.from_numpy(document_ids)
 
 
-def _scored(stream: TokenStream, targets: Sequence[Tensor]) -> list[int | None]:
-    """How many targets count in each micro-batch; None where the data has no loss mask."""
-    return [None if stream.loss is None else int((t != IGNORED).sum()) for t in targets]
+def _scored(stream: TokenStream, targets: Tensor) -> int | None:
+    return int((targets != IGNORED).sum()) if "loss" in stream.tracks else None
 
 
 def _check_length(stream: TokenStream, seq_len: int) -> int:
@@ -137,45 +132,34 @@ def _check_length(stream: TokenStream, seq_len: int) -> int:
 
 
 class TrainLoader:
-    """This rank's share of every batch. tokens_per_step counts the batch of all ranks together."""
+    """This rank's share of every batch, of tokens_per_step over all ranks, in micro-batches of micro_batch windows.
+
+    eot: the end-of-text id if document numbers are wanted; vocab_size: how many ids the tokenizer knows. Others raise
+    ShardError: here if the first batch holds one, else when one is met, for reading all of a large data set would hold
+    up the start by minutes. So does a stream without a window.
+    """
 
     def __init__(self, stream: TokenStream, *, seq_len: int, tokens_per_step: int, micro_batch: int, seed: int,
                  rank: int = 0, world_size: int = 1, device: str | torch.device = "cpu", eot: int | None = None,
                  vocab_size: int | None = None):
-        """micro_batch: windows, at most; eot: the end-of-text id if document numbers are wanted; vocab_size: how many
-        ids the tokenizer knows. Others raise ShardError: here if the first batch holds one, else when one is met, for
-        reading all of a large data set would hold up the start by minutes. Raises ShardError also if the stream holds
-        no window.
-        """
         self.windows_per_epoch = _check_length(stream, seq_len)
         assert tokens_per_step % (seq_len * world_size) == 0, "start.inherit checks it"
-        self.stream, self.seq_len, self.micro_batch, self.seed, self.eot = stream, seq_len, micro_batch, seed, eot
-        self.vocab_size = vocab_size
-        self.device = torch.device(device)
+        self.stream, self.micro_batch, self.seed, self.device = stream, micro_batch, seed, torch.device(device)
         self.windows_per_step = tokens_per_step // seq_len
-        self.windows_per_rank = self.windows_per_step // world_size
-        self.first_of_rank = rank * self.windows_per_rank
+        windows_per_rank = self.windows_per_step // world_size
+        self._share = slice(rank * windows_per_rank, (rank + 1) * windows_per_rank)  # of a batch
         self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        if vocab_size is not None:
-            _checked_windows(stream, self._windows_at(self._places(0)), seq_len, vocab_size)
+        self._read = partial(_read, stream=stream, seq_len=seq_len, eot=eot, vocab_size=vocab_size)
+        self._read(self.window_ids(0)[self._share])
 
     def window_ids(self, step: int) -> np.ndarray:
         """(S,) int64: the windows of batch `step` (from 0), of all ranks, in order."""
-        return self._windows_at(np.arange(step * self.windows_per_step, (step + 1) * self.windows_per_step))
-
-    def _places(self, step: int) -> np.ndarray:
-        """Where this rank's share of batch `step` stands in the run's order."""
-        first = step * self.windows_per_step + self.first_of_rank
-        return np.arange(first, first + self.windows_per_rank)
-
-    def _windows_at(self, places: np.ndarray) -> np.ndarray:
-        """The windows at consecutive places of the run's order."""
+        places = np.arange(step * self.windows_per_step, (step + 1) * self.windows_per_step)
         epochs, within = np.divmod(places, self.windows_per_epoch)
-        ids = np.empty_like(places)
         for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
-            inside = slice(*np.searchsorted(epochs, (epoch, epoch + 1)))
-            ids[inside] = permuted(within[inside], self.windows_per_epoch, epoch_key(self.seed, epoch))
-        return ids
+            inside = epochs == epoch
+            places[inside] = permuted(within[inside], self.windows_per_epoch, epoch_key(self.seed, epoch))
+        return places
 
     def batch(self, step: int) -> list[MicroBatch]:
         """This rank's share of batch `step` (from 0) in micro-batches; the last may be short."""
@@ -187,27 +171,26 @@ class TrainLoader:
         What the thread raises is raised here. close() on the iterator ends the thread.
         """
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader") as thread:
-            upcoming = thread.submit(self._prepare, start_step) if start_step < stop_step else None
-            for step in range(start_step, stop_step):
-                prepared = upcoming.result()
-                if step + 1 < stop_step:
-                    upcoming = thread.submit(self._prepare, step + 1)
+            submitted = (thread.submit(self._prepare, step) for step in range(start_step, stop_step))
+            upcoming = next(submitted, None)
+            while upcoming is not None:
+                prepared, upcoming = upcoming.result(), next(submitted, None)
                 yield self._receive(prepared)
 
     def _prepare(self, step: int) -> tuple[list[MicroBatch], torch.cuda.Event | None]:
         """The share of one step on the device, and on CUDA the event that its copies set when they are done."""
-        places = self._places(step)
-        tensors = _read(self.stream, self._windows_at(places), self.seq_len, self.eot, self.vocab_size)
-        scored = _scored(self.stream, tensors[1].split(self.micro_batch))
+        tensors = self._read(self.window_ids(step)[self._share])
+        scored = [_scored(self.stream, targets) for targets in tensors[1].split(self.micro_batch)]
         arrived = None
         if self._copies is not None:
             with torch.cuda.stream(self._copies):  # sets the device too: a new thread starts on device 0
                 tensors = [None if t is None else t.pin_memory().to(self.device, non_blocking=True) for t in tensors]
                 arrived = torch.cuda.Event()
                 arrived.record()
-        tokens, targets, document_ids = (None if t is None else t.split(self.micro_batch) for t in tensors)
-        return [MicroBatch(tokens[i], targets[i], None if document_ids is None else document_ids[i],
-                           int(places[0]) + i * self.micro_batch, scored[i]) for i in range(len(tokens))], arrived
+        first = step * self.windows_per_step + self._share.start
+        parts = zip(*([None] * len(scored) if t is None else t.split(self.micro_batch) for t in tensors), strict=True)
+        return [MicroBatch(*part, first_window=first + i * self.micro_batch, scored=scored[i])
+                for i, part in enumerate(parts)], arrived
 
     def _receive(self, prepared: tuple[list[MicroBatch], torch.cuda.Event | None]) -> list[MicroBatch]:
         """Hand a step's tensors from the copying stream over to the current one."""
@@ -232,17 +215,14 @@ class ValLoader:
     def __init__(self, stream: TokenStream, *, seq_len: int, eval_tokens: int, micro_batch: int,
                  device: str | torch.device = "cpu", eot: int | None = None, vocab_size: int | None = None):
         self.windows = min(_check_length(stream, seq_len), max(1, eval_tokens // seq_len))
-        self.stream, self.seq_len, self.micro_batch, self.eot = stream, seq_len, micro_batch, eot
-        self.device = torch.device(device)
-        for first in range(0, self.windows if vocab_size is not None else 0, CHECKED_AT_ONCE):
-            ids = np.arange(first, min(first + CHECKED_AT_ONCE, self.windows))
-            _checked_windows(stream, ids, seq_len, vocab_size)
+        self.stream, self.seq_len, self.micro_batch, self.device = stream, seq_len, micro_batch, torch.device(device)
+        self._read = partial(_read, stream=stream, seq_len=seq_len, eot=eot, vocab_size=vocab_size)
+        for first in range(0, self.windows, CHECKED_AT_ONCE):
+            self._read(np.arange(first, min(first + CHECKED_AT_ONCE, self.windows)))
 
     def micro_batches(self, rank: int = 0, world_size: int = 1) -> Iterator[MicroBatch]:
         """This rank's windows, in order."""
         stop_of_rank = (rank + 1) * self.windows // world_size
         for first in range(rank * self.windows // world_size, stop_of_rank, self.micro_batch):
-            ids = np.arange(first, min(first + self.micro_batch, stop_of_rank))
-            tensors = _read(self.stream, ids, self.seq_len, self.eot, None)
-            scored = _scored(self.stream, [tensors[1]])[0]
-            yield MicroBatch(*tensors, first_window=first, scored=scored).to(self.device)
+            tensors = self._read(np.arange(first, min(first + self.micro_batch, stop_of_rank)))
+            yield MicroBatch(*tensors, first_window=first, scored=_scored(self.stream, tensors[1])).to(self.device)

@@ -1,23 +1,16 @@
 """Text to token shards: `python -m data.prepare SOURCE ... --out DIR`; prepared.py runs it for train.py.
 
 Writes DIR/train_00000.bin, val_00000.bin, ..., tokenizer.json and, last, index.json. The bytes depend on the text and
-the settings alone, not on paths, time or the number of workers. Files of text and their split into train and val are
-sources.py's, files of tokens write_shards.py's, ids tokenizer.py's.
+the settings alone, not on paths, time or the number of workers. The sources are cut into units of about 1 MB, in order,
+which worker processes read and encode; this process appends their tokens, in order, to the open shard of their split,
+and writes .progress.json every few seconds: units done and tokens in each open shard. After kill -9 the same command
+cuts the open shards back to that, and goes on with the next unit. Memory holds a few units for each worker.
 
-How it runs. The sources are cut into units of about 1 MB, in order. Worker processes read and encode units; this
-process appends their tokens, in order, to the open shard of their split, and writes .progress.json every few seconds:
-units done and tokens in each open shard. After kill -9 the same command cuts the open shards back to what
-.progress.json says, and goes on with the next unit. Memory holds a few units for each worker.
-
-Rows of prompt and response, of text and label, or of messages are examples: examples.py says which of their tokens the
-loss counts and packs them into rows of max_seq_len + 1 tokens; tracks beside the shards keep both (shards.py).
-
-A document ends with end-of-text. Where the text is split by characters the cut may fall inside a document: its first
-part, the end of train, then has no end-of-text, for the document did not end there; its rest starts val.
+A document ends with end-of-text. A text split by characters may be cut inside a document: its first part, the end of
+train, then has no end-of-text, for the document did not end there; its rest starts val.
 """
 
 import argparse
-import fcntl
 import itertools
 import json
 import math
@@ -28,7 +21,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 
 import numpy as np
@@ -39,30 +32,8 @@ from config import ConfigError, MachineError, UserError, exit_cleanly
 from data.chat import DEFAULT_TEMPLATE, TEMPLATE_FILE, read_template, save_template
 from data.examples import CHAT, ROWS_PER_UNIT, TEXT, Example, Packing, examples, find_kind, packed, texts_of_examples
 from data.shards import INDEX_FORMAT, TRACKS, files_of, load_index
-from data.sources import (
-    KINDS,
-    LONGEST_UNIT_BYTES,
-    STDLIB,
-    UNIT_BYTES,
-    TextFile,
-    Texts,
-    Unit,
-    choose_split,
-    describe,
-    find_files,
-    split_of,
-    texts_of,
-)
-from data.tokenizer import (
-    TIKTOKEN_FILES,
-    TOKENIZER_CONFIG_FILE,
-    TOKENIZER_FILE,
-    Tokenizer,
-    load_tokenizer,
-    pieces,
-    tokenizer_identity,
-    train_bpe,
-)
+from data.sources import KINDS, STDLIB, TextFile, Texts, Unit, choose_split, describe, find_files, split_of, texts_of
+from data.tokenizer import TIKTOKEN_FILES, TOKENIZER_FILE, Tokenizer, load_tokenizer, tokenizer_identity, train_bpe
 from data.verify_shards import verify
 from data.write_shards import MAX_SHARD_TOKENS, Encoded, SplitWriter, dtype_for, write_index
 
@@ -71,11 +42,10 @@ SMALL_BYTES = 8 << 20  # below this, starting workers takes longer than they sav
 UNITS_PER_WORKER = 3  # encoded or waiting at a time
 CHECKPOINT_SECONDS = 5.0
 BPE_SAMPLE_BYTES = 200_000_000
-BPE_TEXT_CHARS = 1 << 16
 
 PROGRESS_FILE = ".progress.json"
 LOCK_FILE = ".lock"
-ORPHAN_SECONDS = 0.5  # between two looks whether train.py lives
+ORPHAN_SECONDS = 0.5  # between two looks whether the parent lives
 
 
 class Busy(UserError):
@@ -146,17 +116,21 @@ class Encoder:
 _encoder: Encoder | None = None  # of a worker process
 
 
-def _start_worker(tokenizer_file: str, val_fraction: float, text_field: str, packing: Packing | None) -> None:
+def _start_worker(parent: int, tokenizer_file: str, val_fraction: float, text_field: str,
+                  packing: Packing | None) -> None:
     global _encoder
+    end_with(parent)  # a pool that was killed cannot tell its workers, and they hold each other's end of its pipe
     _encoder = Encoder(load_tokenizer(tokenizer_file), val_fraction, text_field, packing)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-def _end_with_parent() -> None:
-    """A parent that was killed cannot tell its workers, and they hold each other's end of its pipe."""
-    import multiprocessing
-    multiprocessing.parent_process().join()
-    os._exit(1)
+def end_with(parent: int) -> None:
+    """End this process when the one that started it has ended."""
+    def wait() -> None:
+        while os.getppid() == parent:
+            time.sleep(ORPHAN_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _encode_in_worker(unit: Unit) -> tuple[dict[str, Encoded], int]:
@@ -176,7 +150,7 @@ def encode_units(units: Iterator[Unit], encoder: Encoder, workers: int, tokenize
     # Processes inherit blocked signals: Ctrl-C reaches this one alone, which ends the workers in order. SIGINT comes
     # second, for multiprocessing unblocks it when it starts its resource tracker, which ignores it anyway.
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
-    arguments = (str(tokenizer_file), encoder.val_fraction, encoder.text_field, encoder.packing)
+    arguments = (os.getpid(), str(tokenizer_file), encoder.val_fraction, encoder.text_field, encoder.packing)
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, arguments)
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     pending = deque()
@@ -207,7 +181,7 @@ class OutputFolder:
         self.path, self.settings = path, settings
         self.progress = {"settings": settings, "tokenizer_sha256": None, "units": 0, "invalid_utf8": 0, "splits": {}}
         self._made = not path.exists()
-        self._lock: int | None = None
+        self._lock = ExitStack()
 
     def open(self) -> dict | None:
         """Make and lock the folder; the index if it is finished, else None. Raises UserError if it is not ours."""
@@ -219,33 +193,28 @@ class OutputFolder:
                     raise
             self._acquire_lock()
             return self._claim()
+        except files.Locked:
+            raise Busy(f"another process is preparing {str(self.path)!r}; wait for it, or name another folder (--out, "
+                       "data.dir)") from None
         except OSError as error:
             raise UserError(f"output folder {str(self.path)!r} cannot be written: {error.strerror}; name another "
                             "(--out, data.dir)") from None
 
     def _acquire_lock(self) -> None:
-        while self._lock is None:
-            lock = os.open(self.path / LOCK_FILE, os.O_CREAT | os.O_RDWR, 0o644)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(lock)
-                raise Busy(f"another process is preparing {str(self.path)!r}; wait for it, or name another folder "
-                           "(--out, data.dir)") from None
-            except OSError:  # a file system without locks: one process at a time is then up to the user
-                pass
+        path, is_ours = self.path / LOCK_FILE, False
+        while not is_ours:  # else whoever held it finished, and removed it between our open and our lock
+            self._lock.close()
+            lock = self._lock.enter_context(files.locked(path))
             with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(lock), os.stat(self.path / LOCK_FILE)):
-                    self._lock = lock
-                    return
-            os.close(lock)  # whoever held it finished, and removed it between our open and our lock
+                is_ours = os.path.samestat(os.fstat(lock), os.stat(path))
+        self._lock.callback(path.unlink, missing_ok=True)
 
     def _claim(self) -> dict | None:
         index = load_index(self.path)
         if index is not None:
             refuse_differences(self.path, index.get("settings", {}), self.settings)
             if (self.path / PROGRESS_FILE).exists():  # killed right after index.json was written
-                self._remove_all_but([name for shard in index["shards"] for name in files_of(shard)])
+                self._remove_all_but(index)
             return index
         names = {entry.name for entry in self.path.iterdir()} - {LOCK_FILE, f".{PROGRESS_FILE}.tmp"}
         if PROGRESS_FILE in names:
@@ -269,28 +238,24 @@ class OutputFolder:
     def finish(self, index: dict) -> None:
         """Write index.json; what was needed on the way goes."""
         write_index(self.path, index)
-        self._remove_all_but([name for shard in index["shards"] for name in files_of(shard)])
+        self._remove_all_but(index)
 
     def discard(self) -> None:
         """Remove all that was written: a mistake of the user's leaves nothing behind."""
-        self._remove_all_but([])
-        for name in (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, TEMPLATE_FILE):
-            (self.path / name).unlink(missing_ok=True)
+        self._remove_all_but({"shards": []}, "tokenizer*.json", TEMPLATE_FILE)
 
-    def _remove_all_but(self, keep: Sequence[str]) -> None:
-        """Remove the files that prepare() makes on its way. Only for a folder with our .progress.json."""
-        for pattern in ("*.tmp", ".train_*.part", ".val_*.part", "train_*.bin", "val_*.bin", PROGRESS_FILE):
+    def _remove_all_but(self, index: dict, *others: str) -> None:
+        """Remove what prepare() makes on its way but the shards of an index. Only for a folder with .progress.json."""
+        keep = {name for shard in index["shards"] for name in files_of(shard)}
+        for pattern in ("*.tmp", ".train_*.part", ".val_*.part", "train_*.bin", "val_*.bin", PROGRESS_FILE, *others):
             for path in self.path.glob(pattern):
                 if path.name not in keep:
                     path.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Let go of the lock, and of a folder made for nothing."""
-        if self._lock is not None:
-            with suppress(OSError):
-                (self.path / LOCK_FILE).unlink()
-            os.close(self._lock)
-            self._lock = None
+        with suppress(OSError):
+            self._lock.close()
         if self._made:
             with suppress(OSError):  # it is not empty
                 self.path.rmdir()
@@ -337,8 +302,8 @@ def prepare(sources: Sequence[str], out_dir: Path, *, tokenizer: str = DEFAULT_T
     if packing is None:
         texts = choose_split(text_files, val_files, val_fraction, text_field)
     else:
-        unit_bytes = min(max(UNIT_BYTES, ROWS_PER_UNIT * 4 * packing.row_tokens), LONGEST_UNIT_BYTES)
-        texts = choose_split(text_files, val_files, val_fraction, None, row_unit_bytes=unit_bytes)
+        texts = choose_split(text_files, val_files, val_fraction, None,
+                             row_unit_bytes=ROWS_PER_UNIT * 4 * packing.row_tokens)
         settings |= packing.settings
         if shard_tokens < packing.row_tokens:
             raise UserError(f"--shard-tokens {shard_tokens} is less than a row of {packing.row_tokens}; raise it")
@@ -429,19 +394,16 @@ def _tokenizer_of(folder: OutputFolder, texts: Texts, name: str, packing: Packin
 
 
 def _training_texts(texts: Texts, packing: Packing | None = None) -> Iterator[str]:
-    """Short texts of the training split, in all about BPE_SAMPLE_BYTES, from units spread evenly over it."""
+    """Texts of the training split, in all about BPE_SAMPLE_BYTES, from units spread evenly over it."""
     stride = math.ceil(texts.bytes / BPE_SAMPLE_BYTES)
     for unit in itertools.islice(texts.units(cuttable=True), 0, None, stride):
         if unit.split == "val":
             continue
-        if packing is None:
-            found = (([text], text) for text, _ in texts_of(unit, texts.text_field))
-        else:
-            found = texts_of_examples(unit, packing.kind)
+        found = (([text], text) for text, _ in texts_of(unit, texts.text_field)) if packing is None else \
+            texts_of_examples(unit, packing.kind)
         for parts, hashed in found:
             if unit.split == "train" or split_of([hashed], texts.val_fraction) == "train":
-                for piece in itertools.chain.from_iterable(pieces(part, BPE_TEXT_CHARS) for part in parts):
-                    yield from (piece[i:i + 2 * BPE_TEXT_CHARS] for i in range(0, len(piece), 2 * BPE_TEXT_CHARS))
+                yield from parts
 
 
 def _encode_texts(folder: OutputFolder, texts: Texts, encoder: Encoder, writers: dict[str, SplitWriter], *,
@@ -550,42 +512,27 @@ def main(argv: list[str]) -> None:
     if args.out is None:
         raise UserError("--out DIR is missing; name the folder for the shards")
     if args.parent is not None:
-        threading.Thread(target=_end_when_orphaned, args=(args.parent,), daemon=True).start()
+        end_with(args.parent)
     template = DEFAULT_TEMPLATE
     if args.chat_template is not None:
         from_stdin = args.chat_template == "-"
         template = sys.stdin.buffer.read().decode() if from_stdin else read_template(Path(args.chat_template))
-    signals: list[int] = []
-
-    def handle(number: int, frame: object) -> None:
-        if signals and number == signal.SIGINT:  # a second Ctrl-C does not wait
-            raise KeyboardInterrupt
-        signals.append(number)
-
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, handle)
+    stop = cli.StopRequest()
     try:
         prepare(args.sources, Path(args.out), tokenizer=args.tokenizer, val_fraction=args.val_fraction,
                 val_sources=args.val, workers=args.workers, text_field=args.text_field, shard_tokens=args.shard_tokens,
                 max_seq_len=args.max_seq_len, chat_template=template, too_long=args.too_long,
-                should_stop=lambda: bool(signals))
+                should_stop=stop)
     except Busy:
         if args.parent is None:
             raise
         sys.exit(os.EX_TEMPFAIL)
     except (PreparationStopped, WorkerDied):
-        if not signals:
+        if not stop():
             raise
         if args.parent is None:
-            cli.note(f"stopped while preparing {args.out!r} ({signal.Signals(signals[0]).name}); the same command goes "
-                     "on from there")
-        sys.exit(128 + signals[0])
-
-
-def _end_when_orphaned(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(ORPHAN_SECONDS)
-    os._exit(1)
+            cli.note(f"stopped while preparing {args.out!r} ({stop.signal}); the same command goes on from there")
+        sys.exit(128 + signal.Signals[stop.signal])
 
 
 if __name__ == "__main__":

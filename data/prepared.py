@@ -41,16 +41,17 @@ def data_dir_for(data: DataConfig, max_seq_len: int | None = None, chat_template
     settings = [data.source, data.val_source, tokenizer, data.val_fraction, data.text_field]
     name = Path(data.source[0]).absolute().name.partition(".")[0] or "text"
     of_examples = [*settings, max_seq_len, data.too_long]
-    candidates = {kind: Path("shards", f"{name}-{hashlib.sha256(json.dumps(words).encode()).hexdigest()[:8]}")
-                  for kind, words in ((TEXT, settings), (PROMPT_RESPONSE, of_examples),
-                                      (CHAT, [*of_examples, template_hash(chat_template)]))}
-    for folder in candidates.values():
+    of_chats = [*of_examples, template_hash(chat_template)]
+    folders = {kind: Path("shards", f"{name}-{hashlib.sha256(json.dumps(words).encode()).hexdigest()[:8]}")
+               for kind, words in ((TEXT, settings), (PROMPT_RESPONSE, of_examples), (CHAT, of_chats))}
+    for folder in folders.values():
         if (folder / INDEX_FILE).exists():  # its source may be gone
             return folder
-    kind = TEXT
-    with suppress(SourceError):  # prepare() says it
+    try:
         kind = find_kind([file for source in data.source for file in find_files(source)], data.text_field)
-    return candidates.get(kind, candidates[PROMPT_RESPONSE])
+    except SourceError:  # prepare() says it
+        kind = TEXT
+    return folders.get(kind, folders[PROMPT_RESPONSE])
 
 
 def ensure_prepared(data: DataConfig, max_seq_len: int, chat_template: str | None = None, *, local_rank: int = 0,

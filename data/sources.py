@@ -1,9 +1,8 @@
 """Sources of text: names to files, files to texts, texts to train or val.
 
 A source is a .txt (one document), a .jsonl (.gz, .zst) or .parquet (a document in each row), a folder of those, or the
-running Python's own library source. Its files are cut into units of about 1 MB, in order, which prepare.py hands to
-worker processes; nothing is read as a whole but the units themselves. Nothing here knows tokens, only the places where
-a text may be cut without changing them (tokenizer.CUT).
+running Python's own library source. Its files are cut into units of about 1 MB, in order, for any process to read. Of
+tokens only the places are known here where a text may be cut without changing them (tokenizer.CUT).
 """
 
 import gzip
@@ -66,26 +65,28 @@ class TextFile:
 def find_files(source: str) -> list[TextFile]:
     """The files of a source, in a fixed order. Raises SourceError if there is none or none can be used."""
     path = Path(sysconfig.get_paths()["stdlib"] if source == STDLIB else source)
+    suffixes = ", ".join(KINDS)
     try:
+        folder = path if path.is_dir() else path.parent
         if source == STDLIB:
-            files = [_text_file(p, path) for p in _walk(path, STDLIB_SKIPPED) if p.suffix == ".py"]
-            files = [file for file in files if not GENERATED.search(
-                _read_range(file.path, 0, min(file.bytes, GENERATED_HEAD_BYTES)))]
+            paths = [p for p in _walk(path, STDLIB_SKIPPED)
+                     if p.suffix == ".py" and not GENERATED.search(p.read_bytes()[:GENERATED_HEAD_BYTES])]
             problem = f"source {STDLIB!r}: {str(path)!r} holds no .py files; name a text file instead"
         elif path.is_dir():
-            files = [_text_file(p, path) for p in _walk(path) if _kind(p)]
-            problem = (f"source folder {source!r} holds no text: no file with a byte in it that ends in "
-                       f"{', '.join(KINDS)}")
+            paths = [p for p in _walk(path) if _kind(p)]
+            problem = f"source folder {source!r} holds no text: no file with a byte in it that ends in {suffixes}"
         else:
-            files, problem = [_text_file(path, path.parent)], f"source {source!r} is empty"
-            if not _kind(path):
-                raise SourceError(f"source {source!r} has an unknown suffix; it should end in one of "
-                                  f"{', '.join(KINDS)} (plain text of another name: rename it to .txt)")
+            paths, problem = [path], f"source {source!r} is empty"
+        files = [TextFile(str(p), p.relative_to(folder).as_posix(), *(_kind(p) or ("txt", "")), p.stat().st_size)
+                 for p in paths]
     except FileNotFoundError:
-        raise SourceError(f"source {source!r} does not exist; name a file ({', '.join(KINDS)}), a folder of those, or "
+        raise SourceError(f"source {source!r} does not exist; name a file ({suffixes}), a folder of those, or "
                           f"{STDLIB}") from None
     except OSError as error:
         raise SourceError(f"source {source!r} cannot be read: {error.strerror}") from None
+    if paths == [path] and not _kind(path):
+        raise SourceError(f"source {source!r} has an unknown suffix; it should end in one of {suffixes} (plain text of "
+                          "another name: rename it to .txt)")
     files = [file for file in files if file.bytes]
     if not files:
         raise SourceError(problem)
@@ -106,10 +107,6 @@ def _walk(folder: Path, skipped: Sequence[str] = ()) -> list[Path]:
 
 def _kind(path: Path) -> tuple[str, str] | None:
     return next((kind for suffix, kind in KINDS.items() if path.name.lower().endswith(suffix)), None)
-
-
-def _text_file(path: Path, folder: Path) -> TextFile:
-    return TextFile(str(path), path.relative_to(folder).as_posix(), *(_kind(path) or ("txt", "")), path.stat().st_size)
 
 
 def describe(source: str) -> dict:
@@ -139,7 +136,7 @@ def _read_range(path: str, start: int, end: int) -> bytes:
         data = opened.read(end - start)
         if len(data) < end - start:
             raise EOFError("it became shorter meanwhile")
-    return data
+        return data
 
 
 def _decoded(data: bytes) -> tuple[str, int]:
@@ -168,7 +165,7 @@ class TextUnit:
     text: str | None = None
     invalid: int = 0  # sequences replaced in `text`
 
-    def texts(self) -> Iterator[tuple[str, int]]:
+    def texts(self, text_field: str) -> Iterator[tuple[str, int]]:
         yield _decoded(_read_range(self.path, self.start, self.end)) if self.text is None else (self.text, self.invalid)
 
 
@@ -181,7 +178,7 @@ class FilesUnit:
     split: str | None
     ends = True
 
-    def texts(self) -> Iterator[tuple[str, int]]:
+    def texts(self, text_field: str) -> Iterator[tuple[str, int]]:
         for path in self.paths:
             with _reading(path):
                 data = Path(path).read_bytes()
@@ -239,7 +236,7 @@ Unit = TextUnit | FilesUnit | RowsUnit
 
 def texts_of(unit: Unit, text_field: str) -> Iterator[tuple[str, int]]:
     """(text, invalid UTF-8 sequences replaced by U+FFFD in it) of each document of a unit; empty ones are left out."""
-    return (found for found in (unit.texts(text_field) if isinstance(unit, RowsUnit) else unit.texts()) if found[0])
+    return (found for found in unit.texts(text_field) if found[0])
 
 
 def jsonl_rows(unit: RowsUnit) -> Iterator[tuple[int, object, int]]:
@@ -267,8 +264,7 @@ def row_name(unit: RowsUnit, number: int) -> str:
 
 def first_row(file: TextFile) -> object | None:
     """The first row of a .jsonl that is not blank; None if there is none."""
-    rows = (value for unit in _row_units(file, None, FIRST_ROW_BYTES) for _, value, _ in jsonl_rows(unit))
-    return next(rows, None)
+    return next((row for unit in _row_units(file, None, FIRST_ROW_BYTES) for _, row, _ in jsonl_rows(unit)), None)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -278,63 +274,20 @@ def whole_document_units(files: Sequence[TextFile], split: str | None, *, val_fr
                          row_unit_bytes: int | None = None) -> Iterator[Unit]:
     """The units of files whose documents stay whole: all of one split, or (None) each document by its hash."""
     for is_small, members in itertools.groupby(files, lambda file: file.kind == "txt" and file.bytes < UNIT_BYTES):
-        if is_small:
-            yield from _files_units(members, split)
-            continue
+        paths, size = [], 0  # of small files, which share a unit
         for file in members:
-            if file.kind != "txt":
+            if is_small:
+                paths, size = [*paths, file.path], size + file.bytes
+                if size >= UNIT_BYTES:
+                    yield FilesUnit(tuple(paths), size, split)
+                    paths, size = [], 0
+            elif file.kind == "txt":
+                texts = (text for unit in _txt_units(file, "", unit_bytes) for text, _ in unit.texts(""))
+                yield from _txt_units(file, split or split_of(texts, val_fraction), unit_bytes)
+            else:
                 yield from _row_units(file, split, row_unit_bytes)
-                continue
-            chosen = split or split_of((text for unit in _txt_units(file, "", unit_bytes)
-                                        for text, _ in unit.texts()), val_fraction)
-            yield from _txt_units(file, chosen, unit_bytes)
-
-
-def units_split_by_characters(files: Sequence[TextFile], *, val_fraction: float, text_field: str,
-                              unit_bytes: int) -> Iterator[Unit]:
-    """The units of a text whose last val_fraction of characters is val (nanoGPT's way)."""
-    def units() -> Iterator[Unit]:
-        return whole_document_units(files, "train", val_fraction=0.0, unit_bytes=unit_bytes)
-
-    lengths = [sum(len(text) for text, _ in texts_of(unit, text_field)) for unit in units()]
-    train_left = int(sum(lengths) * (1 - val_fraction))
-    for unit, length in zip(units(), lengths, strict=True):
-        if length <= train_left or train_left == 0:
-            yield unit if length <= train_left else replace(unit, split="val")
-            train_left = max(0, train_left - length)
-            continue
-        for text, invalid in texts_of(unit, text_field):
-            head, tail = text[:train_left], text[train_left:]
-            if head:
-                yield TextUnit(len(head), "train", unit.ends and not tail, text=head, invalid=invalid)
-            if tail:
-                yield TextUnit(len(tail), "val", unit.ends, text=tail, invalid=0 if head else invalid)
-            train_left = max(0, train_left - len(text))
-
-
-def units_split_by_rows(files: Sequence[TextFile], *, val_fraction: float) -> Iterator[Unit]:
-    """The units of a few rows that stay whole: the last val_fraction of them, at least one, is val."""
-    lines = [b"".join(unit.content() for unit in _row_units(file, None)).removesuffix(b"\n").split(b"\n")
-             for file in files]
-    filled = [(place, number) for place, rows in enumerate(lines) for number, row in enumerate(rows) if row.strip()]
-    val_place, val_number = filled[-max(1, round(len(filled) * val_fraction))]
-    for place, (file, rows) in enumerate(zip(files, lines, strict=True)):
-        cut = val_number if place == val_place else len(rows) if place < val_place else 0
-        for split, start, part in (("train", 0, rows[:cut]), ("val", cut, rows[cut:])):
-            if part:
-                content = b"\n".join(part) + b"\n"
-                yield RowsUnit(file.path, len(content), split, lines=content, first_line=start + 1)
-
-
-def _files_units(files: Iterator[TextFile], split: str | None) -> Iterator[FilesUnit]:
-    paths, size = [], 0
-    for file in files:
-        paths, size = [*paths, file.path], size + file.bytes
-        if size >= UNIT_BYTES:
+        if paths:
             yield FilesUnit(tuple(paths), size, split)
-            paths, size = [], 0
-    if paths:
-        yield FilesUnit(tuple(paths), size, split)
 
 
 def _txt_units(file: TextFile, split: str, unit_bytes: int) -> Iterator[TextUnit]:
@@ -375,7 +328,7 @@ def _character_start(opened: BinaryIO, offset: int) -> int:
 
 def _row_units(file: TextFile, split: str | None, unit_bytes: int | None = None) -> Iterator[RowsUnit]:
     """Units of a file with one document in each row; of a .jsonl about unit_bytes (left out: UNIT_BYTES) each."""
-    unit_bytes = UNIT_BYTES if unit_bytes is None else unit_bytes
+    unit_bytes = unit_bytes or UNIT_BYTES
     if file.kind == "parquet":
         groups = _open_parquet(file.path).num_row_groups
         for group in range(groups):
@@ -449,7 +402,7 @@ class Texts:
     val_fraction: float
     text_field: str | None  # None: rows are no plain text
     val_split: str
-    row_unit_bytes: int | None = None  # None: UNIT_BYTES
+    row_unit_bytes: int  # of text of rows in a unit
 
     @property
     def bytes(self) -> int:
@@ -459,39 +412,71 @@ class Texts:
         """All units, in order: the same at each call. cuttable: a cut changes no ids, so a .txt is cut every 1 MB."""
         unit_bytes = UNIT_BYTES if cuttable else LONGEST_UNIT_BYTES
         if self.val_split == "characters":
-            yield from units_split_by_characters(self.files, val_fraction=self.val_fraction,
-                                                 text_field=self.text_field, unit_bytes=unit_bytes)
-            return
-        if self.val_split == "rows":
-            yield from units_split_by_rows(self.files, val_fraction=self.val_fraction)
-            return
-        split = None if self.val_split == "hash" else "train"
-        for files, chosen in ((self.files, split), (self.val_files, "val")):
-            yield from whole_document_units(files, chosen, val_fraction=self.val_fraction, unit_bytes=unit_bytes,
-                                            row_unit_bytes=self.row_unit_bytes)
+            yield from self._split_by_characters(unit_bytes)
+        elif self.val_split == "rows":
+            yield from self._split_by_rows()
+        else:
+            split = None if self.val_split == "hash" else "train"
+            for files, chosen in ((self.files, split), (self.val_files, "val")):
+                yield from whole_document_units(files, chosen, val_fraction=self.val_fraction, unit_bytes=unit_bytes,
+                                                row_unit_bytes=self.row_unit_bytes)
+
+    def _split_by_characters(self, unit_bytes: int) -> Iterator[Unit]:
+        """The last val_fraction of the characters is val (nanoGPT's way)."""
+        def units() -> Iterator[Unit]:
+            return whole_document_units(self.files, "train", val_fraction=0.0, unit_bytes=unit_bytes)
+
+        lengths = [sum(len(text) for text, _ in texts_of(unit, self.text_field)) for unit in units()]
+        train_left = int(sum(lengths) * (1 - self.val_fraction))
+        for unit, length in zip(units(), lengths, strict=True):
+            if length <= train_left or train_left == 0:
+                yield unit if length <= train_left else replace(unit, split="val")
+                train_left = max(0, train_left - length)
+                continue
+            for text, invalid in texts_of(unit, self.text_field):
+                head, tail = text[:train_left], text[train_left:]
+                if head:
+                    yield TextUnit(len(head), "train", unit.ends and not tail, text=head, invalid=invalid)
+                if tail:
+                    yield TextUnit(len(tail), "val", unit.ends, text=tail, invalid=0 if head else invalid)
+                train_left -= len(head)
+
+    def _split_by_rows(self) -> Iterator[Unit]:
+        """A few rows stay whole: the last val_fraction of them, at least one, is val."""
+        lines = [b"".join(unit.content() for unit in _row_units(file, None)).removesuffix(b"\n").split(b"\n")
+                 for file in self.files]
+        filled = [(place, number) for place, rows in enumerate(lines) for number, row in enumerate(rows) if row.strip()]
+        first_val = filled[-max(1, round(len(filled) * self.val_fraction))]
+        for place, (file, rows) in enumerate(zip(self.files, lines, strict=True)):
+            cut = sum((place, number) < first_val for number in range(len(rows)))
+            for split, start, part in (("train", 0, rows[:cut]), ("val", cut, rows[cut:])):
+                if part:
+                    content = b"\n".join(part) + b"\n"
+                    yield RowsUnit(file.path, len(content), split, lines=content, first_line=start + 1)
 
 
 def choose_split(files: list[TextFile], val_files: list[TextFile], val_fraction: float, text_field: str | None, *,
-                 row_unit_bytes: int | None = None) -> Texts:
-    """How the texts are split; text_field None: rows stay whole, whatever they hold. Raises SourceError if there is no
-    text."""
+                 row_unit_bytes: int = 0) -> Texts:
+    """How the texts are split; text_field None: rows stay whole, whatever they hold; row_unit_bytes: of rows in a unit,
+    at least. Raises SourceError if there is no text."""
     def documents(file: TextFile) -> Iterator[object]:
-        """Of a file with rows: its texts (text_field None: whatever they hold)."""
+        if file.kind == "txt":
+            yield file
+            return
         for unit in _row_units(file, None):
             yield from jsonl_rows(unit) if text_field is None else texts_of(unit, text_field)
 
     counts = []
     for named, limit in ((files, FEW_DOCUMENTS), (val_files, 1)):  # after the limit nothing more is read
-        found = itertools.chain.from_iterable([file] if file.kind == "txt" else documents(file) for file in named)
+        found = itertools.chain.from_iterable(map(documents, named))
         counts.append(sum(1 for _ in itertools.islice(found, limit)))
         if named and not counts[-1]:
             raise SourceError(f"source {named[0].path!r} holds no text: every row is empty")
-    if val_files:
-        val_split = "given"
-    elif val_fraction == 0.0:
-        val_split = "none"
+    if val_files or val_fraction == 0.0:
+        val_split = "given" if val_files else "none"
     else:
         val_split = "hash" if counts[0] == FEW_DOCUMENTS else "rows" if text_field is None else "characters"
+    row_unit_bytes = min(max(UNIT_BYTES, row_unit_bytes), LONGEST_UNIT_BYTES)
     return Texts(files, val_files, val_fraction, text_field, val_split, row_unit_bytes)
 
 

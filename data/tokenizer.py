@@ -57,6 +57,7 @@ DOWNLOAD_TIMEOUT_S = 5.0  # to find out that there is no network; tiktoken itsel
 # whatever comes before, and looks no further.
 CUT = re.compile(r"(?<=[^\W\d_])(?= [^\W\d_])|(?<=\S\n)(?=[^\W_])")
 PIECE_CHARS = 1 << 18  # longer texts are cut; 2^18 blanks stay far below the regex engine's limit
+TRAINING_CHARS = 1 << 16  # longer texts are cut to train a tokenizer, for the library holds 256 at a time
 WINDOW_CHARS = 1 << 14  # of a stretch without a cut; BPE's time per character grows with the length of a pre-token
 
 
@@ -317,8 +318,7 @@ def _load_tiktoken(name: str) -> Tokenizer:
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """A byte-level BPE of vocab_size ids, end-of-text (the last) included, with GPT-2's split into words.
 
-    The same texts give the same tokenizer; texts should be short (the library holds 256 at a time). Raises
-    TokenizerError if the texts are too small for so many ids.
+    The same texts give the same tokenizer. Raises TokenizerError if they are too small for so many ids.
     """
     if vocab_size < 257:
         raise TokenizerError(f"tokenizer 'bpe:{vocab_size}' should have at least 257 ids: 256 bytes and end-of-text")
@@ -328,7 +328,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     hf.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, special_tokens=[], show_progress=False,
                                   initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
-    hf.train_from_iterator(map(replace_surrogates, texts), trainer)
+    hf.train_from_iterator((piece[start:start + 2 * TRAINING_CHARS] for text in map(replace_surrogates, texts)
+                            for piece in pieces(text, TRAINING_CHARS)
+                            for start in range(0, len(piece), 2 * TRAINING_CHARS)), trainer)
     ids = hf.get_vocab_size() + 1
     if ids < vocab_size:
         raise TokenizerError(f"tokenizer 'bpe:{vocab_size}': the training text yields only {ids} ids; use bpe:{ids} or "

@@ -8,17 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import files
-from data.shards import (
-    AGAIN,
-    INDEX_FILE,
-    Dataset,
-    ShardError,
-    check_shard,
-    files_of,
-    load_index,
-    read_header,
-    without_tracks,
-)
+from data.shards import INDEX_FILE, REDO, Dataset, ShardError, check_shard, files_of, load_index, read_header, shards_in
 
 
 def verify(data_dir: Path, note: Callable[[str], None]) -> list[str]:
@@ -28,8 +18,7 @@ def verify(data_dir: Path, note: Callable[[str], None]) -> list[str]:
         index = load_index(data_dir)
     except ShardError as error:
         return [str(error)]
-    shards = index["shards"] if index is not None else \
-        [{"file": path.name} for path in without_tracks(data_dir.glob("*.bin"))]
+    shards = [{"file": path.name} for path in shards_in(data_dir, "*.bin")] if index is None else index["shards"]
     for shard in shards:
         try:
             if index is None:
@@ -54,7 +43,7 @@ def _check_sha256(data_dir: Path, shard: dict, pause: Callable[[float], None] | 
             raise ShardError(f"shard {str(path)!r} cannot be read: {error.strerror}") from None
         if found != expected:
             raise ShardError(f"shard {str(path)!r} is damaged: its sha256 is {found[:16]}..., {INDEX_FILE} says "
-                             f"{expected[:16]}...; {AGAIN}")
+                             f"{expected[:16]}...; {REDO}")
 
 
 class BackgroundVerifier:
@@ -87,13 +76,9 @@ class BackgroundVerifier:
             self.done = True
         except ShardError as error:
             self.error = error
-        except _Stopped:
+        except SystemExit:  # of _rest
             pass
 
     def _rest(self, worked_s: float) -> None:
         if self._stopped.wait(2 * worked_s):
-            raise _Stopped
-
-
-class _Stopped(Exception):
-    """BackgroundVerifier.stop() was called in the middle of a shard."""
+            sys.exit()  # this thread

@@ -1,9 +1,8 @@
 """Token shards, written: what shards.py reads.
 
-A shard and its tracks begin as part files (.train_00000.bin.part): the header's place and the tokens so far. Each token
-is written once, behind the others. SplitWriter.state() makes the parts durable and says how long they are; a second
-start cuts them back to that and goes on. A full shard gets its header and its final name; if the process ends before
-the next state(), the shard becomes a part again.
+A shard and its tracks begin as part files (.train_00000.bin.part): the header's place and the tokens so far, each
+written once. SplitWriter.state() makes them durable and says how long they are; a second start cuts them back to that
+and goes on. A full shard gets its header and its name; ends the process before the next state(), it is a part again.
 """
 
 import json
@@ -53,12 +52,12 @@ class ShardWriter:
                              f"{self.dtype.name}; write it as uint32")
         self._tracks = {track: track_path(self.path, track) for track in tracks}
         with files.disk_errors(self.path):
-            _open_part(self.path, self._token_bytes(), is_new=tokens == 0)
+            _open_part(self.path, self._bytes, is_new=tokens == 0)
             for path in self._tracks.values():
                 _open_part(path, tokens, is_new=tokens == 0)
 
-    def _token_bytes(self) -> int:
-        """The length of the part file."""
+    @property
+    def _bytes(self) -> int:
         return HEADER_BYTES + self.tokens * self.dtype.itemsize
 
     def write(self, tokens: np.ndarray, tracks: Mapping[str, np.ndarray] | None = None) -> None:
@@ -77,7 +76,7 @@ class ShardWriter:
             raise ShardError(f"shard {self.path.name!r} would hold {self.tokens + tokens.size} tokens, its header "
                              f"counts to {MAX_SHARD_TOKENS}; lower --shard-tokens")
         with files.disk_errors(self.path):
-            files.write(part_path(self.path), [np.ascontiguousarray(tokens, self.dtype)], at=self._token_bytes())
+            files.write(part_path(self.path), [np.ascontiguousarray(tokens, self.dtype)], at=self._bytes)
             for track, path in self._tracks.items():
                 files.write(part_path(path), [tracks[track]], at=self.tokens)
         self.tokens += tokens.size
@@ -93,14 +92,14 @@ class ShardWriter:
         "loss_sha256", ... of its tracks."""
         header = np.zeros(HEADER_BYTES // 4, dtype="<i4")
         header[:3] = *MAGIC_VERSION[self.dtype], self.tokens
-        hashes = {}
+        described = {"file": self.path.name, "tokens": self.tokens}
+        paths = {"sha256": self.path} | {f"{track}_sha256": path for track, path in self._tracks.items()}
         with files.disk_errors(self.path):
             files.write(part_path(self.path), [header], at=0)
-            paths = {"sha256": self.path} | {f"{track}_sha256": path for track, path in self._tracks.items()}
             for name, path in paths.items():
-                hashes[name] = files.sha256(part_path(path))
+                described[name] = files.sha256(part_path(path))
                 files.publish(part_path(path), path)
-        return {"file": self.path.name, "tokens": self.tokens} | hashes
+        return described
 
 
 def part_path(path: Path) -> Path:
@@ -155,9 +154,8 @@ class SplitWriter:
         return 0 if self._shard is None else self._shard.tokens
 
     def _open_shard(self, tokens: int) -> ShardWriter:
-        vocab_size = self.tokenizer.vocab_size
-        return ShardWriter(self.folder / f"{self.split}_{len(self.shards):05d}.bin", dtype_for(vocab_size), vocab_size,
-                           tracks=self.tracks, tokens=tokens)
+        path, vocab_size = self.folder / f"{self.split}_{len(self.shards):05d}.bin", self.tokenizer.vocab_size
+        return ShardWriter(path, dtype_for(vocab_size), vocab_size, tracks=self.tracks, tokens=tokens)
 
     def state(self) -> dict:
         """Make the open shard durable; what __init__ needs to go on from here."""
@@ -202,5 +200,4 @@ class SplitWriter:
         written = self._shard.close()
         self.shards.append({"file": written.pop("file"), "split": self.split, "tokens": written.pop("tokens"),
                             "text_bytes": self.text_bytes, "documents": self.documents, **written})
-        self.text_bytes = self.documents = 0
-        self._shard = None
+        self.text_bytes, self.documents, self._shard = 0, 0, None

@@ -270,7 +270,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def test_workers_compression_and_place_do_not_change_the_bytes(tmp_path, monkeypatch):
     from data import prepare as module
     monkeypatch.setattr(module, "SMALL_BYTES", 0)
-    monkeypatch.setattr(module, "UNIT_BYTES", 2000)
+    monkeypatch.setattr(sources, "UNIT_BYTES", 2000)
     monkeypatch.setattr(module, "ROWS_PER_UNIT", 1)
     source = write(tmp_path / "a.jsonl", PAIRS * 4)
     (tmp_path / "elsewhere").mkdir()
@@ -289,7 +289,7 @@ def test_workers_compression_and_place_do_not_change_the_bytes(tmp_path, monkeyp
 @pytest.mark.parametrize("stop_at", [0, 2, 5])
 def test_stopped_anywhere_the_same_call_goes_on_to_the_same_bytes(stop_at, tmp_path, monkeypatch):
     from data import prepare as module
-    monkeypatch.setattr(module, "UNIT_BYTES", 2000)
+    monkeypatch.setattr(sources, "UNIT_BYTES", 2000)
     monkeypatch.setattr(module, "ROWS_PER_UNIT", 1)
     source = write(tmp_path / "a.jsonl", PAIRS * 3)
     prepared(source, tmp_path / "whole", shard_tokens=400)
@@ -418,7 +418,6 @@ def test_a_line_that_is_not_json_is_named(tmp_path):
 
 def test_the_same_mistake_in_the_middle_of_much_is_named_by_its_line(tmp_path, monkeypatch):
     from data import prepare as module
-    monkeypatch.setattr(module, "UNIT_BYTES", 500)
     monkeypatch.setattr(module, "ROWS_PER_UNIT", 1)
     monkeypatch.setattr(sources, "UNIT_BYTES", 500)
     assert "in.jsonl' line 334 has an empty response" in refusal(

@@ -406,7 +406,6 @@ def test_killed_at_any_moment_the_same_call_goes_on_to_the_same_bytes(kind, tmp_
             for i, part in enumerate(PARTS[:110 if kind == "text" else 40])]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setattr(sources, "UNIT_BYTES", 4000)
-    monkeypatch.setattr(module, "UNIT_BYTES", 4000)
     monkeypatch.setattr(module, "ROWS_PER_UNIT", 1)
     monkeypatch.setattr(module, "CHECKPOINT_SECONDS", 0.0 if kind == "text" else 60.0)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
