@@ -1,8 +1,7 @@
 """Text from a trained model: generate() with a KV cache, the text layer on top of it, and a command line.
 
 `python sample.py RUN --prompt TEXT` streams the prompt and its continuation to stdout. Three layers: tokens (generate),
-the choice of one token from logits (pick and its filters), text (generate_text, which never emits half a character or
-half a stop text). It trains nothing and evaluates nothing.
+the choice of one from logits (pick), text (generate_text, which never emits half a character or half a stop text).
 
 Dims: B rows of a batch, T tokens of a prompt, C width, V vocabulary.
 """
@@ -24,11 +23,10 @@ from torch import Tensor
 
 import checkpoint
 import cli
-import data.prompts
 import distributed
 from config import ModelConfig, UserError, exit_cleanly
 from data.chat import turn_end
-from data.prompts import answer_room, fit_chat, fit_prompt
+from data.prompts import answer_room, encode_prompt, fit_chat, fit_prompt
 from data.tokenizer import Tokenizer
 from finetune.runs import SavedRun, read_run
 from kernels import self_check
@@ -54,14 +52,13 @@ class Sampling:
     seed: int = 0  # row r of a batch draws from its own generator, made of (seed, r)
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.temperature < math.inf:
-            raise SampleError(f"temperature = {self.temperature} should be finite and at least 0 (0 = likeliest token)")
-        if self.top_k is not None and self.top_k < 1:
-            raise SampleError(f"top_k = {self.top_k} should be at least 1; leave it out for the whole vocabulary")
-        if not 0.0 <= self.top_p <= 1.0:
-            raise SampleError(f"top_p = {self.top_p} should lie in 0 to 1 (1 = all tokens)")
-        if not 0.0 <= self.min_p <= 1.0:
-            raise SampleError(f"min_p = {self.min_p} should lie in 0 to 1 (0 = all tokens)")
+        for name, is_right, should in (
+                ("temperature", 0.0 <= self.temperature < math.inf, "be finite and at least 0 (0 = likeliest token)"),
+                ("top_k", self.top_k is None or self.top_k > 0, "be at least 1; leave it out for the whole vocabulary"),
+                ("top_p", 0.0 <= self.top_p <= 1.0, "lie in 0 to 1 (1 = all tokens)"),
+                ("min_p", 0.0 <= self.min_p <= 1.0, "lie in 0 to 1 (0 = all tokens)")):
+            if not is_right:
+                raise SampleError(f"{name} = {getattr(self, name)} should {should}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -72,11 +69,10 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int,
              sampling: Sampling = Sampling()) -> Iterator[list[int]]:  # noqa: B008
     """Continue each prompt (at least one token); yields the next token of every row, max_new_tokens times.
 
-    A row's tokens depend on its prompt, the seed and its number only: not on the other rows or their count (but for the
-    rounding of batched matmuls). There is no stop token: the batch is static, so the caller stops listening. A context
-    that has outgrown max_seq_len is cut to its last max_seq_len / 2 tokens (prompts too), at positions from 0 again.
-    Raises SampleError.
-    """
+    A row's tokens depend on its prompt, the seed and its number only, not on the other rows (but for the rounding of
+    batched matmuls). There is no stop token: the batch is static, so the caller stops listening. A context that has
+    outgrown max_seq_len, or a prompt, is cut to its last max_seq_len / 2 tokens, at positions from 0 again. Raises
+    SampleError."""
     if not all(prompts):
         raise SampleError("a prompt has no tokens; start from the tokenizer's end-of-text token")
     contexts, max_seq_len = [list(prompt) for prompt in prompts], model.config.max_seq_len
@@ -84,8 +80,7 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int,
     cache = None
     for step in range(max_new_tokens):
         if cache is None or cache.length == max_seq_len:
-            contexts = [context if len(context) <= max_seq_len else context[-max(1, max_seq_len // 2):]
-                        for context in contexts]
+            contexts = [ids if len(ids) <= max_seq_len else ids[-max(1, max_seq_len // 2):] for ids in contexts]
             hidden, cache = prefill(model, contexts, new_tokens=max_new_tokens - step)
             logits = model.logits(hidden[:, -1])
         else:
@@ -101,9 +96,7 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int,
 @torch.inference_mode()
 def prefill(model: GPT, contexts: list[list[int]], *, new_tokens: int) -> tuple[Tensor, KVCache]:
     """What model.hidden makes of the contexts, (B, T, C), and the cache that now holds them, with room for new_tokens.
-
-    No context is longer than max_seq_len. They stand right-aligned behind padding: all rows write the same slot next.
-    """
+    None is longer than max_seq_len. They stand right-aligned behind padding: all rows write the same slot next."""
     device, T = model.wte.weight.device, max(map(len, contexts))
     tokens = torch.tensor([[0] * (T - len(context)) + context for context in contexts], device=device)
     padding = torch.tensor([T - len(context) for context in contexts], device=device)
@@ -141,11 +134,9 @@ def pick(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]) 
 
 
 def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Logits (B, V) -> (B, V) scaled, -inf where a filter removes the token; the likeliest always stays.
-
-    Order: temperature, top_k, top_p, min_p; each sees the probabilities that those before it left. Every filter is a
-    threshold: tokens as likely as the last one that stays, stay too.
-    """
+    """Logits (B, V) -> (B, V) scaled, -inf where a filter removes the token; the likeliest always stays. Each filter
+    sees the probabilities that those before it left, and is a threshold: tokens as likely as the last one that stays,
+    stay too."""
     # without the maximum a small temperature overflows
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
@@ -196,11 +187,9 @@ class Piece:
 def generate_text(model: GPT, tokenizer: Tokenizer, prompts: list[str], *, max_new_tokens: int,
                   sampling: Sampling = Sampling(), stop: tuple[str, ...] = (),  # noqa: B008
                   chat_template: str | None = None) -> Iterator[Piece]:
-    """Continue each prompt as text, piece by piece, until end-of-text, a stop text (neither is emitted) or the length.
-    With a chat_template each prompt is what the user says, and the end of the assistant's turn is the end.
-
-    Every row ends with a piece whose finish is set; ended rows emit no more. Raises SampleError, ChatError, at once.
-    """
+    """Continue each prompt as text, piece by piece, until end-of-text, a stop text (neither is emitted) or the length;
+    the last piece of a row has its finish set. With a chat_template each prompt is what the user says, and the end of
+    the assistant's turn is the end. Raises SampleError, ChatError, at once."""
     contexts = [fit_context(tokenizer, prompt, model.config, max_new_tokens=max_new_tokens,
                             chat_template=chat_template)[0] for prompt in prompts]
     ends = end_tokens(tokenizer, chat_template)
@@ -223,11 +212,9 @@ def generate_text(model: GPT, tokenizer: Tokenizer, prompts: list[str], *, max_n
 def sample_text(model: GPT, tokenizer: Tokenizer, prompt: str, *, max_new_tokens: int, temperature: float = 1.0,
                 top_k: int | None = None, seed: int = 0) -> str:
     """The continuation of one prompt, "" = from end-of-text. Leaves the model in the mode it came in."""
-    was_training = model.training
-    model.eval()
+    was_training, sampling = model.training, Sampling(temperature=temperature, top_k=top_k, seed=seed)
     try:
-        pieces = generate_text(model, tokenizer, [prompt], max_new_tokens=max_new_tokens,
-                               sampling=Sampling(temperature=temperature, top_k=top_k, seed=seed))
+        pieces = generate_text(model.eval(), tokenizer, [prompt], max_new_tokens=max_new_tokens, sampling=sampling)
         return "".join(piece.text for piece in pieces)
     finally:
         model.train(was_training)
@@ -240,17 +227,11 @@ def fit_context(tokenizer: Tokenizer, prompt: str, config: ModelConfig, *, max_n
     turn begins, the conversation leaves answer_room. Raises SampleError, ChatError."""
     room = config.max_seq_len
     if chat_template is None:
-        ids = data.prompts.encode_prompt(tokenizer, prompt)
-        ids, cut = fit_prompt(tokenizer, ids, room, free=room - max(1, room // 2))
+        ids, cut = fit_prompt(tokenizer, encode_prompt(tokenizer, prompt), room, free=room - max(1, room // 2))
     else:
         messages = [{"role": "user", "content": prompt}]
         ids, cut = fit_chat(tokenizer, chat_template, messages, room, free=answer_room(room, max_new_tokens))
     return known_ids(ids, config.vocab_size), cut
-
-
-def encode_prompt(tokenizer: Tokenizer, prompt: str, vocab_size: int) -> list[int]:
-    """All ids of a plain prompt, special tokens in it as plain text. Raises SampleError."""
-    return known_ids(data.prompts.encode_prompt(tokenizer, prompt), vocab_size)
 
 
 def known_ids(ids: np.ndarray, vocab_size: int) -> list[int]:
@@ -285,10 +266,9 @@ class TextStream:
     def add(self, token: int, *, is_last: bool = False) -> str:
         """The text that became certain with one more token: all of it if that is the last one or ends the text."""
         is_end = token in self._ends
-        if not is_end:
-            text = self._decode(token)
-            self.decoded += len(text)
-            self._held += text
+        text = "" if is_end else self._decode(token)
+        self.decoded += len(text)
+        self._held += text
         text = self.end() if is_end or is_last else self._release(keep_begun=True)
         if is_end or self.stopped:
             self.finish = "stop"
@@ -331,7 +311,7 @@ class TextStream:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Loading a model to sample from
+# Command line
 
 def load_model(run: str | Path, *, device: torch.device, dtype: str,
                note: Callable[[str], None]) -> tuple[GPT, Tokenizer]:
@@ -341,8 +321,7 @@ def load_model(run: str | Path, *, device: torch.device, dtype: str,
 
 
 def build_model(saved: SavedRun, *, device: torch.device, dtype: str, note: Callable[[str], None]) -> GPT:
-    """The model of a run, in eval mode. dtype, one of DTYPES, is that of weights and matmuls; note receives a line for
-    the user. Raises CheckpointError."""
+    """The model of a run, in eval mode. dtype, one of DTYPES: of weights and matmuls. Raises CheckpointError."""
     model = GPT(saved.config.model, compute_dtype=getattr(torch, dtype))
     checkpoint.load_into(model, saved.weights(), str(saved.checkpoint))
     note(f"model: {saved.checkpoint}, {model.parameter_count():,} parameters, {dtype} on {device.type}")
@@ -351,9 +330,6 @@ def build_model(saved: SavedRun, *, device: torch.device, dtype: str, note: Call
                                device=device))
     return model.to(device, getattr(torch, dtype)).eval()
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Command line
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = cli.Parser(prog="python sample.py", description="Continue a prompt with a trained model.",
@@ -393,10 +369,10 @@ def main(argv: list[str]) -> None:
     prompt = _read_prompt(args)
     device, _ = distributed.choose_device(args.device, option="--device ")
     run = read_run(args.run, cli.note)
-    if args.chat and run.chat_template is None:
+    template = run.chat_template if args.chat else None
+    if args.chat and template is None:
         raise SampleError(f"run {args.run!r} holds no chat_template.jinja, it was not trained on conversations; leave "
                           "out --chat")
-    template = run.chat_template if args.chat else None
     model = build_model(run, device=device, dtype=args.dtype, note=cli.note)
     cli.note(pack_for_decoding(model))
     context, cut = fit_context(run.tokenizer, prompt, model.config, max_new_tokens=args.max_new_tokens,
@@ -421,16 +397,14 @@ def _print_samples(prompt: str, pieces: Iterator[Piece], num_samples: int) -> No
     try:
         for piece in pieces:
             first = first or time.perf_counter()
-            if piece.row == 0:
-                print(piece.text, end="", flush=True)
+            print(piece.text if piece.row == 0 else "", end="", flush=True)
             texts[piece.row] += piece.text
             lengths[piece.row] = piece.tokens
         seconds = time.perf_counter() - first
     finally:
         print(flush=True)  # after Ctrl-C too
     for text in texts[1:]:
-        print("---", prompt + text, sep="\n")
-    sys.stdout.flush()
+        print("---", prompt + text, sep="\n", flush=True)
     rate = f", then {(sum(lengths) - num_samples) / seconds:.1f} tokens/s" if max(lengths) > 1 else ""
     cli.note(f"{sum(lengths)} new tokens; prompt read in {first - start:.2f} s{rate}")
 

@@ -331,12 +331,12 @@ def multiple_choice(model: GPT, tokenizer: Tokenizer, task: Task, *, batch_size:
 def encode_pair(tokenizer: Tokenizer, context: str, continuation: str, vocab_size: int) -> Request:
     """Both texts' ids as the harness splits them: blanks that end the context begin the continuation, the whole is
     encoded, and what follows as many ids as the context alone has is the continuation's."""
-    stripped = context.rstrip()
-    continuation, context = context[len(stripped):] + continuation, stripped
-    if not context:
-        return (tokenizer.eot,), tuple(sample.encode_prompt(tokenizer, continuation, vocab_size))
-    ids = sample.encode_prompt(tokenizer, context, vocab_size)
-    return tuple(ids), tuple(sample.encode_prompt(tokenizer, context + continuation, vocab_size)[len(ids):])
+    def encode(text: str) -> tuple[int, ...]:
+        return tuple(sample.known_ids(encode_prompt(tokenizer, text), vocab_size))
+
+    before, whole = context.rstrip(), context + continuation
+    ids = encode(before) if before else ()
+    return ids or (tokenizer.eot,), encode(whole)[len(ids):]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

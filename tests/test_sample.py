@@ -369,7 +369,7 @@ def test_a_stop_text_with_the_last_token_is_a_stop(monkeypatch):
 
 
 def test_an_empty_prompt_starts_from_end_of_text():
-    assert sample.encode_prompt(BYTES, "", 257) == [EOT]
+    assert sample.fit_context(BYTES, "", make_model().config, max_new_tokens=1) == ([EOT], 0)
 
 
 def test_a_plain_prompt_longer_than_the_context_keeps_its_last_half_behind_the_token_that_begins_every_text():
@@ -397,7 +397,7 @@ def test_a_chat_longer_than_the_context_has_the_tokens_that_training_has_before_
 
 
 def test_special_tokens_in_a_prompt_are_plain_text():
-    assert EOT not in sample.encode_prompt(BYTES, "<|endoftext|>", 257)
+    assert EOT not in sample.fit_context(BYTES, "<|endoftext|>", make_model().config, max_new_tokens=1)[0]
 
 
 def test_text_errors_come_before_the_first_piece():
