@@ -1,13 +1,12 @@
 """Runs read back: the rows of metrics.jsonl, runs compared as a table and as loss curves. Behind `python metrics.py`.
-
-Needs no torch, and matplotlib only for a plot.
-"""
+Needs no torch, and matplotlib only for a plot."""
 
 import io
 import json
 import re
 import statistics
 from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -16,10 +15,8 @@ import files
 from cli import Parser, require
 from config import MachineError, UserError
 
-ROW_FIELDS = {
-    "train": ("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "seconds", "skipped"),
-    "val": ("step", "loss", "bits_per_byte"),
-}
+ROW_FIELDS = {"train": ("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "seconds", "skipped"),
+              "val": ("step", "loss", "bits_per_byte")}
 
 
 def human_count(count: float) -> str:
@@ -69,11 +66,8 @@ def read_run(name: str) -> Run:
 
 def parse_row(line: bytes) -> dict:
     """One line of metrics.jsonl. Raises ValueError saying what is wrong with it."""
-    def refuse(name: str) -> None:
-        raise ValueError(f"{name}, which Python's json would read")
-
     try:
-        row = json.loads(line, parse_constant=refuse)
+        row = json.loads(line, parse_constant=int)  # int refuses NaN and Infinity, which Python's json would read
     except ValueError:
         raise ValueError("it is not valid JSON") from None
     if not isinstance(row, dict) or row.get("kind") not in ROW_FIELDS:
@@ -97,40 +91,36 @@ def summary(run: Run) -> tuple[str, ...]:
     speeds, mfus = run.figures("train", "tokens_per_second"), run.figures("train", "mfu")
     return (
         run.name,
-        _text(max(steps, default=None), "d"),
+        _text(max(steps, default=None)),
         _text(max(run.figures("train", "tokens"), default=None), human_count),
-        _text(statistics.fmean(losses) if losses else None, ".4f"),
-        _text(min(val_losses, default=None), ".4f"),
-        _text(val_losses[-1] if val_losses else None, ".4f"),
-        _text(min(run.figures("val", "bits_per_byte"), default=None), ".4f"),
+        _text(statistics.fmean(losses) if losses else None, "{:.4f}".format),
+        _text(min(val_losses, default=None), "{:.4f}".format),
+        _text(val_losses[-1] if val_losses else None, "{:.4f}".format),
+        _text(min(run.figures("val", "bits_per_byte"), default=None), "{:.4f}".format),
         _text(statistics.median(speeds) if speeds else None, human_count),
-        _text(statistics.median(mfus) if mfus else None, ".1%"),
-        _text(sum(run.figures("train", "seconds")), ".0f"),
+        _text(statistics.median(mfus) if mfus else None, "{:.1%}".format),
+        f"{sum(run.figures('train', 'seconds')):.0f}",
     )
 
 
-def _text(figure: float | None, style) -> str:
-    """A figure by a format spec or a function of it; '-' for None."""
-    if figure is None:
-        return "-"
-    return format(figure, style) if isinstance(style, str) else style(figure)
+def _text(figure: float | None, style: Callable[[float], str] = str) -> str:
+    return "-" if figure is None else style(figure)
 
 
 def val_losses_by_step(runs: list[Run]) -> list[tuple[str, ...]]:
     """A row (step, loss of each run) for every step at which a run was evaluated, '-' where one was not."""
     columns = [{row["step"]: row["loss"] for row in run.val} for run in runs]
     steps = sorted(set().union(*columns))
-    return [(str(step), *(_text(column.get(step), ".4f") for column in columns)) for step in steps]
+    return [(str(step), *(_text(column.get(step), "{:.4f}".format) for column in columns)) for step in steps]
 
 
 def format_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     """Columns two spaces apart; the first is flush left, the others flush right."""
     widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
     lines = []
-    for cells in (header, *rows):
-        padded = [cells[0].ljust(widths[0])]
-        padded += [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
-        lines.append("  ".join(padded).rstrip())
+    for first, *others in (header, *rows):
+        padded = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *padded]).rstrip())
     return "\n".join(lines)
 
 
@@ -139,12 +129,9 @@ def format_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 def smooth(values: list[float], window: int) -> list[float]:
     """Mean over the window values around each one, fewer at both ends; centred, so that curves do not lag."""
-    sums = [0.0, *accumulate(values)]
-    smoothed = []
-    for i in range(len(values)):
-        first, end = max(0, i - window // 2), min(len(values), i + window // 2 + 1)
-        smoothed.append((sums[end] - sums[first]) / (end - first))
-    return smoothed
+    sums, n, half = [0.0, *accumulate(values)], len(values), window // 2
+    bounds = [(max(0, i - half), min(n, i + half + 1)) for i in range(n)]
+    return [(sums[end] - sums[first]) / (end - first) for first, end in bounds]
 
 
 def train_curve(run: Run) -> tuple[list[int], list[float]]:
@@ -157,13 +144,10 @@ def val_curve(run: Run) -> tuple[list[float], list[float]]:
     """Tokens and losses of the val rows; their tokens follow from the train row at, or else next to, their step."""
     rows = [row for row in run.train if row.get("tokens") is not None and row["step"] > 0]
     steps = [row["step"] for row in rows]
-    tokens, losses = [], []
-    for row in run.val:
-        if rows and row["loss"] is not None:
-            near = rows[min(bisect_left(steps, row["step"]), len(rows) - 1)]
-            tokens.append(near["tokens"] * row["step"] / near["step"])
-            losses.append(row["loss"])
-    return tokens, losses
+    known = [row for row in run.val if rows and row["loss"] is not None]
+    near = [rows[min(bisect_left(steps, row["step"]), len(rows) - 1)] for row in known]
+    tokens = [other["tokens"] * row["step"] / other["step"] for row, other in zip(known, near, strict=True)]
+    return tokens, [row["loss"] for row in known]
 
 
 def plot(runs: list[Run], path: Path) -> None:
@@ -185,17 +169,14 @@ def plot(runs: list[Run], path: Path) -> None:
         limits = loss_limits([losses for _, losses in curves if losses])
         if limits is not None:
             axes.set_ylim(*limits)
-        axes.xaxis.set_major_formatter(FuncFormatter(_tick))
+        axes.xaxis.set_major_formatter(FuncFormatter(  # 2.00B -> 2B, 2.50B -> 2.5B
+            lambda tokens, _: re.sub(r"\.00?(?=\D)|(?<=\.\d)0(?=\D)", "", human_count(tokens))))
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*train_axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     image = io.BytesIO()
     figure.savefig(image, format="png")
     files.write_whole(path, image.getvalue())
-
-
-def _tick(tokens: float, _position: int) -> str:
-    return re.sub(r"\.00?(?=\D)|(?<=\.\d)0(?=\D)", "", human_count(tokens))  # 2.00B -> 2B, 2.50B -> 2.5B
 
 
 def loss_limits(curves: list[list[float]]) -> tuple[float, float] | None:

@@ -2,9 +2,8 @@
 
 AdamW is arXiv:1711.05101 through PyTorch's fused kernel. Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon)
 orthogonalises the update of each of the blocks' matrices; equal shapes are stacked and share their matmuls. The state
-is plain tensors by parameter name and one count, so a checkpoint needs no pickle and no parameter order.
-
-Weight decay: matrices and embedding tables decay (as in GPT-2 and nanoGPT), norms and biases never.
+is plain tensors by parameter name and one count, so a checkpoint needs no pickle and no parameter order. Matrices and
+embedding tables decay (as in GPT-2 and nanoGPT), norms and biases never.
 """
 
 import math
@@ -99,9 +98,9 @@ class Optimizer:
     def load_state_tensors(self, tensors: dict[str, Tensor], updates: int) -> None:
         """Copy in what state_tensors gave. Raises ValueError if names or shapes differ."""
         own = self.state_tensors()
-        if tensors.keys() != own.keys() or any(own[name].shape != t.shape for name, t in tensors.items()):
-            different = sorted(tensors.keys() ^ own.keys()) or sorted(
-                name for name, t in tensors.items() if own[name].shape != t.shape)
+        different = sorted(tensors.keys() ^ own.keys()) or sorted(
+            name for name, tensor in tensors.items() if own[name].shape != tensor.shape)
+        if different:
             raise ValueError(f"optimizer state does not fit the model: {', '.join(different[:4])}")
         for name, tensor in tensors.items():
             own[name].copy_(tensor)
@@ -114,9 +113,7 @@ def _rows_of_parts(name: str, weight: Tensor, model: GPT) -> list[int]:
     config = model.config
     if name.endswith("attn.qkv.weight"):
         return [config.n_head * config.dim_per_head] + 2 * [config.kv_heads * config.dim_per_head]
-    if name.endswith("mlp.fc.weight") and config.mlp == "swiglu":
-        return 2 * [config.mlp_width]
-    return [weight.shape[0]]
+    return 2 * [config.mlp_width] if name.endswith("mlp.fc.weight") and config.mlp == "swiglu" else [weight.shape[0]]
 
 
 def orthogonalise(matrices: Tensor, *, dtype: torch.dtype) -> Tensor:
@@ -145,8 +142,8 @@ def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
 @dataclass
 class LossScale:
     """Dynamic loss scale for float16 (arXiv:1710.03740, section 3.2): halved when gradients overflow, doubled after a
-    long good stretch. Ours rather than torch.amp.GradScaler because the same finiteness check must decide for AdamW and
-    Muon together, and because its state is two numbers in state.json. 1.0 and unchanging for other dtypes."""
+    long good stretch; 1.0 and unchanging for other dtypes. Unlike torch.amp.GradScaler's, its finiteness check decides
+    for AdamW and Muon together, and its state is two numbers in state.json."""
 
     scale: float = 1.0
     good_steps: int = 0
@@ -159,10 +156,9 @@ class LossScale:
         return cls(scale=2.0 ** 16, dynamic=True) if dtype == torch.float16 else cls()
 
     def update(self, finite: bool) -> None:
-        if not self.dynamic:
-            return
-        self.good_steps = self.good_steps + 1 if finite else 0
-        if not finite:
-            self.scale = max(self.scale / 2.0, 1.0)
-        elif self.good_steps % self.GROWTH_INTERVAL == 0:
-            self.scale *= 2.0
+        if self.dynamic:
+            self.good_steps = self.good_steps + 1 if finite else 0
+            if not finite:
+                self.scale = max(self.scale / 2.0, 1.0)
+            elif self.good_steps % self.GROWTH_INTERVAL == 0:
+                self.scale *= 2.0

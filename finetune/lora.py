@@ -1,10 +1,9 @@
 """Low-rank adapters (LoRA, arXiv:2106.09685): W stays as it is, (alpha / rank) B A is learnt beside it.
 
 add_adapters() puts them into a GPT; merge() adds their products to the base's tensors in float32, which is what every
-reader of such a run gets (checkpoint.load_tensors). Adapter files have peft's names and adapter_config.json. peft's
-names are those of Hugging Face's modules: a GPT-2's and a Llama's adapters are spelled as for their family, which peft
-then loads onto the exported base; any other model's by our own names. Where Hugging Face has q, k and v (gate and up)
-apart and we have one matrix, they share A, and each has its rows of B.
+reader of such a run gets. Adapter files have adapter_config.json and peft's names, those of Hugging Face's modules:
+peft loads a GPT-2's and a Llama's adapters onto the exported base; any other model's have our own names. Where Hugging
+Face has q, k and v (gate and up) apart and we have one matrix, they share A, and each has its rows of B.
 
 Dims: r rank, M outputs and C inputs of a layer.
 """
@@ -57,9 +56,7 @@ def add_adapters(model: GPT, lora: LoraConfig) -> None:
             parameter.data = parameter.data.to(model.compute_dtype)
     for block in model.blocks:
         for target in lora.targets:
-            part, name = target.split(".")
-            layer = getattr(block, part)
-            setattr(layer, name, LoRALinear(getattr(layer, name), lora))
+            block.set_submodule(target, LoRALinear(block.get_submodule(target), lora))
 
 
 def adapters(model: GPT) -> dict[str, LoRALinear]:
@@ -72,26 +69,22 @@ def adapters(model: GPT) -> dict[str, LoRALinear]:
 
 def family_of(model: ModelConfig) -> str:
     """Whose module names the adapters' names are made of."""
-    if model.norm == "layernorm" and model.position == "learned" and model.mlp in ("gelu", "gelu_exact"):
-        return "gpt2"
-    if model.norm == "rmsnorm" and model.position == "rope" and model.mlp == "swiglu":
-        return "llama"
-    return "flatgpt"
+    return {("layernorm", "learned", "gelu"): "gpt2", ("layernorm", "learned", "gelu_exact"): "gpt2",
+            ("rmsnorm", "rope", "swiglu"): "llama"}.get((model.norm, model.position, model.mlp), "flatgpt")
 
 
 def peft_tensors(model: GPT) -> dict[str, Tensor]:
     """The adapters' tensors by peft's names."""
-    config, family = model.config, family_of(model.config)
+    config, (prefix, modules) = model.config, FAMILIES[family_of(model.config)]
     D = config.dim_per_head
     rows = {"attn.qkv": [config.n_head * D, config.kv_heads * D, config.kv_heads * D], "mlp.fc": 2 * [config.mlp_width]}
-    prefix, modules = FAMILIES[family]
     tensors = {}
     for name, layer in adapters(model).items():
         _, number, target = name.split(".", 2)
         parts = [layer.lora_B] if len(modules[target]) == 1 else layer.lora_B.split(rows[target])
         for module, part in zip(modules[target], parts, strict=True):
-            tensors[f"{PEFT_PREFIX}{prefix}{number}.{module}.lora_A.weight"] = layer.lora_A
-            tensors[f"{PEFT_PREFIX}{prefix}{number}.{module}.lora_B.weight"] = part
+            stem = f"{PEFT_PREFIX}{prefix}{number}.{module}"
+            tensors |= {f"{stem}.lora_A.weight": layer.lora_A, f"{stem}.lora_B.weight": part}
     return tensors
 
 
@@ -108,13 +101,12 @@ def pairs_of(tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     """peft's names -> 'blocks.0.attn.qkv' -> (A, B). Raises ValueError for a name that none of the families has."""
     pairs = {}
     for prefix, modules in FAMILIES.values():
-        numbers = {int(m[1]) for name in tensors if (m := re.match(re.escape(PEFT_PREFIX + prefix) + r"(\d+)\.", name))}
-        for number in sorted(numbers):
-            for target, parts in modules.items():
+        for target, parts in modules.items():
+            first = re.compile(re.escape(PEFT_PREFIX + prefix) + r"(\d+)\." + re.escape(parts[0]) + r"\.lora_A\.weight")
+            for number in (match[1] for name in tensors if (match := first.fullmatch(name))):
                 stems = [f"{PEFT_PREFIX}{prefix}{number}.{module}" for module in parts]
-                if f"{stems[0]}.lora_A.weight" in tensors:
-                    B = torch.cat([tensors[f"{stem}.lora_B.weight"] for stem in stems])
-                    pairs[f"blocks.{number}.{target}"] = tensors[f"{stems[0]}.lora_A.weight"], B
+                B = torch.cat([tensors[f"{stem}.lora_B.weight"] for stem in stems])
+                pairs[f"blocks.{number}.{target}"] = tensors[f"{stems[0]}.lora_A.weight"], B
     if not pairs:
         raise ValueError(f"no adapter among {', '.join(sorted(tensors)[:3])}")
     return pairs
@@ -128,18 +120,14 @@ def load_adapters(model: GPT, tensors: dict[str, Tensor]) -> None:
         if (layer.lora_A.shape, layer.lora_B.shape) != tuple(t.shape for t in pairs[name])]
     if different:
         raise ValueError(f"adapters do not fit the model: {', '.join(different[:4])}")
-    with torch.no_grad():
-        for name, layer in layers.items():
-            layer.lora_A.copy_(pairs[name][0])
-            layer.lora_B.copy_(pairs[name][1])
+    for name, layer in layers.items():
+        layer.lora_A.data.copy_(pairs[name][0])
+        layer.lora_B.data.copy_(pairs[name][1])
 
 
 def merge(base: dict[str, Tensor], tensors: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
     """base with (alpha / rank) B A added to each adapted weight, in float32. config: adapter_config.json. Raises
     ValueError or KeyError if they do not belong together."""
     scale = config["lora_alpha"] / config["r"]
-    merged = dict(base)
-    for name, (A, B) in pairs_of(tensors).items():
-        weight = base[f"{name}.weight"]
-        merged[f"{name}.weight"] = torch.addmm(weight.float(), B.float(), A.float(), alpha=scale)
-    return merged
+    return base | {f"{name}.weight": torch.addmm(base[f"{name}.weight"].float(), B.float(), A.float(), alpha=scale)
+                   for name, (A, B) in pairs_of(tensors).items()}

@@ -1,9 +1,9 @@
 """The fused operations of the model: one public function each, whatever computes it.
 
-Three backends compute the same functions. `torch` is PyTorch's own operations on any device: reference.py, the
-definitions, and chunked_loss.py. `cpu` is what is faster on a CPU: cpu.py. `triton` are the fused kernels of
-flash_attention.py, norm.py and cross_entropy.py, custom operators that torch.compile takes whole. A process starts with
-torch for every operation; self_check.choose() switches those to another that it found right here.
+Three backends compute the same functions: `torch` by PyTorch's own operations on any device (reference.py, the
+definitions, and chunked_loss.py), `cpu` by what is faster on a CPU (cpu.py), `triton` by fused kernels
+(flash_attention.py, norm.py, cross_entropy.py), which torch.compile takes whole. A process starts with torch for all;
+self_check.choose() switches each operation to another one that it found right on this machine.
 
 Dims: B batch, T sequence (Tq queries, Tk keys), H query heads, Hkv key/value heads, D head dim, N = B*T rows, C width,
 V vocabulary (rows of the padded table). Statistics and losses are float32 whatever the dtype of the inputs.
@@ -18,16 +18,10 @@ from torch import Tensor
 
 from cli import is_installed
 from kernels import chunked_loss, cpu, reference
-from kernels.reference import document_starts, first_visible_key
+from kernels.reference import document_starts, first_visible_key  # noqa: F401 (public: the makers of first_key)
 
 OPS = ("attention", "layer_norm", "rms_norm", "linear", "linear_cross_entropy")
 TRITON = ("attention", "layer_norm", "rms_norm", "linear_cross_entropy")  # those that have a Triton kernel
-__all__ = ["OPS", "TRITON", "attention", "backend", "choose_backends", "document_starts", "first_visible_key",
-           "layer_norm", "linear", "linear_cross_entropy", "module_of", "rms_norm", "why_no_triton"]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Backends
 
 _chosen: dict[str, tuple[str, ModuleType]] = {}  # the backend of each operation that torch does not compute
 
@@ -65,9 +59,7 @@ def module_of(op: str, backend: str) -> ModuleType:
 
 def _of(op: str, x: Tensor) -> ModuleType:
     """The module that computes op for x: torch's if x is not of the device, dtype or size that the chosen one takes."""
-    if op in _chosen and _chosen[op][1].supports(x):
-        return _chosen[op][1]
-    return module_of(op, "torch")
+    return _chosen[op][1] if op in _chosen and _chosen[op][1].supports(x) else module_of(op, "torch")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -76,16 +68,13 @@ def _of(op: str, x: Tensor) -> ModuleType:
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, *, eps: float,
                residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
     """LayerNorm over the last dim (arXiv:1607.06450). x (..., C), weight and bias (C,) -> (..., C) in x's dtype.
-
-    With a residual (..., C) of x's dtype: the norm of x + residual, and x + residual itself.
-    """
+    With a residual (..., C) of x's dtype: the norm of x + residual, and x + residual itself."""
     return _of("layer_norm", x).layer_norm(x, weight, bias, eps=eps, residual=residual)
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float,
              residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-    """RMSNorm over the last dim (arXiv:1910.07467). x (..., C), weight (C,) -> (..., C) in x's dtype; with a residual
-    as layer_norm."""
+    """RMSNorm over the last dim (arXiv:1910.07467). Shapes, dtypes and residual as in layer_norm."""
     return _of("rms_norm", x).rms_norm(x, weight, eps=eps, residual=residual)
 
 
@@ -98,8 +87,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, first_key: Tensor | None = Non
     """Causal attention. q (B, Tq, H, D), k and v (B, Tk, Hkv, D) with Hkv | H -> (B, Tq, H, D).
 
     Scores are scaled by D ** -0.5. Query i stands at key Tk-Tq+i and sees the keys first_key[b, i] up to that one, at
-    least itself; first_key is int (B or 1, Tq) as first_visible_key makes it, None = from key 0.
-    """
+    least itself; first_key is int (B or 1, Tq) as first_visible_key makes it, None = from key 0."""
     return _of("attention", q).attention(q, k, v, first_key=first_key)
 
 
@@ -110,8 +98,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, voc
     hidden (N, C), weight (V, C) of any float dtype (matmuls run in hidden's), targets (N,) int64; a row whose target is
     -100 costs nothing. Rows of weight from vocab_size on are padding and take no part. reduction: "mean" over the other
     rows or "sum" -> float32 (); "none" -> float32 (N,), without gradient. softcap > 0: logits become
-    softcap * tanh(logits / softcap). Raises ValueError for another reduction.
-    """
+    softcap * tanh(logits / softcap). Raises ValueError for another reduction."""
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction {reduction!r} should be mean, sum or none")
     return _of("linear_cross_entropy", hidden).linear_cross_entropy(

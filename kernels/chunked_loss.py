@@ -17,27 +17,21 @@ from torch import Tensor
 from kernels.reference import IGNORED, statistics_dtype
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total (m, n) += a (m, k) @ b (k, n)."""
-    total += a @ b
-
-
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, vocab_size: int, reduction: str,
                          softcap: float, chunk_rows: int | None = None,
                          matmul: Callable[[Tensor, Tensor], Tensor] = torch.matmul,
-                         add_product: Callable[[Tensor, Tensor, Tensor], None] = _add_product) -> Tensor:
-    """kernels.linear_cross_entropy. chunk_rows rows of logits exist at a time: if None, on CUDA enough for large
-    matmuls, elsewhere few enough to stay near the caches. How it multiplies is given by kernels/cpu.py there."""
-    if chunk_rows is None:
-        chunk_rows = 8192 if hidden.device.type == "cuda" else max(64, 2 ** 23 // weight.shape[0])
+                         add_product: Callable[..., object] = lambda total, a, b: total.add_(a @ b)) -> Tensor:
+    """kernels.linear_cross_entropy, chunk_rows rows of logits at a time: if None, on CUDA enough for large matmuls,
+    elsewhere few enough to stay near the caches. cpu.py passes products of its own; add_product adds a @ b to total."""
+    chunk_rows = chunk_rows or (8192 if hidden.is_cuda else max(64, 2 ** 23 // weight.shape[0]))
     rule = _Rule(vocab_size, softcap, chunk_rows, matmul, add_product)
     if reduction != "none" and torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         total = _SummedLoss.apply(hidden, weight, targets, rule)
     else:
         with torch.no_grad():
-            compute_weight = weight.to(hidden.dtype)
-            losses = torch.cat([rule.losses(rule.logits(h, compute_weight), t)[0].squeeze(1) for h, t in zip(
-                hidden.split(chunk_rows), targets.split(chunk_rows), strict=True)])
+            weight = weight.to(hidden.dtype)
+            chunks = zip(hidden.split(chunk_rows), targets.split(chunk_rows), strict=True)
+            losses = torch.cat([rule.losses(rule.logits(h, weight), t)[0].squeeze(1) for h, t in chunks])
         total = losses if reduction == "none" else losses.sum()
     return total / (targets != IGNORED).sum() if reduction == "mean" else total
 
@@ -47,7 +41,7 @@ class _Rule(NamedTuple):
     softcap: float
     chunk_rows: int
     matmul: Callable[[Tensor, Tensor], Tensor]
-    add_product: Callable[[Tensor, Tensor, Tensor], None]
+    add_product: Callable[..., object]
 
     def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
         """Logits (rows, V) of one chunk, in float32; may be overwritten. weight in hidden's dtype."""
@@ -76,12 +70,9 @@ class _SummedLoss(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden)
         # a frozen table (LoRA) needs none: neither the memory nor a third of the matmuls
         grad_weight = torch.zeros_like(weight, dtype=total.dtype) if ctx.needs_input_grad[1] else None
-        for start in range(0, hidden.shape[0], rule.chunk_rows):
-            chunk = slice(start, start + rule.chunk_rows)
-            h, t = hidden[chunk], targets[chunk]
+        for h, t, grad_h in zip(*(x.split(rule.chunk_rows) for x in (hidden, targets, grad_hidden)), strict=True):
             logits = rule.logits(h, compute_weight)  # (rows, V)
-            # through the softcap: times 1 - (z / cap)^2
-            slope = 1.0 - (logits / rule.softcap).square() if rule.softcap else None
+            slope = 1.0 - (logits / rule.softcap).square() if rule.softcap else None  # of the softcap
             losses, scale = rule.losses(logits, t)
             total = total + losses.sum()
             keep = (t != IGNORED)[:, None]
@@ -90,7 +81,7 @@ class _SummedLoss(torch.autograd.Function):
             if slope is not None:
                 grad_logits.mul_(slope)
             grad_logits = grad_logits.to(hidden.dtype)
-            grad_hidden[chunk] = rule.matmul(grad_logits, compute_weight)
+            grad_h.copy_(rule.matmul(grad_logits, compute_weight))
             if grad_weight is not None:
                 rule.add_product(grad_weight, grad_logits.T, h)
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
@@ -102,12 +93,8 @@ class _SummedLoss(torch.autograd.Function):
         # float32: in bfloat16 a factor such as 1/200 is off by up to 2^-9, and with it the whole gradient of the body
         grad_hidden = (grad_hidden.to(grad_output.dtype) * grad_output).to(grad_hidden.dtype)
         if grad_weight is not None:
-            scale = Tensor.mul if _may_be_needed_again() else Tensor.mul_  # in place: a table less at the peak
+            # in place, a table less at the peak, unless a second backward could ask for it again (retain_graph=True)
+            keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+            scale = Tensor.mul if torch.compiler.is_compiling() or keeps_graph() else Tensor.mul_
             grad_weight = scale(grad_weight, grad_output.to(grad_weight.dtype))
         return grad_hidden, grad_weight, None, None
-
-
-def _may_be_needed_again() -> bool:
-    """Whether a second backward could ask for the tensors saved for this one (retain_graph=True)."""
-    keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return keeps_graph is None or torch.compiler.is_compiling() or keeps_graph()

@@ -39,16 +39,12 @@ NORM_BLOCKS = tuple(2 ** n for n in range(4, 14))  # the columns of a tile: the 
 NORM_BACKWARD_PROGRAMS_PER_SM = 4  # each writes one row of partial sums for the weight: few rows, all SMs busy
 
 
-def norm_forward(width: int) -> Tile:
-    """4,096 elements a tile: 32 a thread, four 16-byte loads of bfloat16 in flight. Wide rows take more warps."""
+def norm(width: int, *, backward: bool) -> Tile:
+    """Forward 32 elements a thread: four 16-byte loads of bfloat16 in flight. Backward half of that: x, dy and the sums
+    for the weight and the bias stay in registers over all tiles. 128 threads; wide rows take more."""
     columns = max(NORM_BLOCKS[0], next_power_of_2(width))
-    return Tile(rows=max(1, 4096 // columns), columns=columns, threads=max(128, columns // 32))
-
-
-def norm_backward(width: int) -> Tile:
-    """Half of that a thread: x, dy and the sums for the weight and the bias stay in registers over all tiles."""
-    columns = max(NORM_BLOCKS[0], next_power_of_2(width))
-    return Tile(rows=max(1, 2048 // columns), columns=columns, threads=max(128, columns // 16))
+    per_thread = 16 if backward else 32
+    return Tile(rows=max(1, 128 * per_thread // columns), columns=columns, threads=max(128, columns // per_thread))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -69,6 +65,8 @@ def cross_entropy(vocab_size: int) -> Tile:
 
 MAX_HEAD_DIM = 256
 LAST_QUERY_BLOCK = 1024  # queries that the search for a key tile's last one reads at a time
+FUSED_BACKWARD = False  # q's gradient by atomics, where it is fused, instead of all probabilities twice; not timed yet
+
 
 class AttentionTile(NamedTuple):
     """queries x keys scores at a time, by warps x 32 threads, with the loads of `stages` tiles in flight."""
@@ -88,36 +86,28 @@ class AttentionTiles(NamedTuple):
     fused: AttentionTile | None = None
 
 
-def _tiles(*tiles: tuple[int, int, int, int]) -> AttentionTiles:
-    return AttentionTiles(*(AttentionTile(*tile) for tile in tiles))
-
-
-# By the columns of a tile, those of the head dim. Chosen by the ahead-of-time gate, not by time: the largest that keep
-# registers from spilling and wgmma from waiting for each other, on Triton 3.6 and 3.7. No GPU has timed them yet.
-_ATTENTION_16_BIT = {
-    "sm_90": {64: _tiles((128, 64, 8, 3), (128, 64, 8, 3), (64, 128, 8, 2), (64, 128, 8, 2)),
-              128: _tiles((128, 128, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 8, 2)),
-              256: _tiles((128, 32, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2))},
-    "sm_100": {64: _tiles((128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2), (64, 64, 8, 2)),
-               128: _tiles((128, 128, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 8, 2)),
-               256: _tiles((128, 32, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2))},
-    "sm_80": {64: _tiles((128, 64, 8, 3), (128, 64, 8, 2), (64, 128, 8, 2), (64, 64, 8, 2)),
-              128: _tiles((128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2)),
-              256: _tiles((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 8, 2))},
-    "gfx942": {64: _tiles((128, 64, 8, 2), (128, 64, 8, 2), (32, 64, 4, 2), (32, 64, 4, 2)),
-               128: _tiles((128, 64, 8, 2), (64, 32, 8, 2), (32, 64, 4, 1), (32, 64, 4, 1)),
-               256: _tiles((64, 32, 8, 2), (32, 32, 4, 1), (32, 32, 4, 1))},
-}
-# float32 is multiplied without tensor cores, operands in registers: small tiles, many threads
-_ATTENTION_FLOAT32 = {
-    64: _tiles((64, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
-    128: _tiles((64, 32, 8, 2), (32, 32, 8, 2), (16, 32, 8, 2), (16, 32, 8, 2)),
-    256: _tiles((16, 32, 8, 2), (16, 32, 8, 2), (16, 16, 8, 2)),
-}
-_ATTENTION_FLOAT32_GFX942 = {
-    64: _tiles((64, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1), (16, 16, 8, 1)),
-    128: _tiles((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
-    256: _tiles((16, 16, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+# By GPU and columns of a tile, which holds whole heads. Chosen by the ahead-of-time gate, not by time: the largest that
+# keep registers from spilling and wgmma from waiting for each other, on Triton 3.6 and 3.7. No GPU has timed them yet.
+_ATTENTION = {
+    "sm_90": {64: ((128, 64, 8, 3), (128, 64, 8, 3), (64, 128, 8, 2), (64, 128, 8, 2)),
+              128: ((128, 128, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 8, 2)),
+              256: ((128, 32, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2))},
+    "sm_100": {64: ((128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2), (64, 64, 8, 2)),
+               128: ((128, 128, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 8, 2)),
+               256: ((128, 32, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2))},
+    "sm_80": {64: ((128, 64, 8, 3), (128, 64, 8, 2), (64, 128, 8, 2), (64, 64, 8, 2)),
+              128: ((128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2)),
+              256: ((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 8, 2))},
+    "gfx942": {64: ((128, 64, 8, 2), (128, 64, 8, 2), (32, 64, 4, 2), (32, 64, 4, 2)),
+               128: ((128, 64, 8, 2), (64, 32, 8, 2), (32, 64, 4, 1), (32, 64, 4, 1)),
+               256: ((64, 32, 8, 2), (32, 32, 4, 1), (32, 32, 4, 1))},
+    # float32 is multiplied without tensor cores, operands in registers: small tiles, many threads
+    "float32": {64: ((64, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
+                128: ((64, 32, 8, 2), (32, 32, 8, 2), (16, 32, 8, 2), (16, 32, 8, 2)),
+                256: ((16, 32, 8, 2), (16, 32, 8, 2), (16, 16, 8, 2))},
+    "gfx942 float32": {64: ((64, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1), (16, 16, 8, 1)),
+                       128: ((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+                       256: ((16, 16, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1))},
 }
 
 
@@ -129,16 +119,7 @@ def head_block(D: int) -> int:
 def attention(D: int, dtype: torch.dtype, arch: str) -> AttentionTiles:
     """arch: sm_80 and so on, or gfx942. Compute capabilities 8.x and 12.x share a table that fits the least of them,
     99 KB of shared memory; 10.x another; AMD's the third."""
-    if arch.startswith("sm_10"):
-        arch = "sm_100"
-    elif arch not in _ATTENTION_16_BIT:
-        arch = "sm_80"
-    block = max(64, head_block(D))
+    row = "sm_100" if arch.startswith("sm_10") else arch if arch in _ATTENTION else "sm_80"
     if dtype == torch.float32:
-        return (_ATTENTION_FLOAT32_GFX942 if arch == "gfx942" else _ATTENTION_FLOAT32)[block]
-    return _ATTENTION_16_BIT[arch][block]
-
-
-def attention_backward_is_fused(D: int, dtype: torch.dtype, arch: str) -> bool:
-    """Whether adding up q's gradient by atomics beats computing the probabilities twice. Split, until it is timed."""
-    return False
+        row = "gfx942 float32" if arch == "gfx942" else "float32"
+    return AttentionTiles(*(AttentionTile(*tile) for tile in _ATTENTION[row][max(64, head_block(D))]))

@@ -1,11 +1,10 @@
 """What is faster on a CPU than PyTorch's own operations (docs/BENCHMARKS.md): a backend like the Triton kernels.
 
-Same functions and arguments as reference.py's, trusted after self_check.py only; what is not faster here (products in
-bfloat16, attention over long rows, what torch.compile fuses) they hand to it. oneDNN is reached by private operators of
-PyTorch: where they are missing or wrong, the check fails and PyTorch computes. Beside the operations: linear layers
-with packed weights, for models that only generate.
+The functions are those of reference.py, to which they hand what is not faster here: products in bfloat16, attention
+over long rows, what torch.compile fuses. oneDNN is reached by private operators of PyTorch: where they are missing or
+wrong, self_check.py leaves PyTorch to compute. Beside the operations: packed weights, for models that only generate.
 
-Shapes: B batch, T sequence (Tq queries, Tk keys), H query heads, Hkv key/value heads, D head dim, C width.
+Dims: B batch, T sequence (Tq queries, Tk keys), H query heads, Hkv key/value heads, D head dim, C width.
 """
 
 import math
@@ -24,12 +23,9 @@ def computes(op: str, dtype: torch.dtype) -> bool:
 
 
 def supports(x: Tensor) -> bool:
-    """Of any dtype and size: what is not faster goes to reference.py."""
+    """Of any dtype and size."""
     return x.device.type == "cpu"
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# RMSNorm
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float,
              residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
@@ -41,11 +37,9 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float,
 
 
 class _RMSNorm(torch.autograd.Function):
-    """PyTorch has no fused rms_norm for the CPU: its many small operators cost a third of a small model's step.
-
-    The backward borrows LayerNorm's: with the mean given as 0, dx of LayerNorm is that of RMSNorm less
-    rstd * mean(g * weight), which a matrix-vector product puts back.
-    """
+    """PyTorch has no fused rms_norm for the CPU: its many small operators cost a third of a small model's step. The
+    backward borrows LayerNorm's: with the mean given as 0, its dx is that of RMSNorm less rstd * mean(g * weight),
+    which a matrix-vector product puts back."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -65,9 +59,6 @@ class _RMSNorm(torch.autograd.Function):
         grad_weight = (x * rstd).mul_(grad).reshape(-1, C).sum(0).to(weight.dtype)
         return grad_x, grad_weight, None
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Matrix products
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if not _is_for_onednn(x):
@@ -115,9 +106,6 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 linear_cross_entropy = partial(chunked_loss.linear_cross_entropy, matmul=_matmul, add_product=_add_product)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Attention
-
 def attention(q: Tensor, k: Tensor, v: Tensor, *, first_key: Tensor | None = None) -> Tensor:
     """By two matmuls and a softmax, to which the backward of PyTorch's own loses on short rows."""
     B, Tq, H, D = q.shape
@@ -126,8 +114,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, first_key: Tensor | None = Non
         return reference.attention(q, k, v, first_key=first_key)
     G = H // Hkv  # the G query heads of one key head stand as more rows of one matmul: k and v are never repeated
     mask = reference.visible_keys(Tq, Tk, first_key, device=q.device)  # (B or 1, 1, Tq, Tk)
-    additive = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, -math.inf)
-    additive = additive.expand(-1, G, Tq, Tk).reshape(-1, 1, G * Tq, Tk)  # (B or 1, 1, G*Tq, Tk)
+    additive = torch.where(mask, 0.0, -math.inf).to(q.dtype).expand(-1, G, Tq, Tk).reshape(-1, 1, G * Tq, Tk)
     additive = additive[0] if mask.shape[0] == 1 else additive.expand(B, Hkv, -1, -1).flatten(0, 1)
     q = q.transpose(1, 2).reshape(B * Hkv, G * Tq, D)
     k, v = (x.transpose(1, 2).reshape(B * Hkv, Tk, D) for x in (k, v))
@@ -139,16 +126,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, first_key: Tensor | None = Non
 # Packed weights
 
 class PackedLinear(nn.Module):
-    """A linear layer for inputs of one dtype whose weight oneDNN has laid out. Inference only, never saved.
-
-    From 1 row to 256 it is as fast as F.linear or up to three times faster (docs/BENCHMARKS.md).
-    """
-
-    ROWS = 16  # the layout is chosen for this many; that of 1 is no faster on 1 row and half as fast on 2 or more
+    """A linear layer for inputs of one dtype whose weight oneDNN has laid out. Inference only, never saved. From 1 row
+    to 256 it is as fast as F.linear or up to three times faster."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype):
         super().__init__()
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype), self.ROWS)
+        # laid out for 16 rows: the layout for 1 is no faster on 1 row and half as fast on 2 or more
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype), 16)
         self.bias = None if bias is None else bias.detach().to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -157,18 +141,15 @@ class PackedLinear(nn.Module):
 
 def pack_for_decoding(model: nn.Module) -> str:
     """Replace the linear layers of a GPT and its head by packed ones where that works; returns what was done and why.
-
-    For a model that will only generate: afterwards it can neither train nor be saved. A tied head is held twice.
-    """
+    Afterwards the model can generate, but neither train nor be saved. A tied head is held twice."""
     dtype = model.compute_dtype
     if model.wte.weight.device.type != "cpu":
         return "weights: as they are (packing is for the CPU)"
     if not packing_works(dtype):
         return f"weights: as they are (this PyTorch or CPU does not pack {dtype})"
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear):
-                setattr(module, name, PackedLinear(child.weight, child.bias, dtype))
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Linear):
+            model.set_submodule(name, PackedLinear(layer.weight, layer.bias, dtype))
     if model.lm_head is None:
         model.lm_head = PackedLinear(model.wte.weight, None, dtype)
     return "weights: packed by oneDNN"

@@ -1,9 +1,8 @@
 """Linear layer + cross-entropy in chunks of rows: matmuls by cuBLAS, one Triton kernel between them.
 
 A chunk's logits are computed, turned into losses and, in place, into their own gradient, and multiplied out into the
-gradients of hidden and weight, all in the forward pass; backward only scales. No more than one chunk of logits ever
-exists (the idea of Liger-Kernel, arXiv:2410.10989). The chunk is much larger here, since each one reads and writes the
-weight's whole gradient, which is summed in float32.
+gradients of hidden and weight, all in the forward pass; backward only scales (the idea of Liger-Kernel,
+arXiv:2410.10989, whose chunks are smaller: each one reads and writes the weight's whole gradient, float32).
 
 Dims: N rows, C width, V vocabulary (rows of the padded table).
 """
@@ -20,24 +19,20 @@ from kernels.reference import IGNORED
 
 
 def supports(hidden: Tensor) -> bool:
-    """Whether the kernel computes for rows of hidden's dtype and device."""
     return configs.computes_on(hidden)
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, vocab_size: int, reduction: str,
                          softcap: float, chunk_rows: int = configs.CROSS_ENTROPY_CHUNK_ROWS) -> Tensor:
     """kernels.linear_cross_entropy by Triton, chunk_rows rows of logits at a time."""
-    args = vocab_size, softcap, chunk_rows
+    args = targets, vocab_size, softcap, chunk_rows
     if reduction != "none" and torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        total, _, _ = summed_loss(hidden, weight, targets, *args, weight.requires_grad)
+        total, _, _ = summed_loss(hidden, weight, *args, weight.requires_grad)
     else:
-        total = token_losses(hidden.detach(), weight.detach(), targets, *args)
+        total = token_losses(hidden.detach(), weight.detach(), *args)
         total = total if reduction == "none" else total.sum()
     return total / (targets != IGNORED).sum() if reduction == "mean" else total
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Operators
 
 @library.custom_op("flatgpt::token_losses", mutates_args=())
 def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, softcap: float, rows: int) -> Tensor:
@@ -55,9 +50,9 @@ def summed_loss(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int
                 weight_learns: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Sum of the losses, float32 (), and its gradients: (N, C) in hidden's dtype and (V, C) in float32, empty for a
     weight that does not learn (LoRA's)."""
-    losses, grad_hidden, grad_weight = _by_chunk(hidden, weight, targets, vocab_size, softcap, rows,
-                                                 wants_grad=True, weight_learns=weight_learns)
-    return losses.sum(), grad_hidden, grad_weight
+    losses, *gradients = _by_chunk(hidden, weight, targets, vocab_size, softcap, rows, wants_grad=True,
+                                   weight_learns=weight_learns)
+    return losses.sum(), *gradients
 
 
 @summed_loss.register_fake
@@ -77,15 +72,11 @@ def _gradients(ctx, grad_total, _grad_hidden, _grad_weight):
     grad_hidden, grad_weight = ctx.saved_tensors
     # float32: in bfloat16 a factor such as 1/200 is off by up to 2^-9, and with it the whole gradient of the body
     grad_hidden = (grad_hidden.float() * grad_total).to(grad_hidden.dtype)
-    grad_weight = (grad_weight * grad_total).to(ctx.weight_dtype) if ctx.weight_learns else None
-    return grad_hidden, grad_weight, *[None] * 5
+    return grad_hidden, (grad_weight * grad_total).to(ctx.weight_dtype) if ctx.weight_learns else None, *[None] * 5
 
 
 summed_loss.register_autograd(_gradients, setup_context=_save_for_backward)
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Chunks
 
 def _by_chunk(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, softcap: float, rows: int, *,
               wants_grad: bool, weight_learns: bool) -> tuple[Tensor, Tensor, Tensor]:

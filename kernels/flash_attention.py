@@ -1,19 +1,18 @@
 """Causal attention as fused Triton kernels, forward and backward: grouped queries, sliding windows, packed documents.
 
-Forward and backward as in FlashAttention-2 (arXiv:2307.08691): scores exist one tile at a time, the softmax runs along
-with its largest score and its sum, and the backward recomputes the probabilities from the saved log of that sum. One
-int32 per query, the first key that it sees, covers windows, documents and padding; tiles that no query of a tile sees
-are not visited. No dropout, no scores added, no decoding kernel: one query goes to PyTorch (see supports()).
+As in FlashAttention-2 (arXiv:2307.08691) scores exist one tile at a time, the softmax runs along with its largest score
+and its sum, and the backward recomputes the probabilities from the saved log of that sum. One int32 per query, the
+first key that it sees, covers windows, documents and padding; tiles that no query of a tile sees are not visited. No
+dropout, no scores added, no decoding kernel.
 
-The backward is split by default: one kernel sums over keys (for q), one over queries (for k, v), each in a fixed order,
-so equal inputs give equal bits. The fused one computes the probabilities once and adds up q's gradient by atomics.
+The backward is split: one kernel sums over keys (for q), one over queries (for k, v), each in a fixed order, so equal
+inputs give equal bits; or fused: all probabilities once, q's gradient by atomics (configs.FUSED_BACKWARD).
 
 Dims: B batch, Tq queries, Tk keys, H query heads, Hkv key/value heads, G = H / Hkv, D head dim. "own" is the key at
 which a query stands. In kernels a stride is named x_b, x_t, x_h for the dims of x; that of D is 1.
 """
 
 import functools
-import math
 
 import torch
 import triton
@@ -24,19 +23,14 @@ from kernels import configs
 
 
 def supports(q: Tensor) -> bool:
-    """Whether these kernels compute for q (B, Tq, H, D). A single query is left to PyTorch: its kernel splits the keys
-    over programs, where here one program would walk all of them."""
+    """A single query is left to PyTorch: its kernel splits the keys over programs; here one would walk all of them."""
     return configs.computes_on(q) and q.shape[-1] <= configs.MAX_HEAD_DIM and q.shape[1] > 1 and q.numel() > 0
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, first_key: Tensor | None = None) -> Tensor:
-    """kernels.attention by Triton. Where PyTorch is set to be deterministic (train.deterministic) the gradients have
-    the same bits every time."""
+    """kernels.attention by Triton. Gradients have the same bits every time if PyTorch is set to be deterministic."""
     return attention_forward(q, k, v, first_key, torch.are_deterministic_algorithms_enabled())[0]
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Operators
 
 @library.custom_op("flatgpt::attention_forward", mutates_args=())
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, first_key: Tensor | None,
@@ -44,14 +38,13 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, first_key: Tensor | None,
     """Attention (B, Tq, H, D), contiguous, and the log of the sum of exp(scores), float32 (B, H, Tq). deterministic is
     for the backward."""
     out, lse = _outputs(q, k, v, first_key, deterministic)
-    q, k, v = _addressable(q), _addressable(k), _addressable(v)
+    first, q, k, v = _addressable(first_key, q, k, v)
     B, Tq, H, D = q.shape
-    first = _first_keys(first_key, q)
     tile = configs.attention(D, q.dtype, _arch(q.device)).forward
-    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     with torch.cuda.device_of(q):  # Triton launches on the current one; for backward, autograd's thread sets it
         _forward_kernel[(triton.cdiv(Tq, tile.queries) * B * H,)](
-            q, k, v, first, out, lse, D ** -0.5, H, Tq, k.shape[1], *strides, first.stride(0),
+            q, k, v, first, out, lse, D ** -0.5, H, Tq, k.shape[1],
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], first.stride(0),
             G=H // k.shape[2], D=D, BLOCK_D=configs.head_block(D), BLOCK_Q=tile.queries, BLOCK_K=tile.keys,
             HAS_FIRST=first_key is not None, num_warps=tile.warps, num_stages=tile.stages)
     return out, lse
@@ -68,28 +61,24 @@ def attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tenso
                        first_key: Tensor | None, deterministic: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, contiguous, in their dtypes; grad (B, Tq, H, D) is that of out."""
     grad_q, grad_k, grad_v = _gradient_outputs(grad, q, k, v, out, lse, first_key, deterministic)
-    grad, q, k, v = _addressable(grad), _addressable(q), _addressable(k), _addressable(v)
-    B, Tq, H, D = q.shape
-    Tk, Hkv = k.shape[1], k.shape[2]
-    arch = _arch(q.device)
-    tiles = configs.attention(D, q.dtype, arch)
-    fused = not deterministic and tiles.fused is not None and configs.attention_backward_is_fused(D, q.dtype, arch)
-    tile = tiles.fused if fused else tiles.backward_kv
-    first = _first_keys(first_key, q)
-    last = first if first_key is None else _last_queries(first, Tk, tile.keys)
+    first, q, k, v, grad = _addressable(first_key, q, k, v, grad)
+    (B, Tq, H, D), (_, Tk, Hkv, _) = q.shape, k.shape
+    tiles = configs.attention(D, q.dtype, _arch(q.device))
+    fused = not deterministic and configs.FUSED_BACKWARD and tiles.fused is not None
+    of_q, of_kv = tiles.backward_q, tiles.fused if fused else tiles.backward_kv
+    last = first if first_key is None else _last_queries(first, Tk, of_kv.keys)
     delta = torch.empty_like(lse)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad.stride()[:3])
     constants = {"G": H // Hkv, "D": D, "BLOCK_D": configs.head_block(D), "HAS_FIRST": first_key is not None}
     if fused:
         grad_q = torch.zeros_like(grad_q, dtype=torch.float32)
-    of_q = tiles.backward_q
     _backward_q_kernel[(triton.cdiv(Tq, of_q.queries) * B * H,)](
         q, k, v, grad, out, lse, delta, first, grad_q, D ** -0.5, H, Tq, Tk, *strides, first.stride(0), **constants,
         BLOCK_Q=of_q.queries, BLOCK_K=of_q.keys, ONLY_DELTA=fused, num_warps=of_q.warps, num_stages=of_q.stages)
-    _backward_kv_kernel[(triton.cdiv(Tk, tile.keys) * B * Hkv,)](
+    _backward_kv_kernel[(triton.cdiv(Tk, of_kv.keys) * B * Hkv,)](
         q, k, v, grad, lse, delta, first, last, grad_q, grad_k, grad_v, D ** -0.5, Hkv, Tq, Tk, *strides,
-        first.stride(0), last.stride(0), **constants, BLOCK_Q=tile.queries, BLOCK_K=tile.keys, ADD_GRAD_Q=fused,
-        num_warps=tile.warps, num_stages=tile.stages)
+        first.stride(0), last.stride(0), **constants, BLOCK_Q=of_kv.queries, BLOCK_K=of_kv.keys, ADD_GRAD_Q=fused,
+        num_warps=of_kv.warps, num_stages=of_kv.stages)
     return grad_q.to(q.dtype), grad_k, grad_v
 
 
@@ -112,17 +101,12 @@ def _gradients(ctx, grad, _grad_lse):
 attention_forward.register_autograd(_gradients, setup_context=_save_for_backward)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What the kernels are given
-
-def _addressable(x: Tensor) -> Tensor:
-    """x (B, T, H, D) as the kernels can read it: the numbers of a head in a row."""
-    return x if x.stride(3) == 1 else x.contiguous()
-
-
-def _first_keys(first_key: Tensor | None, q: Tensor) -> Tensor:
-    """first_key for the kernels, int32 (B, Tq) with numbers in a row; any tensor if None, since it is never read."""
-    return q if first_key is None else first_key.to(torch.int32).contiguous().expand(q.shape[0], -1)
+def _addressable(first_key: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """first_key int32 (B, Tq) and tensors (B, T, H, D) as the kernels read them, the numbers of the last dim in a row.
+    Of first_key None any tensor, since it is never read."""
+    tensors = tuple(x if x.stride(3) == 1 else x.contiguous() for x in tensors)
+    B = tensors[0].shape[0]
+    return tensors[0] if first_key is None else first_key.to(torch.int32).contiguous().expand(B, -1), *tensors
 
 
 def _last_queries(first: Tensor, Tk: int, block: int) -> Tensor:
@@ -138,18 +122,16 @@ def _last_queries(first: Tensor, Tk: int, block: int) -> Tensor:
 @functools.cache
 def _arch(device: torch.device) -> str:
     """The GPU as configs.py names it. The interpreter runs the tiles of the GPU that matters most."""
-    if device.type != "cuda":
-        return "sm_90"
-    if torch.version.hip is not None:
+    if device.type == "cuda" and torch.version.hip is not None:
         return "gfx942"
-    major, minor = torch.cuda.get_device_capability(device)
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
     return f"sm_{10 * major + minor}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Kernels
 
-LOG2_E = tl.constexpr(math.log2(math.e))  # probabilities are powers of 2, which is what the hardware computes
+LOG2_E = tl.constexpr(1.4426950408889634)  # probabilities are powers of 2, which is what the hardware computes
 INFINITY = tl.constexpr(float("inf"))
 
 
@@ -182,10 +164,9 @@ def _forward_kernel(Q, K, V, FIRST, OUT, LSE, scale, H, Tq, Tk, q_b, q_t, q_h, k
                 visible = visible & (key[None, :] >= first[:, None])
             scores = tl.where(visible, scores, -INFINITY)
         new_largest = tl.maximum(largest, tl.max(scores, axis=1) * scale_2)
+        subtract = new_largest
         if HAS_FIRST:  # a query may see no key of its tile's first ones
             subtract = tl.where(new_largest == -INFINITY, 0.0, new_largest)
-        else:
-            subtract = new_largest
         p = tl.exp2(scores * scale_2 - subtract[:, None])
         shrink = tl.exp2(largest - subtract)
         total = total * shrink + tl.sum(p, axis=1)
@@ -245,9 +226,8 @@ def _backward_kv_kernel(Q, K, V, GRAD, LSE, DELTA, FIRST, LAST, GRAD_Q, GRAD_K, 
                         G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, HAS_FIRST: tl.constexpr,
                         BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, ADD_GRAD_Q: tl.constexpr):
     """GRAD_K and GRAD_V for BLOCK_K keys of one key head, over all queries of its G query heads. With ADD_GRAD_Q the
-    tiles' shares of GRAD_Q, float32, are added to it on the way.
-
-    One loop with the mask in every tile: of two loops, one with it, Triton 3.6 made wgmma that wait for each other."""
+    tiles' shares of GRAD_Q, float32, are added to it on the way. One loop with the mask in every tile: of two loops,
+    one with it, Triton 3.6 made wgmma that wait for each other."""
     tiles = tl.cdiv(Tk, BLOCK_K)
     tile = tl.program_id(0) % tiles
     start_k = tile * BLOCK_K
@@ -307,9 +287,6 @@ def _last_query_kernel(FIRST, LAST, Tq, Tk, BLOCK_K: tl.constexpr, BLOCK: tl.con
         last = tl.where(sees, query + 1, last)
     tl.store(LAST + row * tiles + tile, tl.max(last, axis=0))
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Parts of kernels
 
 @triton.jit
 def _load_tile(BASE, start, T, stride, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):

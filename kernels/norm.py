@@ -2,8 +2,7 @@
 
 One pass over the rows each way: statistics in float32 registers, the input read once. The weight's gradient is summed
 in two stages, per program in registers and then over programs in a fixed order, so equal inputs give equal bits. Rows
-too wide for those registers are PyTorch's.
-LayerNorm: arXiv:1607.06450; RMSNorm: arXiv:1910.07467.
+too wide for those registers are PyTorch's. LayerNorm: arXiv:1607.06450; RMSNorm: arXiv:1910.07467.
 
 Dims: N rows, C width.
 """
@@ -17,26 +16,20 @@ from kernels import configs
 
 
 def supports(x: Tensor) -> bool:
-    """Whether these kernels compute rows of this width, dtype and device."""
     return configs.computes_on(x) and x.shape[-1] <= configs.MAX_NORM_WIDTH and x.numel() > 0
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, *, eps: float,
                residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-    """kernels.layer_norm by Triton."""
     y, added, _, _ = norm_forward(x, weight, bias, residual, eps, False)
     return y if residual is None else (y, added)
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float,
              residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-    """kernels.rms_norm by Triton."""
     y, added, _, _ = norm_forward(x, weight, None, residual, eps, True)
     return y if residual is None else (y, added)
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Operators
 
 def _rows(x: Tensor) -> Tensor:
     """x (..., C) as (N, C) with a contiguous last dim; a view where its strides allow."""
@@ -53,7 +46,7 @@ def norm_forward(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tenso
     rows = _rows(x)
     residual_rows = rows if residual is None else _rows(residual)
     N, C = rows.shape
-    tile = configs.norm_forward(C)
+    tile = configs.norm(C, backward=False)
     with torch.cuda.device_of(x):  # Triton launches on the current one; for backward, autograd's thread sets it
         _forward_kernel[(triton.cdiv(N, tile.rows),)](
             rows, residual_rows, weight, weight if bias is None else bias, y, added, mean, rstd,
@@ -76,15 +69,12 @@ def norm_backward(grad: Tensor, grad_added: Tensor | None, x: Tensor, weight: Te
     """Gradients of x (..., C), the weight (C,) and the bias (C,), empty without one. x is what was normalised;
     grad_added (..., C) is the gradient that reached the sum x + residual on its other way."""
     rows, grad_rows = _rows(x), _rows(grad)
-    N, C = rows.shape
     added_rows = grad_rows if grad_added is None else _rows(grad_added)
+    N, C = rows.shape
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-    tile = configs.norm_backward(C)
-    programs = 3  # the interpreter: enough for a second stage that has something to sum
-    if x.is_cuda:
-        programs = (configs.NORM_BACKWARD_PROGRAMS_PER_SM
-                    * torch.cuda.get_device_properties(x.device).multi_processor_count)
-    programs = min(programs, triton.cdiv(N, tile.rows))
+    tile = configs.norm(C, backward=True)
+    n_sm = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1  # 1: interpreted
+    programs = min(n_sm * configs.NORM_BACKWARD_PROGRAMS_PER_SM, triton.cdiv(N, tile.rows))
     grad_weight = torch.empty((programs, C), dtype=torch.float32, device=x.device)  # one partial sum a program
     grad_bias = torch.empty((programs if has_bias else 0, C), dtype=torch.float32, device=x.device)
     _backward_kernel[(programs,)](
@@ -187,7 +177,6 @@ def _backward_kernel(GRAD, GRAD_ADDED, X, WEIGHT, MEAN, RSTD, GRAD_X, GRAD_WEIGH
         if HAS_ADDED:
             grad_x += tl.load(GRAD_ADDED + row * added_stride + column, mask=mask, other=0.0).to(tl.float32)
         tl.store(GRAD_X + row * C + column, grad_x.to(GRAD_X.dtype.element_ty), mask=mask)
-    column = tl.arange(0, BLOCK_C)
-    tl.store(GRAD_WEIGHT + program * C + column, tl.sum(grad_weight, axis=0), mask=column < C)
+    tl.store(GRAD_WEIGHT + program * C + column, tl.sum(grad_weight, axis=0)[None, :], mask=in_columns)
     if HAS_BIAS:
-        tl.store(GRAD_BIAS + program * C + column, tl.sum(grad_bias, axis=0), mask=column < C)
+        tl.store(GRAD_BIAS + program * C + column, tl.sum(grad_bias, axis=0)[None, :], mask=in_columns)

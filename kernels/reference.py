@@ -1,10 +1,10 @@
 """The operations by their definitions, in plain PyTorch: any device, any float dtype, autograd's gradients.
 
-Every other backend is measured against this file in float64 (self_check.py, tests/), and it computes what no other one
-was chosen for; but for the loss, since here all logits exist at once: chunked_loss.py computes that in chunks.
+Every other backend is measured against this file in float64 (self_check.py, tests/), and what no other one was chosen
+for is computed here; but for the loss, whose logits all exist at once here, and one chunk at a time in chunked_loss.py.
 
-Shapes: B batch, T sequence (Tq queries, Tk keys), H query heads, Hkv key/value heads, D head dim, N = B*T rows,
-C width, V vocabulary (rows of the padded table). The arguments are those of the same names in kernels/__init__.py.
+Dims: B batch, T sequence (Tq queries, Tk keys), H query heads, Hkv key/value heads, D head dim, N = B*T rows, C width,
+V vocabulary (rows of the padded table). The arguments are those of the same names in kernels/__init__.py.
 """
 
 import torch
@@ -25,8 +25,7 @@ def statistics_dtype(x: Tensor) -> torch.dtype:
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, *, eps: float,
                residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
     """(x - mean) / sqrt(variance + eps) * weight + bias, over the last dim."""
-    if residual is not None:
-        x = x + residual
+    x = x if residual is None else x + residual
     y = F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), None if bias is None else bias.to(x.dtype), eps)
     return y if residual is None else (y, x)
 
@@ -34,8 +33,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, *, eps: float,
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float,
              residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
     """x / sqrt(mean of x^2 + eps) * weight, over the last dim."""
-    if residual is not None:
-        x = x + residual
+    x = x if residual is None else x + residual
     y = F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)
     return y if residual is None else (y, x)
 
@@ -63,19 +61,17 @@ def visible_keys(Tq: int, Tk: int, first_key: Tensor | None, *, device: torch.de
     """The mask of attention(): bool (B or 1, 1, Tq, Tk), True where the query sees the key."""
     key = torch.arange(Tk, device=device)
     last_key = torch.arange(Tk - Tq, Tk, device=device)  # (Tq,) the key at which each query stands
-    mask = (key[None, :] <= last_key[:, None])[None]  # (1, Tq, Tk)
+    mask = key <= last_key[None, :, None]  # (1, Tq, Tk)
     if first_key is not None:
-        mask = mask & (key[None, None, :] >= torch.minimum(first_key, last_key)[:, :, None])
+        mask = mask & (key >= torch.minimum(first_key, last_key)[:, :, None])
     return mask[:, None]
 
 
 def first_visible_key(document_ids: Tensor | None, window: int | None, *, T: int,
                       device: torch.device) -> Tensor | None:
-    """int32 (B or 1, T): the first key that each query sees; None if both arguments are None (plain causal).
-
-    document_ids (B, T) numbers each token's document, in rising order; a token sees its own document only.
-    window: a token sees that many tokens, itself included.
-    """
+    """The first key that each query sees, int32 (B or 1, T); None if both arguments are None (plain causal). A token
+    sees its own document only, numbered by document_ids (B, T) in rising order, and of it the last `window` tokens,
+    itself included."""
     if document_ids is None and window is None:
         return None
     position = torch.arange(T, device=device, dtype=torch.int32)[None]  # (1, T)
@@ -87,7 +83,7 @@ def document_starts(document_ids: Tensor) -> Tensor:
     """int32 (B, T): the position at which each token's document starts. document_ids (B, T)."""
     position = torch.arange(document_ids.shape[1], device=document_ids.device, dtype=torch.int32)[None]
     is_start = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0), value=False)
-    return torch.where(is_start, position, torch.zeros_like(position)).cummax(dim=1).values.to(torch.int32)
+    return torch.where(is_start, position, 0).cummax(dim=1).values
 
 
 # ----------------------------------------------------------------------------------------------------------------------

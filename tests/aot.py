@@ -81,7 +81,7 @@ def norm_cases(arch: str) -> Iterator[Case]:
     for dtype, width, rms in itertools.product(dtypes_of(arch), widths, (False, True)):
         if rms and width not in (64, 768, 1600):
             continue
-        x, tile = "*" + TRITON_DTYPE[dtype], configs.norm_forward(width)
+        x, tile = "*" + TRITON_DTYPE[dtype], configs.norm(width, backward=False)
         name = f"{'rms' if rms else 'layer'}_norm {width}"
         pointers = {"X": x, "RESIDUAL": x, "WEIGHT": "*fp32", "BIAS": "*fp32", "Y": x, "ADDED": x, "MEAN": "*fp32",
                     "RSTD": "*fp32"}
@@ -92,7 +92,7 @@ def norm_cases(arch: str) -> Iterator[Case]:
                        "HAS_RESIDUAL": not rms},
             warps=tile.warps(WARP_SIZE[arch]), divisible_by_16=(*pointers, "x_stride", "residual_stride"),
             wide_loads=width >= 512)
-        tile = configs.norm_backward(width)
+        tile = configs.norm(width, backward=True)
         pointers = {"GRAD": x, "GRAD_ADDED": x, "X": x, "WEIGHT": "*fp32", "MEAN": "*fp32", "RSTD": "*fp32",
                     "GRAD_X": x, "GRAD_WEIGHT": "*fp32", "GRAD_BIAS": "*fp32"}
         strides = {"grad_stride": "i32", "added_stride": "i32", "x_stride": "i32"}

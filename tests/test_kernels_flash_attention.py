@@ -150,16 +150,17 @@ def test_attention_is_as_exact_as_pytorch(name, dtype, kernel_device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["T63-G2", "T127-D64", "T70-D80", "documents-window-G4-D64", "any-keys"])
 def test_the_fused_backward_is_as_exact_as_pytorch(name, dtype, kernel_device, monkeypatch):
-    monkeypatch.setattr(configs, "attention_backward_is_fused", lambda *_: True)
+    monkeypatch.setattr(configs, "FUSED_BACKWARD", True)
     shape, first_key = SHAPES[name]
     assert_as_exact_as_pytorch(make_qkv(*shape, dtype=dtype, device=kernel_device),
                                None if first_key is None else first_key.to(kernel_device))
 
 
 def test_a_deterministic_backward_is_split_whatever_the_table_says(kernel_device, monkeypatch):
-    def ask(*_):
-        raise LookupError
-    monkeypatch.setattr(configs, "attention_backward_is_fused", ask)
+    class Asked:
+        def __bool__(self):
+            raise LookupError
+    monkeypatch.setattr(configs, "FUSED_BACKWARD", Asked())
     inputs = make_qkv(1, 20, 20, 1, 1, 16, device=kernel_device)
     torch.use_deterministic_algorithms(True)
     try:
@@ -252,7 +253,7 @@ def test_one_row_of_first_keys_serves_every_batch(kernel_device):
 @pytest.mark.parametrize("fused", [False, True], ids=["split", "fused"])
 def test_memory_outside_the_tensors_changes_no_bit(fused, masked, kernel_device, monkeypatch):
     """NaN in rows before and past T (the unwritten slots of a cache), past the last head, and between heads."""
-    monkeypatch.setattr(configs, "attention_backward_is_fused", lambda *_: fused)
+    monkeypatch.setattr(configs, "FUSED_BACKWARD", fused)
     B, T, H, D = 2, 77, 2, 24
     first_key = documents(B, T).to(kernel_device) if masked else None
     def inside(x: Tensor, outside: float) -> Tensor:
@@ -274,7 +275,7 @@ def test_memory_outside_the_tensors_changes_no_bit(fused, masked, kernel_device,
 def test_keys_that_no_query_sees_change_no_bit(fused, kernel_device, monkeypatch):
     """Two documents, the second one padded on the left, so to say: its queries see none of the first's keys. Nor does
     the first see the second, which lies in its future."""
-    monkeypatch.setattr(configs, "attention_backward_is_fused", lambda *_: fused)
+    monkeypatch.setattr(configs, "FUSED_BACKWARD", fused)
     T, cut = 150, 83
     first_key = torch.where(torch.arange(T) < cut, 0, cut)[None].to(kernel_device)
     q, k, v, grad = make_qkv(1, T, T, 2, 1, 16, dtype=torch.bfloat16, device=kernel_device)
@@ -291,7 +292,7 @@ def test_keys_that_no_query_sees_change_no_bit(fused, kernel_device, monkeypatch
 @pytest.mark.parametrize("fused", [False, True], ids=["split", "fused"])
 def test_tiles_that_no_query_of_a_tile_sees_are_not_read(fused, kernel_device, monkeypatch):
     """NaN times a probability of 0 is NaN: results that stay finite come from programs that skipped what holds NaN."""
-    monkeypatch.setattr(configs, "attention_backward_is_fused", lambda *_: fused)
+    monkeypatch.setattr(configs, "FUSED_BACKWARD", fused)
     T, cut = 512, 256  # a multiple of all tiles
     first_key = torch.where(torch.arange(T) < cut, 0, cut)[None].to(kernel_device)
     for poisoned, kept in (slice(None, cut), slice(cut, None)), (slice(cut, None), slice(None, cut)):
@@ -374,7 +375,7 @@ def packed(B: int, T: int, device: torch.device) -> Tensor:
 @pytest.mark.parametrize("D", [64, 128])
 @pytest.mark.parametrize("T", [1024, 4096])
 def test_real_sizes_are_as_exact_as_pytorch(T, D, G, masked, fused, gpu, monkeypatch):
-    monkeypatch.setattr(configs, "attention_backward_is_fused", lambda *_: fused)
+    monkeypatch.setattr(configs, "FUSED_BACKWARD", fused)
     B = 16_384 // T
     first_key = packed(B, T, gpu) if masked else None
     assert_as_exact_as_pytorch(make_qkv(B, T, T, 4, 4 // G, D, dtype=torch.bfloat16, device=gpu), first_key)
