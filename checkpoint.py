@@ -44,8 +44,7 @@ class SaveError(MachineError):
     """A checkpoint could not be written; the ones before it are untouched."""
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Saving
+# ---- Saving ----------------------------------------------------------------------------------------------------------
 
 def save(run_dir: Path, step: int, *, tensors: dict[str, dict[str, Tensor]], state: dict, keep: int,
          texts: dict[str, dict] | None = None) -> Path:
@@ -192,8 +191,7 @@ def _discard(path: Path) -> None:
         files.delete_folder(temporary)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Choosing
+# ---- Choosing --------------------------------------------------------------------------------------------------------
 
 def best_of(run_dir: Path) -> Path | None:
     """The checkpoint with the lowest validation loss among those saved at an evaluated step; of equals the newest."""
@@ -313,8 +311,7 @@ def run_dir_of(checkpoint: Path) -> Path:
     return Path(checkpoint).resolve().parent.parent
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Loading
+# ---- Loading ---------------------------------------------------------------------------------------------------------
 
 def load_state(checkpoint: Path, name: str = "state") -> dict:
     """state.json of a checkpoint, or another of its JSON files. Raises CheckpointError."""
@@ -374,8 +371,7 @@ def _misfits(targets: dict[str, Tensor], tensors: dict[str, Tensor]) -> list[str
     return problems
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# One run per folder
+# ---- One run per folder ----------------------------------------------------------------------------------------------
 
 @contextmanager
 def run_lock(run_dir: Path) -> Iterator[None]:

@@ -54,8 +54,7 @@ def exit_cleanly(main: Callable[[list[str]], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The knobs
+# ---- The knobs -------------------------------------------------------------------------------------------------------
 
 def knob(default, what: str, *, choices: tuple[str, ...] = (), minimum: float | None = None,
          maximum: float | None = None, above: float | None = None, may_be_inf: bool = False):
@@ -229,8 +228,7 @@ class Config:
     lora: LoraConfig = field(default_factory=LoraConfig)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Reading: files and overrides -> Config
+# ---- Reading: files and overrides -> Config --------------------------------------------------------------------------
 
 OVERRIDE = re.compile(r"[\w.-]+=")  # a path with = in it has a / before
 
@@ -391,8 +389,7 @@ def _check_range(name: str, value: object, limits: typing.Mapping) -> None:
             raise ConfigError(f"{name} = {value} should be {words} {limits[limit]}")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Checks of values against each other
+# ---- Checks of values against each other -----------------------------------------------------------------------------
 
 def check(config: Config) -> None:
     """Raise ConfigError if values do not fit together."""
@@ -448,8 +445,7 @@ def _conflicts(config: Config) -> Iterator[str]:
                    "an adapter's A and B are factors of one; use adamw")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Writing: Config -> TOML that loads back equal; --help
+# ---- Writing: Config -> TOML that loads back equal; --help -----------------------------------------------------------
 
 def to_toml(config: Config) -> str:
     """The whole config as TOML; a knob that is left out stays left out."""

@@ -71,8 +71,7 @@ class ConvertError(UserError):
     """A folder that cannot be converted: unknown architecture, tensors that do not fit, no family, or no room."""
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Names and shapes: one list for both directions
+# ---- Names and shapes: one list for both directions ------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Rule:
@@ -133,8 +132,7 @@ def _misfits(expected: dict[str, list[int]], found: dict[str, list[int]]) -> str
                      for what, names in lists.items() if names)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# config.json -> ModelConfig
+# ---- config.json -> ModelConfig --------------------------------------------------------------------------------------
 
 def read_config(folder: Path) -> dict:
     """config.json of a Hugging Face folder, with model_type, transformers' values of what it leaves out, and RoPE's
@@ -242,8 +240,7 @@ def _llama_values(table: dict) -> dict:
     return values
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# A Hugging Face folder -> our model, tokenizer and tensors
+# ---- A Hugging Face folder -> our model, tokenizer and tensors -------------------------------------------------------
 
 @dataclass(frozen=True)
 class HuggingFaceModel:
@@ -382,8 +379,7 @@ def _has(config: ModelConfig, rule: Rule) -> bool:
     return not rule.ours.endswith(".bias") or _biases(config)[switch]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# ModelConfig -> config.json
+# ---- ModelConfig -> config.json --------------------------------------------------------------------------------------
 
 def choose_family(config: ModelConfig) -> str:
     """The family that computes what the model computes. Raises ConvertError naming the switches in the way."""
@@ -446,8 +442,7 @@ def hf_config(config: ModelConfig, family: str, *, bos: int, eos: int, dtype: st
     return table
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The two commands
+# ---- The two commands ------------------------------------------------------------------------------------------------
 
 def from_hf(folder: Path, run: Path, *, max_seq_len: int | None = None,
             note: Callable[[str], None] = lambda line: None) -> None:

@@ -124,8 +124,7 @@ def format_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     return "\n".join(lines)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Plot
+# ---- Plot ------------------------------------------------------------------------------------------------------------
 
 def smooth(values: list[float], window: int) -> list[float]:
     """Mean over the window values around each one, fewer at both ends; centred, so that curves do not lag."""
@@ -189,8 +188,7 @@ def loss_limits(curves: list[list[float]]) -> tuple[float, float] | None:
     return bottom - margin, top + margin
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Command line
+# ---- Command line ----------------------------------------------------------------------------------------------------
 
 def main(argv: list[str]) -> None:
     parser = Parser(prog="python metrics.py", description="Compare runs: a table, and loss curves as PNG.")

@@ -54,8 +54,7 @@ def read_world() -> World:
         raise ConfigError(f"RANK, LOCAL_RANK and WORLD_SIZE should be whole numbers: {error}") from None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Device, dtype, compile: what was chosen and why
+# ---- Device, dtype, compile: what was chosen and why -----------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Machine:
@@ -157,8 +156,7 @@ def prepare_cpu(world: World) -> None:
             ctypes.CDLL(None).mallopt(parameter, value)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The process group and agreement between ranks
+# ---- The process group and agreement between ranks -------------------------------------------------------------------
 
 @contextlib.contextmanager
 def process_group(world: World, device: torch.device, timeout_s: float) -> Iterator[None]:

@@ -89,8 +89,7 @@ def compressed_bits_per_byte(text: bytes) -> dict[str, float]:
     return {"gzip": 8 * len(gzip.compress(text, 9)) / len(text), "xz": 8 * len(lzma.compress(text)) / len(text)}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Command line
+# ---- Command line ----------------------------------------------------------------------------------------------------
 
 def main(argv: list[str]) -> None:
     args = _parse(argv)

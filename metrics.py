@@ -22,8 +22,7 @@ from cli import require
 from config import MachineError, exit_cleanly
 from curves import ROW_FIELDS, human_count, parse_row
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Speed and memory
+# ---- Speed and memory ------------------------------------------------------------------------------------------------
 
 # TFLOP/s without sparsity: bfloat16 and float16 on tensor (AMD: matrix) cores with float32 accumulation, and float32
 # without TF32. None: no such cores, or no figure that we know. Keys are matched whole, because a prefix would guess: a
@@ -109,8 +108,7 @@ def profiled(run_dir: Path, step: int, log: "RunLog") -> Iterator[None]:
     log.note(f"profiled step {step}: {path}")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Figures as text
+# ---- Figures as text -------------------------------------------------------------------------------------------------
 
 def human_seconds(seconds: float) -> str:
     """The two largest units: 42s, 5m 07s, 2h 05m, 3d 04h."""
@@ -143,8 +141,7 @@ def _line(row: dict, max_steps: int, words: list[str], styles: Iterable[tuple[st
     return " | ".join([f"step {row['step']}/{max_steps}", *words, *known])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The log of a run: stdout, log.txt, metrics.jsonl, tracker
+# ---- The log of a run: stdout, log.txt, metrics.jsonl, tracker -------------------------------------------------------
 
 class RunLog:
     """Rank 0's log.txt, metrics.jsonl, stdout and tracker. On other ranks (enabled False) every method does nothing.
@@ -266,8 +263,7 @@ def _drop_rows_after(path: Path, resume_step: int) -> dict[str, int]:
     return last_step
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Trackers
+# ---- Trackers --------------------------------------------------------------------------------------------------------
 
 def check_tracker(name: str) -> None:
     """Raise UserError if the tracker's package is not installed; cheap, so every rank can ask before any work."""

@@ -256,8 +256,7 @@ def padded_vocab_size(vocab_size: int) -> int:
     return vocab_size if vocab_size < 1024 else 128 * math.ceil(vocab_size / 128)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Rotary position embedding (RoFormer, arXiv:2104.09864)
+# ---- Rotary position embedding (RoFormer, arXiv:2104.09864) ----------------------------------------------------------
 
 def rope_table(config: ModelConfig) -> tuple[Tensor, Tensor]:
     """cos and sin of position x frequency, float32 (max_seq_len, D/2)."""
@@ -288,8 +287,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What a token costs
+# ---- What a token costs ----------------------------------------------------------------------------------------------
 
 def flops_per_token(config: ModelConfig, *, seq_len: int | None = None) -> int:
     """FLOPs of forward and backward per token: the matmuls that the model has, causal half of attention.

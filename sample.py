@@ -61,8 +61,7 @@ class Sampling:
                 raise SampleError(f"{name} = {getattr(self, name)} should {should}")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Tokens
+# ---- Tokens ----------------------------------------------------------------------------------------------------------
 
 @torch.inference_mode()
 def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int,
@@ -118,8 +117,7 @@ def decode(model: GPT, cache: KVCache, tokens: list[int]) -> Tensor:
     return model.logits(model.hidden(column, cache=cache)[:, -1])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The choice of a token
+# ---- The choice of a token -------------------------------------------------------------------------------------------
 
 @torch.inference_mode()
 def pick(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> Tensor:
@@ -171,8 +169,7 @@ def row_generator(seed: int, row: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest) >> 1)  # torch takes 63 bits
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Text
+# ---- Text ------------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Piece:
@@ -310,8 +307,7 @@ class TextStream:
         return held[:cut]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Command line
+# ---- Command line ----------------------------------------------------------------------------------------------------
 
 def load_model(run: str | Path, *, device: torch.device, dtype: str,
                note: Callable[[str], None]) -> tuple[GPT, Tokenizer]:

@@ -51,8 +51,7 @@ class Progress:
                     {"base_sha256": self.base_sha256} if self.base_sha256 else {})
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The four ways to start
+# ---- The four ways to start ------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Fresh:
@@ -149,8 +148,7 @@ def _check_resumable(config: Config, state: dict, data_hash: str) -> None:
                               "undo them, or choose another train.out_dir (train.fork_from continues as a new run)")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What was left out of the config
+# ---- What was left out of the config ---------------------------------------------------------------------------------
 
 def has_checkpoint(config: Config) -> bool:
     return any((Path(config.train.out_dir) / "checkpoints").glob("step_*"))
@@ -230,8 +228,7 @@ def check_same_on_all_ranks(config: Config, dataset: Dataset, world: World) -> N
                                f"{hashes[0][:16]}, data {str(dataset.dir)!r}); {way_out}")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Model, optimizer and progress
+# ---- Model, optimizer and progress -----------------------------------------------------------------------------------
 
 def build(start: Start, config: Config, parent: Parent | None, machine: Machine,
           world: World) -> tuple[GPT, Optimizer, Progress]:

@@ -56,8 +56,7 @@ SAMPLE_TOKENS = 128
 YARDSTICK_TOKENS = 1_000_000  # of validation text for gzip and xz, which need a second per 2 MB
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# One optimizer step
+# ---- One optimizer step ----------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class StepResult:
@@ -107,8 +106,7 @@ def dropout_seed(seed: int, step: int, first_window: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The loop
+# ---- The loop --------------------------------------------------------------------------------------------------------
 
 @dataclass
 class Training:
@@ -281,8 +279,7 @@ def report(run: Training) -> None:
     run.log.note(f"finished {run.progress.step} steps; {memory}run folder {out_dir}: python sample.py {out_dir}{words}")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# From the command line to the loop
+# ---- From the command line to the loop -------------------------------------------------------------------------------
 
 def train(config: Config, given: set[str], *, world: World, stop: StopRequest) -> None:
     """The whole run, from raw text to the last checkpoint."""

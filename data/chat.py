@@ -101,8 +101,7 @@ def _compiled(template: str):
         raise ChatError(f"the chat template is not valid Jinja at line {error.lineno}: {error.message}") from None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Messages -> tokens
+# ---- Messages -> tokens ----------------------------------------------------------------------------------------------
 
 def encode_chat(tokenizer: Tokenizer, template: str, messages: list[dict]) -> np.ndarray:
     """Ids of a rendered conversation, uint32 (n,): what a model is given to answer it. Raises ChatError."""

@@ -67,8 +67,7 @@ class ExampleError(UserError):
     """A row that is no example, or does not fit."""
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Rows -> examples
+# ---- Rows -> examples ------------------------------------------------------------------------------------------------
 
 def kind_of_row(row: object, text_field: str) -> str:
     """What a row of JSONL holds. A text_field other than "text" was named by the user: plain text."""
@@ -182,8 +181,7 @@ def _example(row: dict, packing: Packing, tokenizer: Tokenizer) -> Example | Non
     return Example(ids, scored, _text_of_row(row, packing.kind), cut)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Examples -> rows
+# ---- Examples -> rows ------------------------------------------------------------------------------------------------
 
 def pack(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
     """Which examples share a row: best-fit decreasing. Rows are in the order of their first examples."""

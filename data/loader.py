@@ -26,8 +26,7 @@ CHECKED_AT_ONCE = 256  # validation windows
 IGNORED = -100  # a target that the loss does not count, as in PyTorch
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The order
+# ---- The order -------------------------------------------------------------------------------------------------------
 
 def permuted(index: int | np.ndarray, size: int, key: int) -> int | np.ndarray:
     """Where a keyed permutation of range(size) sends index (any shape, each in [0, size)); same shape, int64.
@@ -72,8 +71,7 @@ def epoch_key(seed: int, epoch: int) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed} {epoch}".encode(), digest_size=8).digest(), "little")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Micro-batches
+# ---- Micro-batches ---------------------------------------------------------------------------------------------------
 
 @dataclass
 class MicroBatch:

@@ -60,8 +60,7 @@ class PreparationStopped(Exception):
     """should_stop() said so; what is done is kept, and the same call goes on."""
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Encoding units, here or in worker processes
+# ---- Encoding units, here or in worker processes ---------------------------------------------------------------------
 
 class Encoder:
     """Encodes units; each worker process has one. packing: the units hold examples, not texts."""
@@ -171,8 +170,7 @@ def encode_units(units: Iterator[Unit], encoder: Encoder, workers: int, tokenize
         pool.shutdown(cancel_futures=True)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The output folder
+# ---- The output folder -----------------------------------------------------------------------------------------------
 
 class OutputFolder:
     """The folder while it is being filled: locked, with .progress.json saying what is done."""
@@ -271,8 +269,7 @@ def refuse_differences(folder: Path, theirs: dict, ours: dict) -> None:
                           "data.source=[]")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# prepare()
+# ---- prepare() -------------------------------------------------------------------------------------------------------
 
 def prepare(sources: Sequence[str], out_dir: Path, *, tokenizer: str = DEFAULT_TOKENIZER,
             val_fraction: float = 0.05, val_sources: Sequence[str] = (), workers: int | None = None,
@@ -466,8 +463,7 @@ def _summary(index: dict) -> str:
     return f"{', '.join(lines)}; tokenizer {index['tokenizer']}, {index['vocab_size']:,} ids{replaced}"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Command line
+# ---- Command line ----------------------------------------------------------------------------------------------------
 
 def _parser() -> cli.Parser:
     parser = cli.Parser(prog="python -m data.prepare", allow_abbrev=False,

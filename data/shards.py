@@ -36,8 +36,7 @@ class ShardError(UserError):
     """A shard or index that is missing, damaged, or not what the reader needs."""
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Files
+# ---- Files -----------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class ShardHeader:
@@ -100,8 +99,7 @@ def files_of(shard: dict) -> dict[str, str | None]:
                                                for track in TRACKS if f"{track}_sha256" in shard}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# A data folder
+# ---- A data folder ---------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Dataset:
@@ -215,8 +213,7 @@ def shards_in(data_dir: Path, pattern: str) -> list[Path]:
     return sorted(path for path in data_dir.glob(pattern) if path.suffixes[-2:-1] not in ([f".{t}"] for t in TRACKS))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Reading
+# ---- Reading ---------------------------------------------------------------------------------------------------------
 
 class TokenStream:
     """The shards of one split as one stream of `tokens` ids, memory-mapped, so memory is flat in its size.

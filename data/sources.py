@@ -45,8 +45,7 @@ class SourceError(UserError):
     """A source that does not exist, cannot be read, or holds no text."""
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Sources: names -> files
+# ---- Sources: names -> files -----------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class TextFile:
@@ -267,8 +266,7 @@ def first_row(file: TextFile) -> object | None:
     return next((row for unit in _row_units(file, None, FIRST_ROW_BYTES) for _, row, _ in jsonl_rows(unit)), None)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Files -> units, in order
+# ---- Files -> units, in order ----------------------------------------------------------------------------------------
 
 def whole_document_units(files: Sequence[TextFile], split: str | None, *, val_fraction: float, unit_bytes: int,
                          row_unit_bytes: int | None = None) -> Iterator[Unit]:
@@ -390,8 +388,7 @@ def _unpacked(file: TextFile, opened: BinaryIO) -> Iterator[bytes]:
         raise EOFError("it ends within a frame")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The split into train and val
+# ---- The split into train and val ------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Texts:

@@ -232,8 +232,7 @@ def pieces(text: str, size: int) -> Iterator[str]:
         yield text[start:]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Loading and training
+# ---- Loading and training --------------------------------------------------------------------------------------------
 
 def load_tokenizer(name_or_path: str, *, end_of_text: int | None = None) -> Tokenizer:
     """The tokenizer of a name (bytes, gpt2, r50k_base, cl100k_base, o200k_base) or of a tokenizer.json.
@@ -370,8 +369,7 @@ def _configured_end(path: Path) -> str | None:
     return token if isinstance(token, str) else None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Hugging Face's files
+# ---- Hugging Face's files --------------------------------------------------------------------------------------------
 
 def from_vocab_and_merges(folder: Path, *, end_of_text: int | None = None) -> Tokenizer:
     """GPT-2's tokenizer from its older files: vocab.json, merges.txt and, if there is one, added_tokens.json.

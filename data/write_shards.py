@@ -32,8 +32,7 @@ def dtype_for(vocab_size: int) -> np.dtype:
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# One shard
+# ---- One shard -------------------------------------------------------------------------------------------------------
 
 class ShardWriter:
     """Writes one shard, with its tracks, under temporary names; close() puts it in place.
@@ -121,8 +120,7 @@ def _open_part(path: Path, size: int, *, is_new: bool) -> None:
     os.truncate(part, size)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# All shards of a split
+# ---- All shards of a split -------------------------------------------------------------------------------------------
 
 @dataclass
 class Encoded:

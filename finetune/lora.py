@@ -64,8 +64,7 @@ def adapters(model: GPT) -> dict[str, LoRALinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Files: peft's names
+# ---- Files: peft's names ---------------------------------------------------------------------------------------------
 
 def family_of(model: ModelConfig) -> str:
     """Whose module names the adapters' names are made of."""

@@ -103,8 +103,7 @@ def load_base(path: Path) -> dict[str, Tensor]:
     return checkpoint.load_tensors(base, "model")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What a run takes over from the one it starts from
+# ---- What a run takes over from the one it starts from ---------------------------------------------------------------
 
 def take_over(config: Config, given: set[str], parent) -> Config:
     """config with the parent's [model] and tokenizer, of a fork also its [lora]. given: the knobs that the user named;

@@ -62,8 +62,7 @@ def _of(op: str, x: Tensor) -> ModuleType:
     return _chosen[op][1] if op in _chosen and _chosen[op][1].supports(x) else module_of(op, "torch")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Operations
+# ---- Operations ------------------------------------------------------------------------------------------------------
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, *, eps: float,
                residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:

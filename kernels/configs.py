@@ -31,8 +31,7 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Norms: a tile holds whole rows
+# ---- Norms: a tile holds whole rows ----------------------------------------------------------------------------------
 
 MAX_NORM_WIDTH = 8192  # beyond, the backward's sums for the weight do not fit in registers beside a row
 NORM_BLOCKS = tuple(2 ** n for n in range(4, 14))  # the columns of a tile: the width rounded up to a power of 2
@@ -47,8 +46,7 @@ def norm(width: int, *, backward: bool) -> Tile:
     return Tile(rows=max(1, 128 * per_thread // columns), columns=columns, threads=max(128, columns // per_thread))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Cross-entropy: a program walks one row of logits in steps of `columns`
+# ---- Cross-entropy: a program walks one row of logits in steps of `columns` ------------------------------------------
 
 CROSS_ENTROPY_CHUNK_ROWS = 8192  # fewer lose: each chunk reads and writes the float32 gradient of the weight once
 
@@ -60,8 +58,7 @@ def cross_entropy(vocab_size: int) -> Tile:
     return Tile(rows=1, columns=columns, threads=columns // 16)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Attention
+# ---- Attention -------------------------------------------------------------------------------------------------------
 
 MAX_HEAD_DIM = 256
 LAST_QUERY_BLOCK = 1024  # queries that the search for a key tile's last one reads at a time

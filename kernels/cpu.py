@@ -122,8 +122,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, first_key: Tensor | None = Non
     return (torch.softmax(scores, dim=-1) @ v).view(B, H, Tq, D).transpose(1, 2)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Packed weights
+# ---- Packed weights --------------------------------------------------------------------------------------------------
 
 class PackedLinear(nn.Module):
     """A linear layer for inputs of one dtype whose weight oneDNN has laid out. Inference only, never saved. From 1 row

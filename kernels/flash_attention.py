@@ -128,8 +128,7 @@ def _arch(device: torch.device) -> str:
     return f"sm_{10 * major + minor}"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Kernels
+# ---- Kernels ---------------------------------------------------------------------------------------------------------
 
 LOG2_E = tl.constexpr(1.4426950408889634)  # probabilities are powers of 2, which is what the hardware computes
 INFINITY = tl.constexpr(float("inf"))

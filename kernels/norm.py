@@ -112,8 +112,7 @@ def _gradients(ctx, grad, grad_added, _grad_mean, _grad_rstd):
 norm_forward.register_autograd(_gradients, setup_context=_save_for_backward)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Kernels
+# ---- Kernels ---------------------------------------------------------------------------------------------------------
 
 @triton.jit
 def _forward_kernel(X, RESIDUAL, WEIGHT, BIAS, Y, ADDED, MEAN, RSTD, N, x_stride, residual_stride, eps,

@@ -19,8 +19,7 @@ def statistics_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Norms and matrix products
+# ---- Norms and matrix products ---------------------------------------------------------------------------------------
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, *, eps: float,
                residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
@@ -43,8 +42,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Attention
+# ---- Attention -------------------------------------------------------------------------------------------------------
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, first_key: Tensor | None = None) -> Tensor:
     """softmax(q @ k.T / sqrt(D), over the keys that each query sees) @ v, head by head."""
@@ -86,8 +84,7 @@ def document_starts(document_ids: Tensor) -> Tensor:
     return torch.where(is_start, position, 0).cummax(dim=1).values
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Linear + cross-entropy
+# ---- Linear + cross-entropy ------------------------------------------------------------------------------------------
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, vocab_size: int, reduction: str,
                          softcap: float) -> Tensor:

@@ -81,8 +81,7 @@ class Closed(Exception):
 Parts = list[tuple[Row, Part]]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The cache
+# ---- The cache -------------------------------------------------------------------------------------------------------
 
 class BatchCache(KVCache):
     """A KVCache whose rows come and go: its first len(starts) rows are in use, right-aligned at `length`.
@@ -151,8 +150,7 @@ class BatchCache(KVCache):
         self.padding = torch.tensor(self.starts, device=rows[0].device) if any(self.starts) else None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The batch
+# ---- The batch -------------------------------------------------------------------------------------------------------
 
 class _Running:
     """A row in the batch: what it has made so far."""
@@ -297,8 +295,7 @@ def score(logprobs: Tensor, tokens: Tensor, tops: list[int]) -> list[tuple[float
             for logprob, row_ids, row_values, k in zip(own, ids.tolist(), values.tolist(), tops, strict=True)]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The thread
+# ---- The thread ------------------------------------------------------------------------------------------------------
 
 class Batcher:
     """A thread that feeds a Batch from a bounded queue, first come, first served.

@@ -102,8 +102,7 @@ class Asked:
     created: int = field(default_factory=lambda: int(time.time()))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Fields
+# ---- Fields ----------------------------------------------------------------------------------------------------------
 
 class _Fields:
     """Takes fields out of a request's JSON object one by one; null is as good as left out. Raises ApiError."""
@@ -174,8 +173,7 @@ def _is_number(value: object) -> bool:
     return (_is_whole(value) or isinstance(value, float)) and abs(value) <= sys.float_info.max
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Requests
+# ---- Requests --------------------------------------------------------------------------------------------------------
 
 def parse(body: dict, served: Served, deliver: Callable[[int, Part], None], *, is_chat: bool) -> Asked:
     """What a completion or a chat asks for. deliver receives the number of a row in it, and a part. Raises ApiError."""
@@ -355,8 +353,7 @@ def detokenized(tokenizer: Tokenizer, tokens: list[int]) -> tuple[str, list[int]
     return text + stream.end(), offsets
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Answers
+# ---- Answers ---------------------------------------------------------------------------------------------------------
 
 def merged(parts: list[Part]) -> Part:
     """A row's parts as one."""

@@ -48,8 +48,7 @@ PAGE_POLICY = ("default-src 'none'; script-src 'unsafe-inline'; style-src 'unsaf
                "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The application
+# ---- The application -------------------------------------------------------------------------------------------------
 
 def make_app(served: Served, batcher: Batcher, *, api_key: str | None = None) -> "FastAPI":
     """batcher must deliver in the event loop that runs the application."""
@@ -141,8 +140,7 @@ def as_response(content: dict, status: int = 200, headers: Mapping[str, str] | N
     return Response(json.dumps(content, allow_nan=False), status, headers, media_type="application/json")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# One request
+# ---- One request -----------------------------------------------------------------------------------------------------
 
 class _Gone(Exception):
     """The client hung up."""
@@ -263,8 +261,7 @@ async def stream(asked: Asked, item: tuple[int, Part] | None,
     yield "data: [DONE]\n\n"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Running it
+# ---- Running it ------------------------------------------------------------------------------------------------------
 
 async def run(served: Served, batch: Batch, listener: socket.socket, *, api_key: str | None, max_waiting: int) -> None:
     """Serve until SIGTERM or SIGINT; then let running texts end for GRACE_S while new requests are refused."""
@@ -324,8 +321,7 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Command line
+# ---- Command line ----------------------------------------------------------------------------------------------------
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = cli.Parser(prog="python serve.py", description="Serve a trained model with OpenAI's API, and a page to "

@@ -30,8 +30,7 @@ def mean_and_stderr(values: list[float]) -> tuple[float, float | None]:
     return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1) / n)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Texts, one prediction at a time: 0 to 1
+# ---- Texts, one prediction at a time: 0 to 1 -------------------------------------------------------------------------
 
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -79,8 +78,7 @@ def _f1_of_overlap(overlap: int, predicted: int, expected: int) -> float:
     return 2 * precision * recall / (precision + recall)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Texts, all together
+# ---- Texts, all together ---------------------------------------------------------------------------------------------
 
 def choose_metrics(names: str | None, note: Callable[[str], None]) -> tuple[str, ...]:
     """The text metrics of a comma-separated list; None = all that are installed, and a note names the missing.
@@ -123,8 +121,7 @@ def corpus_score(name: str, predictions: list[str], references: list[tuple[str, 
     return metric.corpus_score(predictions, streams).score, metric.get_signature().format()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Classes. Dims: K classes
+# ---- Classes. Dims: K classes ----------------------------------------------------------------------------------------
 
 def confusion_matrix(expected: list[int], predicted: list[int], classes: int) -> np.ndarray:
     """int64 (K, K): examples of the row's class that were taken for the column's."""

@@ -42,8 +42,7 @@ class TaskError(UserError):
     """A task's file or line that cannot be read, or fits neither the other lines nor the model."""
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Reading
+# ---- Reading ---------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Choice:
@@ -211,8 +210,7 @@ def _shown(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Log-likelihoods
+# ---- Log-likelihoods -------------------------------------------------------------------------------------------------
 
 Request = tuple[tuple[int, ...], tuple[int, ...]]  # ids of a context, at least one, and of what continues it, the same
 
@@ -291,8 +289,7 @@ def _copy_rows(model: GPT, cache: KVCache, rows: Tensor, more_slots: int) -> KVC
     return copy
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Multiple choice
+# ---- Multiple choice -------------------------------------------------------------------------------------------------
 
 def multiple_choice(model: GPT, tokenizer: Tokenizer, task: Task, *, batch_size: int) -> tuple[dict, list[dict]]:
     """The scores, and of each example the prediction.
@@ -339,8 +336,7 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str, vocab_siz
     return ids or (tokenizer.eot,), encode(whole)[len(ids):]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Classification and generation
+# ---- Classification and generation -----------------------------------------------------------------------------------
 
 def encode_asked(model: GPT, tokenizer: Tokenizer, task: Task, template: str | None = None, *, too_long: str,
                  label_tokens: int = 1, max_new_tokens: int = 1) -> tuple[list[list[int]], int]:

@@ -60,8 +60,7 @@ class Result:
     problems: list[str]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What to compile
+# ---- What to compile -------------------------------------------------------------------------------------------------
 
 def all_cases(archs: tuple[str, ...] = ARCHS) -> Iterator[Case]:
     for arch in archs:
@@ -175,8 +174,7 @@ def _arguments(module: str, kernel: str) -> list[str]:
     return getattr(importlib.import_module(module), kernel).arg_names
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Compiling and judging
+# ---- Compiling and judging -------------------------------------------------------------------------------------------
 
 def compile_case(case: Case) -> Result:
     """Compile as the launcher would, on a machine with the GPU, and read what the assembler says of the result."""

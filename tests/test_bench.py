@@ -113,8 +113,7 @@ def run(*argv: object, json_file: Path) -> dict[tuple[str, str], dict]:
     return {(row["subject"], row["quantity"]): row for row in content["figures"]}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Commands
+# ---- Commands --------------------------------------------------------------------------------------------------------
 
 def test_training_is_compared_with_nanogpt(config_file, text_file, peer, tmp_path):
     alphabet = len(set(text_file.read_text()))
@@ -177,8 +176,7 @@ def test_saving_is_compared_with_dd_and_leaves_nothing_behind(config_file, tmp_p
     assert list((tmp_path / "disk").iterdir()) == []
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Mistakes
+# ---- Mistakes --------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("argv", "message"), [
     (["kernel"], "invalid choice: 'kernel'"),

@@ -58,8 +58,7 @@ def flip(path: Path, bit: int) -> None:
     path.write_bytes(data)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Saving and loading
+# ---- Saving and loading ----------------------------------------------------------------------------------------------
 
 def test_what_was_saved_comes_back(tmp_path):
     random = torch.Generator().manual_seed(0)
@@ -122,8 +121,7 @@ def test_tensors_on_a_gpu_come_back(tmp_path):
     assert torch.equal(load_tensors(path, "model", "cuda")["a"], model["a"])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Retention
+# ---- Retention -------------------------------------------------------------------------------------------------------
 
 def test_the_newest_and_the_best_are_kept(tmp_path):
     for step, loss in ((1, 3.0), (2, 2.0), (3, None), (4, 2.5), (5, float("nan")), (6, 2.7)):
@@ -165,8 +163,7 @@ def test_an_old_checkpoint_that_cannot_be_deleted_does_not_fail_the_save(tmp_pat
     assert names(tmp_path) == ["step_00000002"]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Crashes and power cuts
+# ---- Crashes and power cuts ------------------------------------------------------------------------------------------
 
 SAVES = ((1, 1.0), (2, 2.0), (3, 3.0), (3, 30.0), (4, 4.0))  # (step, value): retention from step 2, one replacement
 
@@ -266,8 +263,7 @@ def test_a_run_without_checkpoints_has_no_newest(tmp_path):
     assert newest(tmp_path, pytest.fail) is None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Full and failing disks
+# ---- Full and failing disks ------------------------------------------------------------------------------------------
 
 def assert_only_step_1(run: Path) -> None:
     assert names(run) == ["step_00000001"]
@@ -336,8 +332,7 @@ def test_the_next_save_after_a_failed_one_succeeds(tmp_path, monkeypatch):
     assert survivors(tmp_path) == 2.0
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Damage
+# ---- Damage ----------------------------------------------------------------------------------------------------------
 
 def test_sixty_random_bit_flips_are_all_found(tmp_path):
     path = save_step(tmp_path, 2)
@@ -443,8 +438,7 @@ def test_a_pickle_in_place_of_tensors_is_refused_and_never_run(tmp_path):
     assert (tmp_path / "executed").exists()  # the bomb was live
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Loading into a model
+# ---- Loading into a model --------------------------------------------------------------------------------------------
 
 class Tied(nn.Module):
     """Two linear layers, the second sharing the first one's weight, and a buffer."""
@@ -497,8 +491,7 @@ def test_a_long_list_of_misfits_is_cut():
         load_into(Tied(), {**good_tensors(), **{f"x{i}": torch.ones(1) for i in range(100)}}, "run 'x'")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The lock
+# ---- The lock --------------------------------------------------------------------------------------------------------
 
 def test_a_second_run_in_the_same_folder_is_refused_with_the_holders_name(tmp_path):
     def second() -> None:

@@ -35,8 +35,7 @@ def write(folder: Path, text: str, name: str = "run.toml") -> str:
     return str(path)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Errors: the thing, the value, the way out; exit status 2
+# ---- Errors: the thing, the value, the way out; exit status 2 --------------------------------------------------------
 
 # words on the command line, then what the one line on stderr must hold
 MISTAKES = {
@@ -182,8 +181,7 @@ def test_infinity_is_refused_where_it_does_not_mean_off(word):
         parse(word)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Reading
+# ---- Reading ---------------------------------------------------------------------------------------------------------
 
 def test_files_and_overrides_apply_left_to_right(tmp_path):
     first = write(tmp_path, "[model]\nn_layer = 1\nn_head = 4\n[train]\nmax_steps = 10\n", "first.toml")
@@ -254,8 +252,7 @@ def test_configs_are_frozen():
         Config().model.n_layer = 3
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Writing
+# ---- Writing ---------------------------------------------------------------------------------------------------------
 
 NASTY = 'C:\\new\\"quoted" \'single\' λ→語 \n\r\t\b\f\x00\x1f\x7f\x85\u2028 = # end'
 
@@ -307,8 +304,7 @@ def test_every_file_in_configs_loads(path):
     config.load_config(path)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# --help
+# ---- --help ----------------------------------------------------------------------------------------------------------
 
 def test_help_lists_every_knob_with_default_and_meaning_and_does_not_import_torch():
     program = ("import runpy, sys; sys.argv = ['config.py', '--help']; "

@@ -189,8 +189,7 @@ def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
     assert wrong == []
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Against transformers
+# ---- Against transformers --------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", HF_CASES)
 def test_a_converted_model_gives_transformers_logits(name, bench):
@@ -263,8 +262,7 @@ def test_the_sharded_case_has_shards(bench):
     assert not bench.path("llama3", "hf").joinpath("model.safetensors").exists()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Folders as they are found in the world, made from one of ours by hand
+# ---- Folders as they are found in the world, made from one of ours by hand -------------------------------------------
 
 def make_hf(folder: Path, config: ModelConfig = replace(SMALL, vocab_size=1037), **changes: object) -> Path:  # noqa: B008
     """An exported folder; changes: keys of its config.json, None = removed."""
@@ -469,8 +467,7 @@ def test_bfloat16_exports_are_the_rounded_weights_and_say_so(tmp_path):
     assert torch.equal(theirs, run_tensors(run)["final_norm.weight"].bfloat16())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What cannot be converted
+# ---- What cannot be converted ----------------------------------------------------------------------------------------
 
 def refused(capsys, *argv: object) -> str:
     """The line of a command that must end with exit 2, on stderr alone."""
@@ -622,8 +619,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch, direction):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "hf_of"]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The run that from-hf makes
+# ---- The run that from-hf makes --------------------------------------------------------------------------------------
 
 def test_a_converted_run_is_sampled_and_evaluated_by_their_command_lines(tmp_path, capsys):
     from_hf(make_hf(tmp_path / "hf"), tmp_path / "run")

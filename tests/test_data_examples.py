@@ -86,8 +86,7 @@ def refusal(tmp_path: Path, rows: list | str, **options) -> str:
     return str(error.value)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What is written
+# ---- What is written -------------------------------------------------------------------------------------------------
 
 def test_each_example_is_prompt_response_and_end_with_loss_on_the_response(tmp_path):
     prepared(write(tmp_path / "a.jsonl", PAIRS), tmp_path / "out")
@@ -307,8 +306,7 @@ def test_a_bpe_is_trained_on_what_the_training_examples_say(tmp_path):
     assert len(tokenizer.encode("zebra")) < 5 and len(tokenizer.encode("User:\n")) == 6  # not on the template
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What is read back
+# ---- What is read back -----------------------------------------------------------------------------------------------
 
 def test_batches_hold_rows_with_targets_masked_and_examples_apart(tmp_path):
     prepared(write(tmp_path / "a.jsonl", PAIRS), tmp_path / "out", shard_tokens=10 * (T + 1))
@@ -375,8 +373,7 @@ def test_verify_finds_a_flipped_bit_of_a_track_and_opening_a_missing_one(track, 
         open_dataset(tmp_path / "out")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What is refused: by file and line, with nothing written
+# ---- What is refused: by file and line, with nothing written ---------------------------------------------------------
 
 GOOD = {"prompt": "a", "response": "b"}
 

@@ -50,8 +50,7 @@ def same(left, right) -> bool:
         for a, b in zip(left, right, strict=True))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The permutation
+# ---- The permutation -------------------------------------------------------------------------------------------------
 
 def permuted_by_plain_python(index: int, size: int, key: int) -> int:
     """The same network written with Python's integers, which cannot overflow."""
@@ -123,8 +122,7 @@ def test_neighbours_do_not_stay_together():
     assert abs(np.corrcoef(order, np.arange(size))[0, 1]) < 0.015
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The order of windows
+# ---- The order of windows --------------------------------------------------------------------------------------------
 
 def test_each_epoch_has_every_window_once_in_an_order_of_its_own(stream):
     loader = make_loader(stream)
@@ -229,8 +227,7 @@ def test_a_far_step_is_as_quick_as_the_first(stream):
     assert min(seconds) < 1e-3  # 0.08 ms when the machine is idle
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Errors
+# ---- Errors ----------------------------------------------------------------------------------------------------------
 
 def test_a_split_without_one_full_window_is_an_error_with_the_way_out(tmp_path):
     for count in (0, T):
@@ -248,8 +245,7 @@ def test_one_token_more_than_seq_len_is_one_window(tmp_path):
     assert loader.batch(0)[0].targets.tolist() == [list(range(1, T + 1))]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The thread
+# ---- The thread ------------------------------------------------------------------------------------------------------
 
 def loader_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("loader")]
@@ -335,8 +331,7 @@ def test_on_cuda_batches_arrive_whole_and_are_not_overwritten_while_in_use(strea
                                               for m in expected.batch(step))) for step in range(200)]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Validation
+# ---- Validation ------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 16])
 @pytest.mark.parametrize("micro_batch", [1, 4, 100])

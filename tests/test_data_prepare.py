@@ -77,8 +77,7 @@ def run(*words: str, **options) -> subprocess.CompletedProcess:
                           text=True, **options)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What is written
+# ---- What is written -------------------------------------------------------------------------------------------------
 
 def test_one_text_is_split_by_characters_without_end_of_text_at_the_cut(tmp_path):
     text = SOURCE[:5000] + "é中😀" * 500
@@ -322,8 +321,7 @@ def test_examples_left_out_as_too_long_are_counted_and_said(tmp_path, monkeypatc
     assert "the train split holds 0 tokens" in found and "1 were left out as too long (--too-long" in found
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Workers, interruptions
+# ---- Workers, interruptions ------------------------------------------------------------------------------------------
 
 def many_files(folder: Path) -> None:
     folder.mkdir()
@@ -507,8 +505,7 @@ def test_a_worker_that_dies_is_one_line_and_the_same_call_goes_on(tmp_path, monk
     assert tokens_of(tmp_path / "out", "val") == expected(bpe, [SOURCE[int(len(SOURCE) * 0.95):]])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The user's mistakes: one line, status 2, nothing written
+# ---- The user's mistakes: one line, status 2, nothing written --------------------------------------------------------
 
 def refused(tmp_path: Path, *words: str) -> str:
     before = sorted(tmp_path.rglob("*"))
@@ -687,8 +684,7 @@ def test_no_space_in_the_middle_keeps_what_is_done(tmp_path, monkeypatch):
     assert (tmp_path / "out" / ".progress.json").exists()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# --verify
+# ---- --verify --------------------------------------------------------------------------------------------------------
 
 def test_verify_finds_a_flipped_bit_by_the_name_of_its_shard(tmp_path):
     (tmp_path / "a.txt").write_text("some text " * 50)

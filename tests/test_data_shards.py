@@ -45,8 +45,7 @@ def make_folder(folder, train, val=((1, 2, 3),), dtype=np.uint16, vocab_size=60_
     return folder
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Headers
+# ---- Headers ---------------------------------------------------------------------------------------------------------
 
 def broken_files():
     good = llmc_bytes(range(100))
@@ -76,8 +75,7 @@ def test_a_missing_shard_is_named(tmp_path):
         read_header(tmp_path / "gone.bin")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The index and the folder
+# ---- The index and the folder ----------------------------------------------------------------------------------------
 
 def test_the_same_index_gives_the_same_bytes_and_comes_back_equal(tmp_path):
     index = load_index(make_folder(tmp_path, [range(50)]))
@@ -231,8 +229,7 @@ def test_a_split_without_shards_is_an_error_with_the_way_out(tmp_path):
         open_split(open_dataset(make_folder(tmp_path, [range(50)], val=())), "val")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Reading
+# ---- Reading ---------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("open_shards", [256, 1])
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32])

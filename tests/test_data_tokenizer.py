@@ -108,8 +108,7 @@ def openai_like() -> dict[str, module.Tokenizer]:
     return found
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# bytes
+# ---- bytes -----------------------------------------------------------------------------------------------------------
 
 def test_bytes_are_the_utf8_bytes_and_end_of_text_comes_last():
     tokenizer = load_tokenizer("bytes")
@@ -125,8 +124,7 @@ def test_loading_bytes_imports_no_tokenizer_library():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "[]\n"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# A trained BPE
+# ---- A trained BPE ---------------------------------------------------------------------------------------------------
 
 def test_a_trained_bpe_has_exactly_the_ids_asked_for_with_end_of_text_last(bpe):
     assert (bpe.vocab_size, bpe.eot, bpe.name) == (700, 699, "bpe:700")
@@ -227,8 +225,7 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(bpe, tmp_path, monke
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("tokenizer.json", "old")]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Cuts and long texts
+# ---- Cuts and long texts ---------------------------------------------------------------------------------------------
 
 PATTERNS = {"gpt2": GPT2_PATTERN, "cl100k": CL100K_PATTERN, "o200k": O200K_PATTERN}
 CUT_PROBES_LEFT = ("a", "A", "aB", "Ab", "é", "中", "don't", "x's", "'l", " a", "\n\na", "1a", "!a", "ß", "ǅ", "-\ta")
@@ -317,8 +314,7 @@ def test_the_time_of_a_run_grows_in_proportion_to_its_length(bpe):
     assert min(seconds(2_400_000) for _ in range(2)) < 8 * short + 0.1  # 4 if exactly proportional; other load adds
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Files
+# ---- Files -----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", ["bytes", "bpe"])
 def test_a_saved_tokenizer_loads_with_the_same_ids_and_writes_the_same_file(name, bpe, tmp_path):
@@ -524,8 +520,7 @@ def test_a_tokenizer_without_end_of_text_is_refused(bpe, tmp_path):
         load_tokenizer(str(tmp_path))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Names
+# ---- Names -----------------------------------------------------------------------------------------------------------
 
 def test_a_name_that_is_nothing_lists_what_there_is(tmp_path):
     with pytest.raises(TokenizerError, match="'gpt3' is neither a name nor a file; there are bytes, bpe:N, gpt2"):
@@ -592,8 +587,7 @@ def test_gpt2s_merges_are_those_that_openai_published():
     assert merges == gpt2_files()[0].read_text(encoding="utf-8").split("\n")[1:-1]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# End-of-text of tokenizers that call it by another name
+# ---- End-of-text of tokenizers that call it by another name ----------------------------------------------------------
 
 def renamed(folder: Path, **names: str) -> Path:
     """A folder with the tokenizer.json of train_bpe and two more special tokens, <|im_end|> and <eos>."""

@@ -130,8 +130,7 @@ def test_mistakes_are_one_line(settings, words, message):  # noqa: F811
         evaluation.main(words)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Tasks on the command line
+# ---- Tasks on the command line ---------------------------------------------------------------------------------------
 
 def write_task(name: str, *rows: dict) -> None:
     Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))

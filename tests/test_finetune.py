@@ -90,8 +90,7 @@ def raw(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
     return load_file(path / "adapter_model.safetensors") | load_file(path / "optimizer.safetensors")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Examples
+# ---- Examples --------------------------------------------------------------------------------------------------------
 
 def shard_rows(run_dir: Path, split: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     data = Path(configuration.load_config(run_dir / "config.toml").data.dir)
@@ -205,8 +204,7 @@ def test_two_ranks_with_unequal_counts_give_the_losses_and_gradients_of_one(tmp_
     assert "rank 0 agrees" in done.stdout and "rank 1 agrees" in done.stdout
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Chat
+# ---- Chat ------------------------------------------------------------------------------------------------------------
 
 def test_a_run_on_chat_holds_its_template_and_hands_it_on(tune):
     chat = ["tune.toml", "data.source=chat.jsonl", "train.max_steps=1", "train.tokens_per_step=16"]
@@ -230,8 +228,7 @@ def test_a_template_that_is_not_there_is_refused_before_anything_is_written(tune
     assert not Path("tuned").exists()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Adapters
+# ---- Adapters --------------------------------------------------------------------------------------------------------
 
 def test_checkpoints_hold_adapters_only_and_the_base_is_kept_once(tune):
     run_dir = run(tune, "tuned", *LORA)
@@ -357,8 +354,7 @@ def test_rows_packed_for_another_context_are_refused(tune):
     run(tune, "shorter", "model.max_seq_len=8", "train.max_steps=1")  # prepared anew, in a folder of its own
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# A Hugging Face folder
+# ---- A Hugging Face folder -------------------------------------------------------------------------------------------
 
 HUGGING_FACE = """
 import sys, torch

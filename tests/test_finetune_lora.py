@@ -179,8 +179,7 @@ def test_a_starts_kaiming_uniform():
     assert 0.99 * bound < np.abs(A).max() <= bound and A.std() == pytest.approx(bound / np.sqrt(3), rel=0.02)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Files
+# ---- Files -----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("config", "names", "targets"), [
     (GPT2, ["transformer.h.1.attn.c_attn", "transformer.h.1.attn.c_proj", "transformer.h.1.mlp.c_fc",

@@ -32,8 +32,7 @@ def test_an_unknown_reduction_is_refused_by_name():
                                      reduction="avg")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Who computes what
+# ---- Who computes what -----------------------------------------------------------------------------------------------
 
 def test_where_neither_triton_nor_a_cpu_is_pytorch_computes_all_that_the_model_uses(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -66,8 +65,7 @@ def test_the_chosen_backend_computes_and_pytorch_takes_what_a_kernel_does_not(tr
     assert kernels._of("rms_norm", x) is reference
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# A broken kernel
+# ---- A broken kernel -------------------------------------------------------------------------------------------------
 
 class Broken:
     """A kernel that, after its launch, spoils one of its arguments by 1 %."""
@@ -175,8 +173,7 @@ def test_ranks_agree_on_the_backend_that_works_on_all(tmp_path, kernel_device):
     assert done.stdout.count("torch (rank 1: relative error ") == 2
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Training on either backend
+# ---- Training on either backend --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
 def test_triton_trains_to_the_losses_of_torch(norm, kernel_device, settings):  # noqa: F811
@@ -207,8 +204,7 @@ def test_fifty_steps_on_the_gpu_give_the_same_loss_curve(gpu, settings):  # noqa
     assert all(abs(a - b) < 0.01 for a, b in zip(*curves, strict=True))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Packed documents
+# ---- Packed documents ------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("backend", ["torch", "cpu", "triton"])
 @pytest.mark.parametrize("model", [GPT2, QWEN], ids=["GPT-2", "Qwen3"])

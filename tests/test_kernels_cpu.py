@@ -30,8 +30,7 @@ def choose(setting: str = "auto", dtype: torch.dtype = torch.float32, model: Mod
     return self_check.choose(setting, model, table_rows=1152, dtype=dtype, device=CPU)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The choice
+# ---- The choice ------------------------------------------------------------------------------------------------------
 
 @needs_onednn
 def test_a_process_starts_with_pytorch_and_chooses_what_is_faster_and_right():
@@ -88,8 +87,7 @@ def test_operations_work_whole_under_torch_compile():
     torch.testing.assert_close(torch.compile(f, backend="aot_eager", fullgraph=True)(x), f(x), **F32)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# A broken operation
+# ---- A broken operation ----------------------------------------------------------------------------------------------
 
 def test_a_wrong_product_is_found_named_and_replaced(monkeypatch):
     onednn = cpu._onednn
@@ -134,8 +132,7 @@ print""")
     assert done.stdout.split() == ["False", "False"]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Packed weights
+# ---- Packed weights --------------------------------------------------------------------------------------------------
 
 needs_packing = pytest.mark.skipif(not packing_works(torch.float32),
                                    reason="this PyTorch or CPU packs no weights: packed decoding stays unchecked")

@@ -154,8 +154,7 @@ def test_the_same_bits_each_time(kernel_device):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# As an operator of PyTorch
+# ---- As an operator of PyTorch ---------------------------------------------------------------------------------------
 
 def test_linear_cross_entropy_passes_opcheck(kernel_device):
     hidden, weight, targets = make_inputs(5, 6, 40, 37, torch.float32, kernel_device)
@@ -185,8 +184,7 @@ def test_strided_rows_and_targets(kernel_device, triton_backends):
     torch.testing.assert_close(ours, theirs)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# At real sizes
+# ---- At real sizes ---------------------------------------------------------------------------------------------------
 
 @pytest.mark.gpu
 def test_gpt2_sizes_on_the_gpu(gpu):

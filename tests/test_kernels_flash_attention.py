@@ -30,8 +30,7 @@ def reference_computes_in_its_dtype():
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(allowed)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The oracle
+# ---- The oracle ------------------------------------------------------------------------------------------------------
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, *, first_key: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The definition: all scores, a mask, a softmax. Attention (B, Tq, H, D) and log-sum-exp (B, H, Tq)."""
@@ -94,8 +93,7 @@ def assert_unchanged(before: Tensor, after: Tensor, name: str, *, fused: bool) -
         assert torch.equal(after, before), name
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Which keys a query sees
+# ---- Which keys a query sees -----------------------------------------------------------------------------------------
 
 def document_ids(B: int, T: int, *, seed: int = 0) -> Tensor:
     """Documents of random lengths from 1 on."""
@@ -186,8 +184,7 @@ def test_the_log_sum_exp_is_saved_in_float32(kernel_device):
     torch.testing.assert_close(lse.double(), exact, rtol=0, atol=1e-5)  # float32 of values up to 10
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Where the numbers are in memory
+# ---- Where the numbers are in memory ---------------------------------------------------------------------------------
 
 def test_attention_reads_views_of_the_packed_projection(kernel_device):
     B, T, H, Hkv, D = 2, 70, 4, 2, 24
@@ -267,8 +264,7 @@ def test_memory_outside_the_tensors_changes_no_bit(fused, masked, kernel_device,
         assert_unchanged(clean[name], poisoned[name], name, fused=fused)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What a query does not see
+# ---- What a query does not see ---------------------------------------------------------------------------------------
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning")  # of the interpreter's numpy
 @pytest.mark.parametrize("fused", [False, True], ids=["split", "fused"])
@@ -318,8 +314,7 @@ def test_a_tile_of_keys_knows_the_last_query_that_sees_it(Tq, only_itself, kerne
     assert last.tolist() == expected
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# As PyTorch's operators behave
+# ---- As PyTorch's operators behave -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("first_key", [None, documents(1, 20)], ids=["causal", "documents"])
 def test_the_operators_keep_pytorch_s_rules(first_key, kernel_device):
@@ -358,8 +353,7 @@ def test_the_kernels_take_what_they_were_made_for(q, taken, kernel_device):
     assert flash_attention.supports(q.to(kernel_device)) is taken
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Real sizes
+# ---- Real sizes ------------------------------------------------------------------------------------------------------
 
 def packed(B: int, T: int, device: torch.device) -> Tensor:
     """Documents of 1 to 2 * 512 tokens."""

@@ -141,8 +141,7 @@ def test_what_the_kernels_do_not_take_goes_to_pytorch(kernel_device):
         assert norm.supports(torch.zeros(shape, dtype=dtype, device=kernel_device)) is taken
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# As an operator of PyTorch
+# ---- As an operator of PyTorch ---------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])
 @pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
@@ -181,8 +180,7 @@ def test_norms_work_under_activation_checkpointing(kernel_device, triton_backend
         assert torch.equal(one, other)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# At real sizes
+# ---- At real sizes ---------------------------------------------------------------------------------------------------
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])

@@ -47,8 +47,7 @@ def assert_gradients_equal(inputs: list[Tensor], ours: tuple[Tensor, ...], their
         torch.testing.assert_close(our.double() / size, their.double() / size, **tolerance)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Norms
+# ---- Norms -----------------------------------------------------------------------------------------------------------
 
 def plain_layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, *, eps: float) -> Tensor:
     centred = x - x.mean(-1, keepdim=True)
@@ -124,8 +123,7 @@ def test_norms_in_bfloat16_have_the_gradients_of_their_formula(norm):
     assert_equal_to_float64(lambda *a: norm(*a, eps=1e-5), lambda *a: formula(*a, eps=1e-5), inputs, tolerance=BF16)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Matrix products
+# ---- Matrix products -------------------------------------------------------------------------------------------------
 
 @both
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 63, 60), (1000, 65)], ids=str)
@@ -144,8 +142,7 @@ def test_linear_computes_in_the_dtype_of_its_input_and_keeps_that_of_the_weight(
     assert y.dtype == torch.bfloat16 and weight.grad.dtype == torch.float32
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Attention
+# ---- Attention -------------------------------------------------------------------------------------------------------
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, first_key: list[list[int]]) -> Tensor:
     """One softmax per query, over the keys that its row of first_key names, up to its own."""
@@ -231,8 +228,7 @@ def test_document_starts_and_first_visible_keys_equal_a_walk_over_the_tokens():
     assert reference.first_visible_key(None, None, T=7, device=CPU) is None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Linear + cross-entropy
+# ---- Linear + cross-entropy ------------------------------------------------------------------------------------------
 
 def plain_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, vocab_size: int, softcap: float,
                         reduction: str) -> Tensor:

@@ -65,8 +65,7 @@ def file_size_limit():
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Speed and memory
+# ---- Speed and memory ------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name, dtype, peak", [
     ("NVIDIA H100 80GB HBM3", "bfloat16", 989.4e12),
@@ -117,8 +116,7 @@ def test_peak_memory_of_an_unknown_device_is_none():
     assert metrics.peak_memory_bytes("mps") is None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Figures as text
+# ---- Figures as text -------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("seconds, text", [
     (0, "0s"), (59.4, "59s"), (59.6, "1m 00s"), (307, "5m 07s"), (3599.7, "1h 00m"), (7500, "2h 05m"),
@@ -151,8 +149,7 @@ def test_val_line_leaves_unknown_bits_per_byte_out():
     assert metrics.format_val_line(val_row(250, bits_per_byte=None), 1000) == "step 250/1000 | val loss 2.1034"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# RunLog: rows and lines
+# ---- RunLog: rows and lines ------------------------------------------------------------------------------------------
 
 def test_rows_have_the_fields_of_the_design_in_their_order(tmp_path):
     log = RunLog(tmp_path / "run", resume_step=0)
@@ -227,8 +224,7 @@ def test_a_note_in_a_script_that_the_terminal_lacks_does_not_end_the_run(tmp_pat
     assert (tmp_path / "log.txt").read_text(encoding="utf-8") == "ab 中\nafter\n"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# RunLog: after a crash, on a full disk
+# ---- RunLog: after a crash, on a full disk ---------------------------------------------------------------------------
 
 def test_a_resumed_run_has_the_rows_of_an_unbroken_one(tmp_path):
     log_steps(tmp_path / "unbroken", 1, 9)
@@ -342,8 +338,7 @@ def test_a_stdout_on_a_full_disk_does_not_end_the_run(tmp_path):
     assert (tmp_path / "log.txt").read_text() == "first\nsecond\n" * 2
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Trackers
+# ---- Trackers --------------------------------------------------------------------------------------------------------
 
 class FakeWandb(types.ModuleType):
     """The part of wandb's API that metrics.py uses; remembers every call. Fails at the step fail_at."""

@@ -46,8 +46,7 @@ def gradients(model: GPT) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters()}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Parameters
+# ---- Parameters ------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("n_layer, n_head, n_embd, published", [
     (12, 12, 768, 124_439_808), (24, 16, 1024, 354_823_168), (36, 20, 1280, 774_030_080),
@@ -86,8 +85,7 @@ def test_no_buffer_goes_into_a_checkpoint():
     assert GPT(MODERN).state_dict().keys() == dict(GPT(MODERN).named_parameters()).keys()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Initialisation
+# ---- Initialisation --------------------------------------------------------------------------------------------------
 
 INITIAL = replace(SMALL, n_layer=3, n_embd=64, vocab_size=512, max_seq_len=128)
 
@@ -154,8 +152,7 @@ def test_initialisation_is_a_function_of_the_global_seed():
     assert torch.equal(models[0], models[1]) and not torch.equal(models[0], models[2])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Equal to Hugging Face's models
+# ---- Equal to Hugging Face's models ----------------------------------------------------------------------------------
 
 def gpt2_names(model: GPT, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """tensors by our parameters' names -> the same by GPT2LMHeadModel's; Conv1D holds (in, out)."""
@@ -278,8 +275,7 @@ def test_relu2_mlp_equals_its_formula():
     torch.testing.assert_close(mlp(x), hidden @ mlp.proj.weight.T + mlp.proj.bias)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Head and loss
+# ---- Head and loss ---------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("vocab_size, rows", [(61, 61), (1023, 1023), (1024, 1024), (1025, 1152), (1152, 1152),
                                               (50257, 50304), (65536, 65536)])
@@ -327,8 +323,7 @@ def test_softcap_bends_logits_and_loss_alike(tied):
                                **F32)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Dropout, activation checkpointing, compute dtype
+# ---- Dropout, activation checkpointing, compute dtype ----------------------------------------------------------------
 
 @BOTH
 def test_dropout_works_in_training_only(config):
@@ -390,8 +385,7 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_weights_and_gradients(c
         assert 0.0 < error < 0.1, f"{name}: {error}"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Who sees whom
+# ---- Who sees whom ---------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("T", [23, 70])  # up to 64 attention is two matmuls, above that SDPA
 @BOTH
@@ -450,8 +444,7 @@ def test_a_window_of_one_layer_sees_exactly_that_many_tokens():
         torch.testing.assert_close(logits[0, t], alone(tokens[:, max(0, t - 5):t + 1])[0, -1], **F32)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# KV cache
+# ---- KV cache --------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("pieces", [[1] * 12, [7, 1, 1, 1, 1, 1], [5, 4, 3], [12]], ids=str)
 @pytest.mark.parametrize("window", [None, 4])
@@ -498,8 +491,7 @@ def test_a_cache_holds_key_heads_only_and_starts_empty():
         assert buffer.shape == (3, 80, 2, 6) and buffer.dtype == torch.bfloat16
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What a token costs
+# ---- What a token costs ----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("config", [
     SMALL, MODERN, replace(MODERN, window=7, head_dim=10), replace(SMALL, n_kv_head=1, mlp="relu2", mlp_hidden=50),

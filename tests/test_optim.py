@@ -42,8 +42,7 @@ def decays(name: str) -> bool:
     return not (name.endswith("bias") or "norm" in name)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# AdamW
+# ---- AdamW -----------------------------------------------------------------------------------------------------------
 
 def test_ten_steps_of_adamw_equal_pytorchs():
     config = OptimConfig(betas=(0.8, 0.99), eps=1e-6, weight_decay=0.3)
@@ -82,8 +81,7 @@ def test_only_matrices_and_embeddings_decay(name):
         torch.testing.assert_close(p, wanted, rtol=1e-6, atol=0.0, msg=lambda text, key=key: f"{key}: {text}")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Muon
+# ---- Muon ------------------------------------------------------------------------------------------------------------
 
 def plain_orthogonalise(matrix: Tensor) -> Tensor:
     """Newton-Schulz of the Muon post, one float64 matrix: X <- a X + b (X X^T) X + c (X X^T)^2 X, five times."""
@@ -193,8 +191,7 @@ def test_muons_learning_rate_follows_the_schedule():
         torch.testing.assert_close(moved[0.25][name], 0.25 * whole, rtol=1e-4, atol=2 ** -21)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# State
+# ---- State -----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_a_run_continued_from_saved_state_is_bitwise_the_unbroken_one(name):
@@ -244,8 +241,7 @@ def test_state_that_does_not_fit_is_refused_by_name():
     assert optimizer.updates == 0
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Schedules
+# ---- Schedules -------------------------------------------------------------------------------------------------------
 
 def test_warmup_rises_in_equal_steps_and_reaches_the_peak_when_it_ends():
     config = OptimConfig(lr=0.5, warmup_steps=4, decay_steps=100)
@@ -288,8 +284,7 @@ def test_after_warmup_no_schedule_rises_or_leaves_its_bounds(schedule):
     assert all(0.1 <= later <= earlier <= 0.3 + 1e-12 for earlier, later in itertools.pairwise(after))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Clipping, loss scale
+# ---- Clipping, loss scale --------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("max_norm", [0.5, 1e9, math.inf])
 def test_clipping_scales_all_gradients_by_one_factor_and_returns_the_norm_before(max_norm):

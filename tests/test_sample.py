@@ -77,8 +77,7 @@ def uncached_tokens(model: GPT, prompts: list[list[int]], *, max_new_tokens: int
     return rows
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Tokens: promise 8
+# ---- Tokens: promise 8 -----------------------------------------------------------------------------------------------
 
 def random_case(seed: int) -> tuple[GPT, list[list[int]], int, Sampling]:
     """Model, prompts of unequal lengths (some beyond the context), number of new tokens, sampling."""
@@ -159,8 +158,7 @@ def test_logits_that_are_not_finite_are_an_error():
             next(sample.generate(model, [[1]], max_new_tokens=1, sampling=sampling))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The choice of a token
+# ---- The choice of a token -------------------------------------------------------------------------------------------
 
 def oracle_filter(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
     """The probabilities (V,) of one row in float64, by sorting and counting."""
@@ -248,8 +246,7 @@ def test_settings_out_of_range_are_named(settings, message):
         Sampling(**settings)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Text
+# ---- Text ------------------------------------------------------------------------------------------------------------
 
 def stream(data: bytes, stop: tuple[str, ...] = ()) -> list[str]:
     """What a TextStream says after each byte, and at the end."""
@@ -418,8 +415,7 @@ def test_sample_text_leaves_the_model_in_its_mode_and_ignores_dropout(training):
     assert text == "".join(piece.text for piece in pieces)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Command line
+# ---- Command line ----------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory) -> Path:

@@ -54,8 +54,7 @@ def text_of(parts: list[Part]) -> str:
     return "".join(part.text for part in parts)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Tokens
+# ---- Tokens ----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("seed", range(40))
 def test_rows_that_join_and_leave_get_the_tokens_they_get_alone(seed):
@@ -145,8 +144,7 @@ def test_penalties_and_biases_are_added_to_the_logits():
     assert plain != made and counts.max() > 1
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Text
+# ---- Text ------------------------------------------------------------------------------------------------------------
 
 def scripted(monkeypatch, tokens: list[int]) -> None:
     """Let the model choose these tokens, one after the other."""
@@ -221,8 +219,7 @@ def test_the_cache_drops_slots_that_no_row_uses():
     assert batch._cache.length == 3
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The thread
+# ---- The thread ------------------------------------------------------------------------------------------------------
 
 class Server:
     """A Batcher over a small model, and what it delivered."""

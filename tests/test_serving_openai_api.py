@@ -44,8 +44,7 @@ def refusal(parse, **body) -> ApiError:
     return error.value
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Requests
+# ---- Requests --------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("prompt, tokens", [
     ("ab", [[97, 98]]), (["ab", "c"], [[97, 98], [99]]), ([97, 98], [[97, 98]]), ([[97], [298]], [[97], [298]]),
@@ -154,8 +153,7 @@ def test_a_text_that_cannot_fit_is_refused_before_it_is_encoded(monkeypatch):
     assert "at least 1000000 tokens" in refusal(completion, prompt="a" * 10 ** 6).message
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Chats
+# ---- Chats -----------------------------------------------------------------------------------------------------------
 
 def test_messages_become_the_template_and_specials_in_them_stay_text():
     in_parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
@@ -223,8 +221,7 @@ def test_end_of_text_and_the_token_behind_the_assistants_turn_end_an_answer(tmp_
     assert served.chat_ends == expected
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Answers
+# ---- Answers ---------------------------------------------------------------------------------------------------------
 
 def test_a_completion_has_openais_shape():
     asked = completion(prompt="aé", echo=True, logprobs=1, max_tokens=3)

@@ -152,8 +152,7 @@ def error_of(response: httpx.Response) -> tuple[int, dict]:
     return response.status_code, error
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Texts
+# ---- Texts -----------------------------------------------------------------------------------------------------------
 
 def test_texts_are_those_of_sample_py(tiny):
     answer = tiny.complete(model="tiny", prompt="Hé", max_tokens=40, n=3, seed=7, temperature=0.9, top_p=0.95, top_k=50)
@@ -245,8 +244,7 @@ def test_a_text_may_fill_the_context_to_the_last_token(tiny):
     assert answer["usage"]["completion_tokens"] == 5 and answer["choices"][0]["finish_reason"] == "length"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Chats
+# ---- Chats -----------------------------------------------------------------------------------------------------------
 
 def test_a_chat_continues_its_template(tiny):
     messages = [{"role": "user", "content": "Hi<|endoftext|>"}]
@@ -287,8 +285,7 @@ def test_a_run_without_a_template_refuses_chats(slow):
     assert status == 400 and "chat_template.jinja" in error["message"]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Other routes
+# ---- Other routes ----------------------------------------------------------------------------------------------------
 
 def test_models_are_listed_by_the_name_of_the_run(tiny):
     listed = httpx.get(tiny.url + "/v1/models").json()
@@ -313,8 +310,7 @@ def test_the_tokenizer_is_served_as_vllm_serves_it(tiny):
     assert error_of(tiny.post("/detokenize", {"tokens": [257]}))[0] == 400
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Refusals
+# ---- Refusals --------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("content, status, words", [
     (b"{", 400, "not valid JSON"), (b"", 400, "not valid JSON"), (b"[1]", 400, "should be a JSON object"),
@@ -347,8 +343,7 @@ def test_a_lone_surrogate_is_answered(tiny):
     assert response.json()["choices"][0]["text"] == "\ufffd"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Limits
+# ---- Limits ----------------------------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
 def endless(server: Server) -> Iterator[Iterator]:
@@ -417,8 +412,7 @@ def test_a_key_guards_the_api_and_the_log_tells_nothing(tiny):
     assert "s3cret" not in log and "very secret" not in log  # neither keys nor prompts are logged
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Stopping
+# ---- Stopping --------------------------------------------------------------------------------------------------------
 
 def test_a_signal_refuses_new_requests_ends_what_runs_and_exits_0(long_run):
     with serving(long_run) as server, endless(server) as arriving:
@@ -466,8 +460,7 @@ def test_a_second_signal_does_not_wait(long_run):
         assert status == 0 and time.monotonic() - started < serve.GRACE_S - 1
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Command line
+# ---- Command line ----------------------------------------------------------------------------------------------------
 
 def test_a_port_in_use_is_one_line_before_anything_is_loaded(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -515,8 +508,7 @@ def test_a_host_that_others_reach_is_warned_about_without_a_key(monkeypatch, cap
     assert "whoever reaches 0.0.0.0 may use the model; set FLATGPT_API_KEY" in capsys.readouterr().err
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Other people's clients
+# ---- Other people's clients ------------------------------------------------------------------------------------------
 
 def python_with(package: str, variable: str) -> str:
     """A Python that has the package: the one the variable names, or this one. Skips without one."""

@@ -62,8 +62,7 @@ def random_requests(pick: random.Random, vocab_size: int, max_seq_len: int) -> l
     return requests + requests[:1]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Log-likelihoods
+# ---- Log-likelihoods -------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("seed", range(16))
 def test_log_likelihoods_are_those_of_a_plain_forward_pass(seed):
@@ -114,8 +113,7 @@ def test_numbers_that_are_not_finite_are_an_error():
         tasks.log_likelihoods(model, [((1,), (2,))], batch_size=1)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Multiple choice
+# ---- Multiple choice -------------------------------------------------------------------------------------------------
 
 def test_blanks_that_end_the_context_begin_the_continuation():
     assert tasks.encode_pair(BYTES, "ab \n", " c", 257) == (tuple(b"ab"), tuple(b" \n c"))
@@ -211,8 +209,7 @@ def test_hellaswag_in_llm_cs_short_form_is_taken_as_it_stands(tmp_path):
     assert example == Choice(1, "A [title] b", ("c  d", "e"), 0)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Classification
+# ---- Classification --------------------------------------------------------------------------------------------------
 
 def test_the_likeliest_label_behind_the_text_is_predicted():
     pick = random.Random(1)
@@ -301,8 +298,7 @@ def test_labels_that_the_tokenizer_cannot_tell_apart_are_refused():
         tasks.encode_labels(Blind(), ["a", "A"], 257)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Generation
+# ---- Generation ------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def greedy(model: GPT, prompt: str | list[int], tokens: int) -> tuple[bytes, bool]:
@@ -419,8 +415,7 @@ def test_a_chat_that_the_template_refuses_or_a_run_without_one_is_an_error():
         tasks.generation(model, BYTES, Task(Path("f"), [bad]), None, **arguments)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Reading
+# ---- Reading ---------------------------------------------------------------------------------------------------------
 
 def write(tmp_path: Path, *lines: str | bytes) -> Path:
     path = tmp_path / "t.jsonl"

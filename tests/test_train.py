@@ -104,8 +104,7 @@ def assert_same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor
         assert torch.equal(one[name], other[name]), name
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Promise 1: the same command goes on to the same numbers
+# ---- Promise 1: the same command goes on to the same numbers ---------------------------------------------------------
 
 @pytest.mark.parametrize("knobs", [
     ("model.dropout=0.2",),
@@ -180,8 +179,7 @@ def test_the_saved_config_loads_back_equal(settings):
     assert saved.model.vocab_size == 257
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Promise 2: micro-batches do not change a step
+# ---- Promise 2: micro-batches do not change a step -------------------------------------------------------------------
 
 def test_micro_batch_size_changes_no_loss_beyond_rounding(settings):
     whole = losses(run(settings, "whole", "train.micro_batch=8"))
@@ -223,8 +221,7 @@ def test_a_step_equals_plain_pytorch_on_the_whole_batch():
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-7)  # float32 rounding of weights below 1
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Promise 4: damage is named
+# ---- Promise 4: damage is named --------------------------------------------------------------------------------------
 
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(settings):
     run_dir = run(settings, "damaged", "train.max_steps=8")
@@ -259,8 +256,7 @@ def test_a_damaged_shard_stops_the_run_with_its_name(settings):
         run(settings, "second", "train.max_steps=2000", "optim.decay_steps=2000", "train.log_every=500")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Promise 5 and failed saves: see also test_train_processes.py
+# ---- Promise 5 and failed saves: see also test_train_processes.py ----------------------------------------------------
 
 def test_a_stop_between_steps_saves_and_leaves_a_mark(settings):
     class AfterThree:
@@ -329,8 +325,7 @@ def test_a_failed_last_save_ends_the_run_with_an_error(settings, monkeypatch):
         run(settings, "full")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Promise 6: what is not finite changes nothing
+# ---- Promise 6: what is not finite changes nothing -------------------------------------------------------------------
 
 class Poisoned(torch.nn.Module):
     """A model whose loss, or gradient alone, is not finite in some calls."""
@@ -396,8 +391,7 @@ def test_running_out_of_memory_says_which_knob_to_turn(settings, monkeypatch):
         run(settings, "big")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Parents: init_from and fork_from
+# ---- Parents: init_from and fork_from --------------------------------------------------------------------------------
 
 def test_init_from_takes_weights_model_and_tokenizer_but_no_moments(settings):
     run(settings, "parent")
@@ -462,8 +456,7 @@ def test_another_tokenizer_beside_init_from_is_refused(settings):
     assert not Path("child").exists()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What a run says and writes
+# ---- What a run says and writes --------------------------------------------------------------------------------------
 
 def test_nanogpts_files_train_a_model_and_the_log_says_how_they_were_read(settings):
     Path("nanogpt").mkdir()
