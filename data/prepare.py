@@ -240,7 +240,7 @@ class OutputFolder:
 
     def discard(self) -> None:
         """Remove all that was written: a mistake of the user's leaves nothing behind."""
-        self._remove_all_but({"shards": []}, "tokenizer*.json", TEMPLATE_FILE)
+        self._remove_all_but({"shards": []}, TOKENIZER_FILE, "tokenizer_config.json", TEMPLATE_FILE)
 
     def _remove_all_but(self, index: dict, *others: str) -> None:
         """Remove what prepare() makes on its way but the shards of an index. Only for a folder with .progress.json."""
