@@ -85,14 +85,16 @@ def test_words_that_look_like_options_reach_the_process_as_they_are(book):
     assert ensure_prepared(data, 64) == folder
 
 
-def test_a_template_of_the_parent_reaches_the_process_byte_for_byte_and_no_file_stays(book):
+def test_a_template_of_the_parent_reaches_the_process_byte_for_byte_and_no_file_stays(book, tmp_path, monkeypatch):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))  # the child's; others use the machine's at the same time
+    monkeypatch.setattr(tempfile, "tempdir", None)  # ours: look again
     Path("chat.jsonl").write_text(json.dumps({"messages": [{"role": "assistant", "content": "é"}]}) + "\n")
     template = "{% for m in messages %}\r\n中{{ m.content }}{{ eos_token }}{% endfor %}"
     data = DataConfig(source=("chat.jsonl",), tokenizer="bytes", val_fraction=0.0, too_long="drop", dir="out")
-    before = set(Path(tempfile.gettempdir()).iterdir())
     ensure_prepared(data, 64, template)
     assert Path("out", "chat_template.jinja").read_bytes() == template.encode()
-    assert set(Path(tempfile.gettempdir()).iterdir()) == before
+    assert list(Path(tempfile.gettempdir()).iterdir()) == list((tmp_path / "temporary").iterdir()) == []
     assert ensure_prepared(data, 64, template) == Path("out")
     for changed, words in (({"too_long": "cut"}, "too_long"), ({}, "chat_template")):
         with pytest.raises(ConfigError, match=f"other settings .*{words}: "):
