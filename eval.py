@@ -21,8 +21,8 @@ import cli
 import files
 import sample
 from config import DataConfig, UserError, exit_cleanly
+from data.dataset import open_dataset, open_split
 from data.loader import IGNORED, MicroBatch, ValLoader
-from data.shards import open_dataset, open_split
 from data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from distributed import World, choose_device, sum_over_ranks
 from finetune.runs import read_run

@@ -21,7 +21,7 @@ from checkpoint import CheckpointError
 from config import Config, ConfigError, MachineError
 from convert import HuggingFaceModel, read_hf
 from data.chat import DEFAULT_TEMPLATE, read_template
-from data.shards import Dataset
+from data.dataset import Dataset
 from data.tokenizer import Tokenizer
 from distributed import Machine, World
 from finetune import lora

@@ -18,9 +18,9 @@ import distributed
 import start
 from benchmarks import measure
 from config import Config, UserError, parse_arguments
+from data.dataset import open_dataset, open_split
 from data.loader import MicroBatch, TrainLoader
 from data.prepare import SMALL_BYTES, prepare
-from data.shards import open_dataset, open_split
 from data.sources import STDLIB, UNIT_BYTES
 from data.tokenizer import GPT2_PATTERN, TIKTOKEN_FILES, train_bpe
 from kernels import self_check

@@ -30,8 +30,9 @@ import cli
 import files
 from config import ConfigError, MachineError, UserError, exit_cleanly
 from data.chat import DEFAULT_TEMPLATE, TEMPLATE_FILE, read_template, save_template
+from data.dataset import INDEX_FORMAT, files_of, load_index
 from data.examples import CHAT, ROWS_PER_UNIT, TEXT, Example, Packing, examples, find_kind, packed, texts_of_examples
-from data.shards import INDEX_FORMAT, TRACKS, files_of, load_index
+from data.shards import TRACKS
 from data.sources import KINDS, STDLIB, TextFile, Texts, Unit, choose_split, describe, find_files, split_of, texts_of
 from data.tokenizer import TIKTOKEN_FILES, TOKENIZER_FILE, Tokenizer, load_tokenizer, tokenizer_identity, train_bpe
 from data.verify_shards import verify

@@ -17,9 +17,9 @@ from pathlib import Path
 import cli
 from config import ConfigError, DataConfig, MachineError
 from data.chat import DEFAULT_TEMPLATE
+from data.dataset import INDEX_FILE, load_index
 from data.examples import CHAT, PROMPT_RESPONSE, TEXT, Packing, find_kind, template_hash
 from data.prepare import DEFAULT_TOKENIZER, PROGRESS_FILE, PreparationStopped, refuse_differences
-from data.shards import INDEX_FILE, load_index
 from data.sources import SourceError, describe, find_files
 from data.tokenizer import TOKENIZER_FILE, tokenizer_identity
 

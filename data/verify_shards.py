@@ -8,7 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import files
-from data.shards import INDEX_FILE, REDO, Dataset, ShardError, check_shard, files_of, load_index, read_header, shards_in
+from data.dataset import INDEX_FILE, Dataset, check_shard, files_of, load_index, shards_in
+from data.shards import REDO, ShardError, read_header
 
 
 def verify(data_dir: Path, note: Callable[[str], None]) -> list[str]:

@@ -15,7 +15,8 @@ import numpy as np
 
 import files
 from config import UserError
-from data.shards import HEADER_BYTES, INDEX_FILE, MAGIC_VERSION, ShardError, track_path
+from data.dataset import INDEX_FILE
+from data.shards import HEADER_BYTES, MAGIC_VERSION, ShardError, track_path
 from data.tokenizer import Tokenizer
 
 MAX_SHARD_TOKENS = 2**31 - 1  # the header counts in int32

@@ -14,10 +14,11 @@ import pytest
 from config import UserError
 from data import sources
 from data.chat import DEFAULT_TEMPLATE
+from data.dataset import open_dataset, open_split
 from data.examples import Packing, examples, pack
 from data.loader import IGNORED, TrainLoader, ValLoader
 from data.prepare import prepare
-from data.shards import ShardError, open_dataset, open_split
+from data.shards import ShardError
 from data.sources import RowsUnit
 from data.tokenizer import load_tokenizer
 from data.verify_shards import verify

@@ -26,8 +26,8 @@ import files
 from config import MachineError, UserError
 from data import prepare as module
 from data import sources
+from data.dataset import open_dataset, open_split
 from data.prepare import prepare
-from data.shards import open_dataset, open_split
 from data.tokenizer import load_tokenizer, train_bpe
 
 ROOT = Path(__file__).resolve().parents[1]

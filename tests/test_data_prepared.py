@@ -17,9 +17,9 @@ import pytest
 
 from config import ConfigError, DataConfig, MachineError
 from data import prepared as module
+from data.dataset import open_dataset, open_split
 from data.prepare import PreparationStopped, prepare
 from data.prepared import data_dir_for, ensure_prepared
-from data.shards import open_dataset, open_split
 from data.tokenizer import load_tokenizer, train_bpe
 from tests.test_data_prepare import ROOT, SOURCE, children_of, jsonl
 

@@ -5,7 +5,8 @@ import threading
 import numpy as np
 
 import files
-from data.shards import ShardError, open_dataset
+from data.dataset import open_dataset
+from data.shards import ShardError
 from data.verify_shards import BackgroundVerifier, verify
 from tests.test_data_shards import llmc_bytes, make_folder
 
