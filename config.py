@@ -290,7 +290,7 @@ def _override_table(word: str) -> dict:
     name, _, text = word.partition("=")
     section, dot, key = name.lstrip("-").partition(".")
     if not dot or not key:
-        found = [s for s, kind in typing.get_type_hints(Config).items() if name.lstrip("-") in _names(kind)]
+        found = [section for section, values in vars(Config()).items() if name.lstrip("-") in vars(values)]
         hint = f"write {found[0]}.{name.lstrip('-')}={text}" if found else "write section.key=value"
         raise ConfigError(f"override {word!r} names no section; {hint}")
     try:
@@ -304,10 +304,6 @@ def _override_table(word: str) -> dict:
     for name in reversed(tables):  # model.rope_scaling.factor=2
         key, value = name, {key: value}
     return {section: {key: value}}
-
-
-def _names(section: object) -> list[str]:
-    return [f.name for f in fields(section)]
 
 
 def apply_table(config: Config, table: dict) -> Config:
@@ -450,8 +446,8 @@ def _conflicts(config: Config) -> Iterator[str]:
 def to_toml(config: Config) -> str:
     """The whole config as TOML; a knob that is left out stays left out."""
     lines = []
-    for section in _names(config):
-        known = {name: value for name, value in vars(getattr(config, section)).items() if value is not None}
+    for section, values in vars(config).items():
+        known = {name: value for name, value in vars(values).items() if value is not None}
         lines += [f"[{section}]", *(f"{name} = {_toml_value(value)}" for name, value in known.items()), ""]
     return "\n".join(lines)
 
@@ -468,8 +464,8 @@ def _toml_value(value: object) -> str:
 
 def differences(ours: object, theirs: object, prefix: str) -> list[str]:
     """Lines 'section.key: theirs -> ours' for each knob in which two sections differ."""
-    return [f"{prefix}.{name}: {getattr(theirs, name)} -> {getattr(ours, name)}" for name in _names(ours)
-            if getattr(ours, name) != getattr(theirs, name)]
+    return [f"{prefix}.{name}: {getattr(theirs, name)} -> {value}" for name, value in vars(ours).items()
+            if value != getattr(theirs, name)]
 
 
 def help_text() -> str:

@@ -60,17 +60,14 @@ PEAK_TFLOPS: dict[str, tuple[float | None, float | None, float | None]] = {
     r"AMD Instinct MI3(00|25)X( OAM)?":                (1307.4, 1307.4, 163.4),
     r"AMD Instinct MI355X( OAM)?":                       (2516.6, 2516.6, 157.3),
 }
-DTYPE_COLUMNS = ("bfloat16", "float16", "float32")
 
 
 def peak_flops(device_name: str, dtype: str) -> float | None:
     """Dense peak of one device as torch names it, FLOP/s in that dtype; None if it is not in PEAK_TFLOPS (any CPU)."""
     name = re.sub(r"^(NVIDIA |Tesla )+", "", device_name.strip())
-    for pattern, tflops in PEAK_TFLOPS.items():
-        if dtype in DTYPE_COLUMNS and re.fullmatch(pattern, name):
-            peak = tflops[DTYPE_COLUMNS.index(dtype)]
-            return None if peak is None else peak * 1e12
-    return None
+    found = next((tflops for pattern, tflops in PEAK_TFLOPS.items() if re.fullmatch(pattern, name)), (None,) * 3)
+    peak = dict(zip(("bfloat16", "float16", "float32"), found, strict=True)).get(dtype)
+    return None if peak is None else peak * 1e12
 
 
 def mfu(tokens_per_second: float, flops_per_token: float, peak: float | None, world_size: int) -> float | None:

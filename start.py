@@ -1,5 +1,4 @@
-"""What a run starts from: its own newest checkpoint, another run or a Hugging Face folder (init_from, fork_from), or
-nothing.
+"""What a run starts from: its own newest checkpoint, init_from (a run or a Hugging Face folder), fork_from, or nothing.
 
 Rank 0 chooses and every rank follows. What was left out of the config and only shows once data and parent are known is
 resolved here; what must not change when a run goes on is checked here. Files are checkpoint.py's, finetune/runs.py's.
@@ -205,7 +204,7 @@ def resolve(config: Config, *, tokenizer: Tokenizer, parent: Parent | None, mach
     if parent is not None and not parent.tokenizer.encodes_like(tokenizer):
         raise ConfigError(f"data.tokenizer = {tokenizer.name!r} differs from that of {str(parent.dir)!r}, whose "
                           "weights this run takes; leave data.tokenizer out")
-    vocab_size = tokenizer.vocab_size if config.model.vocab_size is None else config.model.vocab_size
+    vocab_size = config.model.vocab_size or tokenizer.vocab_size
     if vocab_size < tokenizer.vocab_size:
         raise ConfigError(f"model.vocab_size = {vocab_size} is below the tokenizer's {tokenizer.vocab_size}; leave it "
                           "out")

@@ -364,13 +364,13 @@ def _first_lines(run: Training, kernels_line: str) -> list[str]:
     """What a run says of itself before its first step: versions, choices and why, sizes, data."""
     config, train, dataset, model = run.config, run.config.train, run.dataset, run.config.model
     accumulation = math.ceil(train.tokens_per_step / (model.max_seq_len * train.micro_batch * run.world.size))
-    tokens = {split: open_split(dataset, split).tokens for split in ("train", "val")}
+    train_tokens, val_tokens = run.train_data.stream.tokens, run.val_data.stream.tokens
     lines = [
         f"flatgpt {_git_commit()} | python {platform.python_version()} | torch {torch.__version__} | "
         f"numpy {np.__version__} | {platform.platform()}",
         *run.machine.lines,
         kernels_line,
-        f"data: {config.data.dir} (hash {dataset.hash[:16]}), {tokens['train']:,} training and {tokens['val']:,} "
+        f"data: {config.data.dir} (hash {dataset.hash[:16]}), {train_tokens:,} training and {val_tokens:,} "
         f"validation tokens, vocabulary {model.vocab_size:,}"
         + (f"; no header in {', '.join(dataset.raw_files)}: read as bare uint16 ids" if dataset.raw_files else ""),
         f"model: {run.model.parameter_count():,} parameters, {flops_per_token(model) / 1e6:.1f} MFLOPs per token"]
@@ -385,7 +385,7 @@ def _first_lines(run: Training, kernels_line: str) -> list[str]:
                      f"{counts['response_tokens']:,} of {counts['tokens']:,} tokens")
     return [*lines, f"batch: {train.tokens_per_step:,} tokens a step = {run.world.size} ranks x {accumulation} "
                     f"micro-batches of up to {train.micro_batch} x {model.max_seq_len}; {train.max_steps} steps = "
-                    f"{train.max_steps * train.tokens_per_step / tokens['train']:.2f} epochs"]
+                    f"{train.max_steps * train.tokens_per_step / train_tokens:.2f} epochs"]
 
 
 def _git_commit() -> str:
@@ -424,7 +424,7 @@ def _one_line(config: Config, world: World, log: metrics.RunLog) -> Iterator[Non
 
 
 def main(argv: list[str]) -> None:
-    if any(word in ("-h", "--help") for word in argv):
+    if {"-h", "--help"} & set(argv):
         print(configuration.help_text())
         return
     faulthandler.enable()  # a shard that is cut short while mapped ends in SIGBUS: show where
