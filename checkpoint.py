@@ -327,14 +327,12 @@ def holds(checkpoint: Path, name: str) -> bool:
     return (Path(checkpoint) / f"{name}.safetensors").exists()
 
 
-def load_tensors(checkpoint: Path, name: str, device: str | torch.device = "cpu") -> dict[str, Tensor]:
-    """The tensors saved as "model", "optimizer" or another name. Raises CheckpointError.
-
-    On the CPU they may be views of the file's memory map: copy them (load_into does) before the file can go.
-    """
+def load_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:
+    """The tensors saved as "model", "optimizer" or another name, on the CPU; they may be views of the file's memory
+    map: copy them (load_into does) before the file can go. Raises CheckpointError."""
     path = Path(checkpoint) / f"{name}.safetensors"
     try:
-        return load_file(path, device=str(device))
+        return load_file(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{str(path)!r} cannot be read: {error}; use another checkpoint") from None
 

@@ -42,6 +42,7 @@ LLAMA_KEYS = {"num_hidden_layers": "n_layer", "num_attention_heads": "n_head", "
               "hidden_size": "n_embd", "head_dim": "head_dim", "intermediate_size": "mlp_hidden",
               "vocab_size": "vocab_size", "max_position_embeddings": "max_seq_len", "rms_norm_eps": "norm_eps",
               "tie_word_embeddings": "tie_embeddings"}
+NOT_WHOLE = ("layer_norm_epsilon", "rms_norm_eps", "tie_word_embeddings")
 OPTIONAL_KEYS = ("n_inner", "n_positions", "num_key_value_heads", "head_dim")
 # transformers' values of keys that config.json leaves out
 LLAMA_DEFAULTS = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
@@ -146,7 +147,7 @@ def read_config(folder: Path) -> dict:
         raise ConvertError(f"model folder {str(folder)!r} {problem}; name a folder with config.json and {WEIGHTS_FILE} "
                            "(hf download NAME --local-dir DIR fetches one)")
     table = {key: value for key, value in _read_json(path).items() if value is not None}
-    classes = table.get("architectures", [])
+    classes = table["architectures"] if isinstance(table.get("architectures"), list) else []
     family = table.get("model_type", next((family for family, name in FAMILIES.items() if name in classes), None))
     if not isinstance(family, str) or family not in FAMILIES:
         raise ConvertError(f"{str(path)!r}: model_type {family!r} (architectures {classes}) is none of "
@@ -164,6 +165,9 @@ def read_config(folder: Path) -> dict:
     for key in (*(GPT2_KEYS if family == "gpt2" else LLAMA_KEYS), *ROPE_KEYS[table["rope_type"]]):
         if key not in table and key not in OPTIONAL_KEYS:
             raise ConvertError(f"{str(path)!r} has no {key!r}; copy it again")
+    for key in (*GPT2_KEYS, *LLAMA_KEYS, "sliding_window", "max_window_layers"):
+        if key not in NOT_WHOLE and type(table.get(key, 0)) is not int:
+            raise ConvertError(f"{str(path)!r}: {key} = {table[key]!r} should be a whole number; copy it again")
     if "quantization_config" in table:
         raise ConvertError(f"{str(path)!r}: quantization_config: the weights are quantized; use the model's original "
                            "in float32, bfloat16 or float16")
@@ -206,11 +210,9 @@ def model_config(table: dict, max_seq_len: int | None = None) -> ModelConfig:
                         n_kv_head=None if model.kv_heads == model.n_head else model.kv_heads,
                         head_dim=None if model.n_head * model.dim_per_head == model.n_embd else model.dim_per_head)
     if model.window is not None:
-        first = table["max_window_layers"]
-        if not isinstance(first, int):
-            raise ConfigError(f"max_window_layers = {first!r} should be a whole number")
-        types = set(table.get("layer_types") or (
-            "sliding_attention" if layer >= first else "full_attention" for layer in range(model.n_layer)))
+        types = table.get("layer_types") or ["sliding_attention" if layer >= table["max_window_layers"] else
+                                             "full_attention" for layer in range(model.n_layer)]
+        types = set(map(str, types if isinstance(types, list) else [types]))
         if types == {"full_attention"} or model.window >= model.max_seq_len:  # such a window hides nothing
             model = replace(model, window=None)
         elif types != {"sliding_attention"}:
@@ -513,8 +515,11 @@ def _new_folder(path: Path) -> Iterator[Path]:
     path = path.absolute()
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
+        files.make_folder(temporary)
+    except OSError as error:
+        raise ConvertError(f"folder {str(path)!r} cannot be made: {error.strerror}; name another") from None
+    try:
         with files.disk_errors(path):
-            files.make_folder(temporary)
             yield temporary
             files.publish(temporary, path)  # an empty folder may stand there
     finally:

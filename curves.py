@@ -109,7 +109,7 @@ def _text(figure: float | None, style: Callable[[float], str] = str) -> str:
 
 def val_losses_by_step(runs: list[Run]) -> list[tuple[str, ...]]:
     """A row (step, loss of each run) for every step at which a run was evaluated, '-' where one was not."""
-    columns = [{row["step"]: row["loss"] for row in run.val} for run in runs]
+    columns = [{row["step"]: row.get("loss") for row in run.val} for run in runs]
     steps = sorted(set().union(*columns))
     return [(str(step), *(_text(column.get(step), "{:.4f}".format) for column in columns)) for step in steps]
 
@@ -143,7 +143,7 @@ def val_curve(run: Run) -> tuple[list[float], list[float]]:
     """Tokens and losses of the val rows; their tokens follow from the train row at, or else next to, their step."""
     rows = [row for row in run.train if row.get("tokens") is not None and row["step"] > 0]
     steps = [row["step"] for row in rows]
-    known = [row for row in run.val if rows and row["loss"] is not None]
+    known = [row for row in run.val if rows and row.get("loss") is not None]
     near = [rows[min(bisect_left(steps, row["step"]), len(rows) - 1)] for row in known]
     tokens = [other["tokens"] * row["step"] / other["step"] for row, other in zip(known, near, strict=True)]
     return tokens, [row["loss"] for row in known]

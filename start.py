@@ -241,11 +241,11 @@ def build(start: Start, config: Config, parent: Parent | None, machine: Machine,
         tensors = _starting_weights(start, config, parent, world)
         if tensors:
             checkpoint.load_into(model, tensors, start.path)
-        model = model.to(machine.device)
         if config.lora.rank:
             if world.is_main and not isinstance(start, Resume):
                 progress.base_sha256 = save_base(Path(config.train.out_dir), tensors)
             lora.add_adapters(model, config.lora)
+        model = model.to(machine.device)  # with its adapters
         # Muon's products may be rough, but in a float32 run a rounding to bfloat16 would turn last bits into steps.
         rough = distributed.computes_bfloat16(machine.device) and machine.dtype != torch.float32
         optimizer = Optimizer(model, config.optim, newton_schulz_dtype=torch.bfloat16 if rough else torch.float32)

@@ -17,7 +17,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -328,16 +328,16 @@ def train(config: Config, given: set[str], *, world: World, stop: StopRequest) -
                       "train.max_steps to go on, or choose another train.out_dir")
             return
 
-        # 3. The log, model and optimizer, the loop, the last words.
+        # 3. Model and optimizer, the log, the loop, the last words.
+        with _one_line(config, world):
+            model, optimizer, progress = starting.build(start, config, parent, machine, world)
         with distributed.raise_on_all_ranks(world):
+            if world.is_main:
+                write_run_files(config, tokenizer, load_template(data_dir))
             log = metrics.RunLog(Path(config.train.out_dir), resume_step=start.step, enabled=world.is_main,
                                  tracker=config.train.tracker, config=dataclasses.asdict(config))
         stack.callback(log.close)
-        with _one_line(config, world, log):
-            model, optimizer, progress = starting.build(start, config, parent, machine, world)
-            with distributed.raise_on_all_ranks(world):
-                if world.is_main:
-                    write_run_files(config, tokenizer, load_template(data_dir))
+        with _one_line(config, world, log.note):
             compiled = torch.compile(model) if machine.compiles else model
             run = Training(config, machine, world, model, distributed.wrap(compiled, machine.device, world), optimizer,
                            progress, tokenizer, dataset, train_data, val_data, log, stop)
@@ -381,7 +381,7 @@ def _first_lines(run: Training, kernels_line: str) -> list[str]:
     if "examples" in dataset.index:
         counts = dataset.index["examples"]["train"]
         lines.append(f"examples: {counts['examples']:,} of {dataset.index['settings']['kind']}, "
-                     f"{counts['truncated']:,} of them cut to fit, {counts['dropped']:,} left out; the loss counts "
+                     f"{counts['truncated']:,} cut to fit, {counts.get('dropped', 0):,} left out; the loss counts "
                      f"{counts['response_tokens']:,} of {counts['tokens']:,} tokens")
     return [*lines, f"batch: {train.tokens_per_step:,} tokens a step = {run.world.size} ranks x {accumulation} "
                     f"micro-batches of up to {train.micro_batch} x {model.max_seq_len}; {train.max_steps} steps = "
@@ -398,13 +398,13 @@ def _git_commit() -> str:
 
 
 @contextlib.contextmanager
-def _one_line(config: Config, world: World, log: metrics.RunLog) -> Iterator[None]:
+def _one_line(config: Config, world: World, log: Callable[[str], None] = lambda line: None) -> Iterator[None]:
     """An error that ends the run stands in its log, as one line that says what to do; a defect of ours still shows its
     traceback."""
     try:
         yield
     except (MachineError, UserError) as error:
-        log.note(f"error: {error}")
+        log(f"error: {error}")
         raise
     except (RuntimeError, MemoryError) as error:
         text = str(error)
@@ -415,9 +415,9 @@ def _one_line(config: Config, world: World, log: metrics.RunLog) -> Iterator[Non
             line = (f"lost contact with another rank ({text.splitlines()[0][:160]}); the same command goes on from the "
                     "newest checkpoint")
         else:
-            log.note(f"error: {error}")
+            log(f"error: {error}")
             raise
-        log.note(f"error: {line}")
+        log(f"error: {line}")
         if not world.is_main:  # the others only see that this rank is gone
             note(f"rank {world.rank}: error: {line}")
         raise MachineError(line) from error

@@ -158,8 +158,8 @@ def _measure_loader(config: Config, folder: Path, args: argparse.Namespace, figu
     model_config = replace(config.model, vocab_size=dataset.vocab_size)
     machine = distributed.choose_machine(replace(config.train, device="cpu"), distributed.World())
     model = GPT(model_config, compute_dtype=machine.dtype)
-    self_check.choose("auto", model_config, table_rows=model.wte.num_embeddings, dtype=machine.dtype,
-                      device=measure.CPU)
+    chosen = self_check.choose("auto", model_config, table_rows=model.wte.num_embeddings, dtype=machine.dtype,
+                               device=measure.CPU)
     loader = TrainLoader(open_split(dataset, "train"), seq_len=model_config.max_seq_len, seed=config.train.seed,
                          tokens_per_step=config.train.tokens_per_step, micro_batch=config.train.micro_batch)
     step = partial(train_step, model, Optimizer(model, config.optim), lr=config.optim.lr, step=0,
@@ -177,4 +177,4 @@ def _measure_loader(config: Config, folder: Path, args: argparse.Namespace, figu
         "steps with one batch": lambda: {"ms/step": ms_each(step, one_batch)}}, args.repeats)
     figures.add_ratios("with loader / with one batch", "steps with loader", "steps with one batch", "ms/step")
     return (f"{measure.label(args.config)}, {machine.dtype}, {args.steps} steps of {config.train.tokens_per_step:,} "
-            "tokens")
+            f"tokens; {chosen}")

@@ -128,8 +128,8 @@ def _token_rate(generate: Callable[[int], int], batch: int, new_tokens: int) -> 
 
 def _our_generate(config: ModelConfig, dtype: str, setting: dict) -> Generate:
     model = GPT(config, compute_dtype=getattr(torch, dtype)).to(getattr(torch, dtype)).eval()
-    self_check.choose("auto", config, table_rows=model.wte.num_embeddings, dtype=model.compute_dtype,
-                      device=measure.CPU)
+    setting[f"{OURS} {dtype} kernels"] = self_check.choose(
+        "auto", config, table_rows=model.wte.num_embeddings, dtype=model.compute_dtype, device=measure.CPU)
     setting[f"{OURS} {dtype}"] = pack_for_decoding(model)
 
     def generate(prompts: list[list[int]], new_tokens: int, top_k: int | None) -> int:

@@ -8,6 +8,7 @@ sandbox: they can change nothing and open nothing. What is too long is cut by pr
 import functools
 import json
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -48,10 +49,10 @@ def load_template(folder: Path) -> str | None:
     return read_template(path) if path.exists() else None
 
 
-def read_template(path: Path) -> str:
-    """The template in a file, checked for syntax. Raises ChatError."""
+def read_template(path: Path | str) -> str:
+    """The template in a file, or "-" for stdin, where no byte is changed; checked for syntax. Raises ChatError."""
     try:
-        template = Path(path).read_text(encoding="utf-8")
+        template = sys.stdin.buffer.read().decode() if path == "-" else Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ChatError(f"chat template {str(path)!r} cannot be read: {getattr(error, 'strerror', error)}; name a "
                         "Jinja file") from None

@@ -175,7 +175,7 @@ def _example(row: dict, packing: Packing, tokenizer: Tokenizer) -> Example | Non
                            f"{packing.row_tokens} that a context of {packing.max_seq_len} takes; shorten it, raise the "
                            "context (model.max_seq_len, --max-seq-len; with train.init_from at most the parent's), or "
                            "let it be cut or dropped (--too-long, data.too_long)")
-    scored[0] = False  # nothing of the example stands before it
+    scored[:1] = False  # nothing of the example stands before it
     if not scored.any():
         raise ExampleError("has nothing to learn: no token stands before its response, which is one token")
     return Example(ids, scored, _text_of_row(row, packing.kind), cut)

@@ -33,7 +33,19 @@ from data.chat import DEFAULT_TEMPLATE, TEMPLATE_FILE, read_template, save_templ
 from data.dataset import INDEX_FORMAT, files_of, load_index
 from data.examples import CHAT, ROWS_PER_UNIT, TEXT, Example, Packing, examples, find_kind, packed, texts_of_examples
 from data.shards import TRACKS
-from data.sources import KINDS, STDLIB, TextFile, Texts, Unit, choose_split, describe, find_files, split_of, texts_of
+from data.sources import (
+    KINDS,
+    STDLIB,
+    TextFile,
+    Texts,
+    Unit,
+    choose_split,
+    describe,
+    find_files,
+    generated_in_stdlib,
+    split_of,
+    texts_of,
+)
 from data.tokenizer import TIKTOKEN_FILES, TOKENIZER_FILE, Tokenizer, load_tokenizer, tokenizer_identity, train_bpe
 from data.verify_shards import verify
 from data.write_shards import MAX_SHARD_TOKENS, Encoded, SplitWriter, dtype_for, write_index
@@ -211,7 +223,7 @@ class OutputFolder:
     def _claim(self) -> dict | None:
         index = load_index(self.path)
         if index is not None:
-            refuse_differences(self.path, index.get("settings", {}), self.settings)
+            refuse_differences(self.path, made_with(index), self.settings, way_out=another_folder(self.path))
             if (self.path / PROGRESS_FILE).exists():  # killed right after index.json was written
                 self._remove_all_but(index)
             return index
@@ -222,7 +234,8 @@ class OutputFolder:
             except ValueError:
                 raise UserError(f"output folder {str(self.path)!r}: {PROGRESS_FILE} is damaged; remove the folder and "
                                 "start again") from None
-            refuse_differences(self.path, self.progress["settings"], self.settings)
+            refuse_differences(self.path, self.progress["settings"], self.settings, way_out="it is not finished: give "
+                               "the command that began it again, name another folder (--out, data.dir) or remove it")
         elif names:
             raise UserError(f"output folder {str(self.path)!r} is not empty, it holds "
                             f"{', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''}; name an empty or new "
@@ -260,14 +273,26 @@ class OutputFolder:
                 self.path.rmdir()
 
 
-def refuse_differences(folder: Path, theirs: dict, ours: dict) -> None:
+def made_with(index: dict) -> dict:
+    """The settings of an index. Where there was no choice of too_long yet and nothing was too long, it says "cut"."""
+    settings = index.get("settings", {})
+    is_cut = any(counts["truncated"] for counts in index.get("examples", {}).values())
+    return settings if is_cut or "kind" not in settings else {"too_long": "cut"} | settings
+
+
+def refuse_differences(folder: Path, theirs: dict, ours: dict, *, way_out: str) -> None:
     """Raise ConfigError listing how the settings that made a folder differ from ours."""
     lines = [f"{key}: {json.dumps(theirs.get(key))} -> {json.dumps(ours[key])}" for key in ours
              if theirs.get(key) != ours[key]]
     if lines:
-        raise ConfigError(f"data folder {str(folder)!r} was made with other settings ({'; '.join(lines)}); name "
-                          "another folder (--out, data.dir) or remove this one; to train on it as it is: "
-                          "data.source=[]")
+        raise ConfigError(f"data folder {str(folder)!r} was made with other settings ({'; '.join(lines)}); "
+                          f"{way_out}")
+
+
+def another_folder(folder: Path) -> str:
+    """The ways out for a finished folder."""
+    return ("name another folder (--out, data.dir) or remove this one; to train on it as it is: data.source=[] "
+            f"data.dir={folder}")
 
 
 # ---- prepare() -------------------------------------------------------------------------------------------------------
@@ -313,6 +338,8 @@ def prepare(sources: Sequence[str], out_dir: Path, *, tokenizer: str = DEFAULT_T
     folder = OutputFolder(Path(out_dir), settings | {"shard_tokens": shard_tokens})
     try:
         index = folder.open()
+        if index is None and STDLIB in (*sources, *val_sources):
+            cli.note(f"{STDLIB}: {generated_in_stdlib()} generated files are left out, and its tests")
         if index is not None:
             cli.note(f"{folder.path} is prepared already")
             return index
@@ -512,8 +539,7 @@ def main(argv: list[str]) -> None:
         end_with(args.parent)
     template = DEFAULT_TEMPLATE
     if args.chat_template is not None:
-        from_stdin = args.chat_template == "-"
-        template = sys.stdin.buffer.read().decode() if from_stdin else read_template(Path(args.chat_template))
+        template = read_template(args.chat_template)
     stop = cli.StopRequest()
     try:
         prepare(args.sources, Path(args.out), tokenizer=args.tokenizer, val_fraction=args.val_fraction,

@@ -19,7 +19,14 @@ from config import ConfigError, DataConfig, MachineError
 from data.chat import DEFAULT_TEMPLATE
 from data.dataset import INDEX_FILE, load_index
 from data.examples import CHAT, PROMPT_RESPONSE, TEXT, Packing, find_kind, template_hash
-from data.prepare import DEFAULT_TOKENIZER, PROGRESS_FILE, PreparationStopped, refuse_differences
+from data.prepare import (
+    DEFAULT_TOKENIZER,
+    PROGRESS_FILE,
+    PreparationStopped,
+    another_folder,
+    made_with,
+    refuse_differences,
+)
 from data.sources import SourceError, describe, find_files
 from data.tokenizer import TOKENIZER_FILE, tokenizer_identity
 
@@ -40,7 +47,7 @@ def data_dir_for(data: DataConfig, max_seq_len: int | None = None, chat_template
     tokenizer = tokenizer_identity(data.tokenizer or DEFAULT_TOKENIZER)  # a copied or moved file is the same
     settings = [data.source, data.val_source, tokenizer, data.val_fraction, data.text_field]
     name = Path(data.source[0]).absolute().name.partition(".")[0] or "text"
-    of_examples = [*settings, max_seq_len, data.too_long]
+    of_examples = [*settings, max_seq_len, *([] if data.too_long == "cut" else [data.too_long])]
     of_chats = [*of_examples, template_hash(chat_template)]
     folders = {kind: Path("shards", f"{name}-{hashlib.sha256(json.dumps(words).encode()).hexdigest()[:8]}")
                for kind, words in ((TEXT, settings), (PROMPT_RESPONSE, of_examples), (CHAT, of_chats))}
@@ -90,7 +97,8 @@ def _prepare_in_a_process(folder: Path, data: DataConfig, max_seq_len: int, chat
                f"--tokenizer={data.tokenizer or DEFAULT_TOKENIZER}", *val, f"--text-field={data.text_field}",
                f"--max-seq-len={max_seq_len}", "--chat-template=-", f"--too-long={data.too_long}", "--", *data.source]
     path = os.pathsep.join([str(CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    child = subprocess.Popen(command, stdin=subprocess.PIPE, env=os.environ | {"PYTHONPATH": path})
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, env=os.environ | {"PYTHONPATH": path},
+                             process_group=0)  # Ctrl-C is for this process, which stops the other in order
     with suppress(BrokenPipeError), child.stdin:
         child.stdin.write(chat_template.encode())
     while child.poll() is None and not should_stop():
@@ -123,7 +131,7 @@ def _is_prepared(folder: Path, data: DataConfig, max_seq_len: int, chat_template
                  "val_sources": [describe(source) for source in data.val_source]}
     except SourceError as error:
         cli.note(f"{error}; using {folder}, which was made from it")
-    refuse_differences(folder, index.get("settings", {}), ours)
+    refuse_differences(folder, made_with(index), ours, way_out=another_folder(folder))
     return True
 
 
@@ -141,7 +149,8 @@ def _check_given_folder(folder: Path, data: DataConfig) -> None:
     """Raise ConfigError unless the folder holds shards, ours or (with data.tokenizer) foreign ones."""
     index = load_index(folder)
     if index is not None:
-        refuse_differences(folder, index.get("settings", {}), _tokenizer_setting(index, data))
+        refuse_differences(folder, index.get("settings", {}), _tokenizer_setting(index, data),
+                           way_out="leave data.tokenizer out, or name another data.dir")
     elif (folder / PROGRESS_FILE).exists():
         raise ConfigError(f"data.dir = {str(folder)!r} is not finished; give the command that began it again")
     elif not any(folder.glob("*train*.bin")):

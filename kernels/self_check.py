@@ -36,7 +36,7 @@ def agree(setting: str, of_ranks: list[Verdicts]) -> str:
         reason = next(filter(None, reasons), None)
         if len(set(reasons)) > 1:
             reason = f"rank {reasons.index(reason)}: {reason}"
-        if reason is not None and backend == "triton":
+        if reason is not None and backend == "triton" and op in kernels.TRITON:
             wrong.append(f"{op}: {reason}")
         chosen[op] = backend if reason is None else "torch"
         by_reason.setdefault(backend if reason is None else f"torch ({reason})", []).append(op)
@@ -53,11 +53,11 @@ def verdicts(setting: str, model: ModelConfig, *, table_rows: int, dtype: torch.
     used = ["attention", "linear_cross_entropy", "linear"]
     used += ["layer_norm"] * (model.norm == "layernorm") + ["rms_norm"] * (model.norm == "rmsnorm" or model.qk_norm)
     no_triton = kernels.why_no_triton(device)
-    backend = "cpu" if no_triton is not None and device.type == "cpu" else "triton"
+    backend = "cpu" if setting != "triton" and no_triton is not None and device.type == "cpu" else "triton"
     reason = ("asked for" if setting == "torch" else f"no kernels for {dtype}" if dtype not in ALLOWANCE
               else no_triton if backend == "triton" else None)
     if reason is not None:
-        return dict.fromkeys(used, ("torch", reason))
+        return dict.fromkeys(used, (backend, reason))
     has_own = {op: cpu.computes(op, dtype) if backend == "cpu" else op in kernels.TRITON for op in used}
     return {op: (backend, _problem(op, backend, _cases(op, backend, model, table_rows, dtype), device)) if has_own[op]
             else ("torch", "PyTorch's own is as fast") for op in used}
@@ -96,8 +96,9 @@ def _cases(op: str, backend: str, model: ModelConfig, table_rows: int, dtype: to
     elif op == "rms_norm":
         for width in [C] * (model.norm == "rmsnorm") + [D] * model.qk_norm:
             yield lambda m, x, w: m.rms_norm(x, w, eps=eps), [_randn(37, width).to(dtype) + 1.0, _randn(width) + 1.0]
-    elif op == "linear":  # the projection to q, k and v, and the MLP's back
+    elif op == "linear":  # the projection to q, k and v, and the MLP's back; wider ones would hold up the start
         for columns, rows in ((C, (model.n_head + 2 * model.kv_heads) * D), (model.mlp_width, C)):
+            columns, rows = min(columns, 1024), min(rows, 1024)
             weight = _randn(rows, columns) / columns ** 0.5
             yield lambda m, x, w, b: m.linear(x, w, b), [_randn(37, columns).to(dtype), weight, _randn(rows)]
     elif op == "attention":  # causal (or the model's window), then documents too

@@ -722,3 +722,19 @@ def test_the_documented_script_turns_a_nanogpt_checkpoint_into_a_model(tmp_path)
         assert load_config(folder / "run" / "config.toml").model.bias is bias
         expected = load_file(folder / "logits.safetensors")
         torch.testing.assert_close(our_logits(folder / "run", expected["tokens"]), expected["logits"], **F32)
+
+
+def test_wrong_values_go_by_config_jsons_key_and_a_folder_that_cannot_be_made_is_refused(tmp_path, capsys):
+    folder = make_hf(tmp_path / "hf")
+    path = folder / "config.json"
+    good = path.read_text()
+    for key, value in (("n_embd", 64.0), ("n_layer", "2"), ("n_head", True)):
+        path.write_text(json.dumps(json.loads(good) | {key: value}))
+        assert f"{key} = {value!r} should be a whole number; copy it again" in refused(
+            capsys, "from-hf", folder, tmp_path / "new")
+    path.write_text(json.dumps({key: value for key, value in json.loads(good).items() if key != "model_type"}
+                               | {"architectures": 5}))
+    assert "other models cannot be converted" in refused(capsys, "from-hf", folder, tmp_path / "new")
+    path.write_text(good)
+    (tmp_path / "file").touch()
+    assert "cannot be made: Not a directory; name another" in refused(capsys, "from-hf", folder, tmp_path / "file/run")

@@ -4,6 +4,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from config import ConfigError, DataConfig, MachineError
+from config import ConfigError, DataConfig, MachineError, UserError
 from data import prepared as module
 from data.dataset import open_dataset, open_split
 from data.prepare import PreparationStopped, prepare
@@ -247,3 +248,44 @@ def test_foreign_shards_need_a_tokenizer_and_other_folders_a_source(book, no_pro
     Path("half", ".progress.json").write_text("{}")
     with pytest.raises(ConfigError, match="'half' is not finished"):
         ensure_prepared(DataConfig(dir="half"), 64)
+
+
+@pytest.mark.parametrize("template", [b"\xff", b"{% if"], ids=["not UTF-8", "not Jinja"])
+def test_a_template_on_stdin_that_is_none_is_one_line(book, template):
+    Path("chat.jsonl").write_text(json.dumps({"messages": [{"role": "assistant", "content": "a"}]}) + "\n")
+    command = [sys.executable, "-m", "data.prepare", "chat.jsonl", "--out=out", "--tokenizer=bytes", "--max-seq-len=9",
+               "--chat-template=-"]
+    done = subprocess.run(command, input=template, capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 2 and done.stderr.count(b"\n") == 1 and done.stderr.startswith(b"error: ")
+    assert not Path("out").exists()
+
+
+def test_a_template_that_renders_nothing_is_one_line_and_leaves_nothing(book):
+    Path("chat.jsonl").write_text(json.dumps({"messages": [{"role": "assistant", "content": "a"}]}) + "\n")
+    with pytest.raises(UserError, match="chat.jsonl' line 1 "):
+        prepare(["chat.jsonl"], Path("out"), tokenizer="bytes", max_seq_len=9, chat_template="", val_fraction=0.0)
+    assert not Path("out").exists()
+
+
+def test_rows_prepared_before_there_was_a_choice_are_taken_if_none_was_too_long(book):
+    rows = [{"prompt": f"{i}", "response": "yes"} for i in range(20)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = DataConfig(source=("rows.jsonl",), tokenizer="bytes", val_fraction=0.2)
+    folder = ensure_prepared(data, 64)
+    index = json.loads((folder / "index.json").read_text())
+    del index["settings"]["too_long"]
+    for counts in index["examples"].values():
+        del counts["dropped"]
+    (folder / "index.json").write_text(json.dumps(index))
+    assert ensure_prepared(data, 64) == folder
+    index["examples"]["train"]["truncated"] = 1
+    (folder / "index.json").write_text(json.dumps(index))
+    with pytest.raises(ConfigError, match=r'too_long: null -> "cut"') as refused:
+        ensure_prepared(data, 64)
+    words = re.search(r"to train on it as it is: data.source=\[\] data.dir=(\S+)$", str(refused.value))
+    assert ensure_prepared(DataConfig(source=(), dir=words[1]), 64) == folder  # the advice, followed
+
+
+def test_the_way_out_of_a_given_folder_with_another_tokenizer_is_not_what_was_done_already(mine, no_process):
+    with pytest.raises(ConfigError, match='"bytes" -> "gpt2".*; leave data.tokenizer out, or name another data.dir$'):
+        ensure_prepared(DataConfig(dir="mine", tokenizer="gpt2"), 64)

@@ -11,7 +11,7 @@ import files
 import start as starting
 from checkpoint import CheckpointError
 from config import load_config
-from distributed import World
+from distributed import Machine, World
 from finetune.runs import read_run
 from tests.test_train import run, settings  # noqa: F401
 
@@ -69,3 +69,21 @@ def test_weights_of_adapters_are_the_base_with_their_product(settings):  # noqa:
     expected = base["blocks.0.mlp.fc.weight"].double() + 6 / 2 * product
     torch.testing.assert_close(merged["blocks.0.mlp.fc.weight"].double(), expected, rtol=0, atol=1e-7)
     assert product.abs().max() > 1e-4 and torch.equal(merged["wte.weight"], base["wte.weight"])
+
+
+def test_adapters_are_on_the_machines_device_as_the_weights_are(settings):  # noqa: F811
+    """The meta device stands for a GPU."""
+    base = run(settings, "base", "train.max_steps=1")
+    config = load_config(run(settings, "tuned", "train.init_from=base", "lora.rank=2", "train.max_steps=1")
+                         / "config.toml")
+    machine = Machine(torch.device("meta"), "a GPU", torch.float32, False, ("", ""))
+    start = starting.Init(str(base / "checkpoints" / "step_00000001"))
+    model, optimizer, _ = starting.build(start, config, read_run(base, pytest.fail), machine, World())
+    assert {tensor.device.type for tensor in (*model.parameters(), *optimizer.state_tensors().values())} == {"meta"}
+
+
+def test_a_fork_that_is_refused_writes_no_log(settings):  # noqa: F811
+    run(settings, "parent", "train.max_steps=2")
+    with pytest.raises(CheckpointError, match="keep optim.name as it was"):
+        run(settings, "fork", "train.fork_from=parent", "optim.name=muon", "train.max_steps=4")
+    assert [path.name for path in Path("fork").iterdir()] == [".lock"]

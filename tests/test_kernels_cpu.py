@@ -89,6 +89,7 @@ def test_operations_work_whole_under_torch_compile():
 
 # ---- A broken operation ----------------------------------------------------------------------------------------------
 
+@needs_onednn
 def test_a_wrong_product_is_found_named_and_replaced(monkeypatch):
     onednn = cpu._onednn
     monkeypatch.setattr(cpu, "_onednn", lambda x, weight, bias=None: onednn(x, weight, bias) * 1.001)
@@ -185,5 +186,5 @@ def test_bfloat16_gives_the_same_logits_packed_and_plain(weights):
         plain = model(tokens)
         pack_for_decoding(model)
         # bfloat16: 8 bits, some tens of roundings in another order
-        assert (model(tokens) - plain).norm() < 0.03 * plain.norm()
+        torch.testing.assert_close(model(tokens), plain, rtol=0, atol=0.025 * plain.abs().max().item())
     assert plain.abs().max() > 1
