@@ -74,11 +74,12 @@ def attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tenso
         grad_q = torch.zeros_like(grad_q, dtype=torch.float32)
     _backward_q_kernel[(triton.cdiv(Tq, of_q.queries) * B * H,)](
         q, k, v, grad, out, lse, delta, first, grad_q, D ** -0.5, H, Tq, Tk, *strides, first.stride(0), **constants,
-        BLOCK_Q=of_q.queries, BLOCK_K=of_q.keys, ONLY_DELTA=fused, num_warps=of_q.warps, num_stages=of_q.stages)
+        BLOCK_Q=of_q.queries, BLOCK_K=of_q.keys, MASK_ALL=of_q.mask_all, ONLY_DELTA=fused, num_warps=of_q.warps, num_stages=of_q.stages)
     _backward_kv_kernel[(triton.cdiv(Tk, of_kv.keys) * B * Hkv,)](
         q, k, v, grad, lse, delta, first, last, grad_q, grad_k, grad_v, D ** -0.5, Hkv, Tq, Tk, *strides,
-        first.stride(0), last.stride(0), **constants, BLOCK_Q=of_kv.queries, BLOCK_K=of_kv.keys, ADD_GRAD_Q=fused,
-        num_warps=of_kv.warps, num_stages=of_kv.stages)
+        first.stride(0), last.stride(0), **constants, BLOCK_Q=of_kv.queries, BLOCK_K=of_kv.keys,
+        MASK_ALL=of_kv.mask_all or first_key is not None, ADD_GRAD_Q=fused, num_warps=of_kv.warps,
+        num_stages=of_kv.stages)
     return grad_q.to(q.dtype), grad_k, grad_v
 
 
@@ -182,7 +183,7 @@ def _forward_kernel(Q, K, V, FIRST, OUT, LSE, scale, H, Tq, Tk, q_b, q_t, q_h, k
 def _backward_q_kernel(Q, K, V, GRAD, OUT, LSE, DELTA, FIRST, GRAD_Q, scale, H, Tq, Tk,
                        q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, grad_b, grad_t, grad_h, first_b,
                        G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, HAS_FIRST: tl.constexpr,
-                       BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, ONLY_DELTA: tl.constexpr):
+                       BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, MASK_ALL: tl.constexpr, ONLY_DELTA: tl.constexpr):
     """GRAD_Q for BLOCK_Q queries of one head, and for the other kernel DELTA (B, H, Tq): what the softmax takes off the
     gradient of each score of a query, the sum of out * grad."""
     tiles = tl.cdiv(Tq, BLOCK_Q)
@@ -204,15 +205,18 @@ def _backward_q_kernel(Q, K, V, GRAD, OUT, LSE, DELTA, FIRST, GRAD_Q, scale, H, 
 
     grad_q = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
     scale_2 = scale * LOG2_E
+    all_see_from, all_see_to = tl.max(first, axis=0), Tk - Tq + start_q + 1
     for start in range(start_k, end_k, BLOCK_K):
         k = _load_tile(K, start, Tk, k_t, BLOCK_K, D, BLOCK_D)
         v = _load_tile(V, start, Tk, v_t, BLOCK_K, D, BLOCK_D)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # (BLOCK_Q, BLOCK_K)
-        key = start + tl.arange(0, BLOCK_K)
-        visible = key[None, :] <= own[:, None]
-        if HAS_FIRST:
-            visible = visible & (key[None, :] >= first[:, None])
-        p = tl.where(visible, tl.exp2(scores * scale_2 - lse_2[:, None]), 0.0)
+        p = tl.exp2(scores * scale_2 - lse_2[:, None])
+        if (start < all_see_from) | (start + BLOCK_K > all_see_to) | MASK_ALL:
+            key = start + tl.arange(0, BLOCK_K)
+            visible = key[None, :] <= own[:, None]
+            if HAS_FIRST:
+                visible = visible & (key[None, :] >= first[:, None])
+            p = tl.where(visible, p, 0.0)
         grad_p = tl.dot(grad, tl.trans(v), input_precision="ieee")
         grad_scores = p * (grad_p - delta[:, None])
         grad_q = tl.dot(grad_scores.to(k.dtype), k, grad_q, input_precision="ieee")
@@ -223,10 +227,10 @@ def _backward_q_kernel(Q, K, V, GRAD, OUT, LSE, DELTA, FIRST, GRAD_Q, scale, H, 
 def _backward_kv_kernel(Q, K, V, GRAD, LSE, DELTA, FIRST, LAST, GRAD_Q, GRAD_K, GRAD_V, scale, Hkv, Tq, Tk,
                         q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, grad_b, grad_t, grad_h, first_b, last_b,
                         G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, HAS_FIRST: tl.constexpr,
-                        BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, ADD_GRAD_Q: tl.constexpr):
+                        BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, MASK_ALL: tl.constexpr, ADD_GRAD_Q: tl.constexpr):
     """GRAD_K and GRAD_V for BLOCK_K keys of one key head, over all queries of its G query heads. With ADD_GRAD_Q the
-    tiles' shares of GRAD_Q, float32, are added to it on the way. One loop with the mask in every tile: of two loops,
-    one with it, Triton 3.6 made wgmma that wait for each other."""
+    tiles' shares of GRAD_Q, float32, are added to it on the way. One loop: of two, one of them with the mask, Triton 3.6
+    made wgmma that wait for each other. MASK_ALL must be set with HAS_FIRST."""
     tiles = tl.cdiv(Tk, BLOCK_K)
     tile = tl.program_id(0) % tiles
     start_k = tile * BLOCK_K
@@ -254,12 +258,14 @@ def _backward_kv_kernel(Q, K, V, GRAD, LSE, DELTA, FIRST, LAST, GRAD_Q, GRAD_K, 
         lse_2 = tl.load(LSE + rows + query, mask=query < Tq, other=INFINITY) * LOG2_E
         delta = tl.load(DELTA + rows + query, mask=query < Tq, other=0.0)
         scores = tl.dot(k, tl.trans(q), input_precision="ieee")  # (BLOCK_K, BLOCK_Q)
+        p = tl.exp2(scores * scale_2 - lse_2[None, :])
         own = query + (Tk - Tq)
-        visible = key[:, None] <= own[None, :]
-        if HAS_FIRST:
-            first = tl.minimum(tl.load(FIRST + query, mask=query < Tq, other=0), own)
-            visible = visible & (key[:, None] >= first[None, :])
-        p = tl.where(visible, tl.exp2(scores * scale_2 - lse_2[None, :]), 0.0)
+        if (start_k + BLOCK_K > start + Tk - Tq + 1) | MASK_ALL:
+            visible = key[:, None] <= own[None, :]
+            if HAS_FIRST:
+                first = tl.minimum(tl.load(FIRST + query, mask=query < Tq, other=0), own)
+                visible = visible & (key[:, None] >= first[None, :])
+            p = tl.where(visible, p, 0.0)
         grad_v = tl.dot(p.to(grad.dtype), grad, grad_v, input_precision="ieee")
         grad_p = tl.dot(v, tl.trans(grad), input_precision="ieee")
         grad_scores = (p * (grad_p - delta[None, :])).to(q.dtype)

@@ -7,11 +7,15 @@ Dims: B batch, T sequence (Tq queries, Tk keys), H query heads, Hkv key/value he
 V vocabulary (rows of the padded table). The arguments are those of the same names in kernels/__init__.py.
 """
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 IGNORED = -100  # a target that the loss does not count
+WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def statistics_dtype(x: Tensor) -> torch.dtype:
@@ -48,10 +52,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, first_key: Tensor | None = Non
     """softmax(q @ k.T / sqrt(D), over the keys that each query sees) @ v, head by head."""
     Tq, Tk = q.shape[1], k.shape[1]
     needs_mask = first_key is not None or (Tq != Tk and Tq > 1)  # PyTorch's is_causal aligns the first query and key
-    out_BHTD = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=not needs_mask and Tq > 1,
-        attn_mask=visible_keys(Tq, Tk, first_key, device=q.device) if needs_mask else None,
-        enable_gqa=q.shape[2] != k.shape[2])
+    # cuDNN's backward with a mask gives NaN on Hopper for T % 128 == 64 (pytorch/pytorch issue 196678)
+    with sdpa_kernel(WITHOUT_CUDNN) if needs_mask and torch.is_grad_enabled() else contextlib.nullcontext():
+        out_BHTD = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=not needs_mask and Tq > 1,
+            attn_mask=visible_keys(Tq, Tk, first_key, device=q.device) if needs_mask else None,
+            enable_gqa=q.shape[2] != k.shape[2])
     return out_BHTD.transpose(1, 2)
 
 

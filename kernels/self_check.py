@@ -80,9 +80,12 @@ def _problem(op: str, backend: str, cases: Iterator[Case], device: torch.device)
                     return f"relative error {error:.2g} of {name}, allowed {allowed:.2g}"
     except Exception as error:  # of the compiler, the launch or the driver, each with types of its own
         text = (str(error).strip().splitlines() or [""])[0][:200]
-        if "illegal memory access" in str(error):  # CUDA answers nothing after that, the reference's calls neither
-            raise MachineError(f"the Triton kernel of {op} broke this process's CUDA context ({text}); start again "
-                               "with train.kernels=torch") from error
+        if device.type == "cuda":
+            try:
+                torch.cuda.synchronize(device)
+            except Exception:  # an error of the context: CUDA answers nothing more, the reference's calls neither
+                raise MachineError(f"the Triton kernel of {op} broke this process's CUDA context ({text}); start again "
+                                   "with train.kernels=torch") from error
         return f"{type(error).__name__}: {text}"
     return None
 

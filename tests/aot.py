@@ -18,15 +18,16 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 KB = 1024
-SHARED_LIMIT = {"sm_80": 163 * KB, "sm_90": 227 * KB, "sm_100": 227 * KB, "gfx942": 64 * KB}  # bytes a program
-ARCHS = tuple(SHARED_LIMIT)
-WARP_SIZE = {arch: 64 if arch.startswith("gfx") else 32 for arch in ARCHS}  # threads
+SHARED_LIMIT = {"sm_80": 163 * KB, "sm_86": 99 * KB, "sm_89": 99 * KB, "sm_90": 227 * KB, "sm_100": 227 * KB,
+                "sm_103": 227 * KB, "sm_110": 227 * KB, "sm_120": 99 * KB, "gfx942": 64 * KB}  # bytes a program
+ARCHS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")  # compiled unless others are asked for
+WARP_SIZE = {arch: 64 if arch.startswith("gfx") else 32 for arch in SHARED_LIMIT}  # threads
 TRITON_DTYPE = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
@@ -46,7 +47,6 @@ class Case:
     divisible_by_16: tuple[str, ...] = ()  # arguments that the launcher's are
     matmuls: bool = False  # must use the arch's matrix units at full rate
     wide_loads: bool = False  # must load 16 bytes at a time
-    limits: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -126,8 +126,9 @@ def attention_cases(arch: str) -> Iterator[Case]:
     from kernels import configs
     for dtype in dtypes_of(arch):
         training = arch == "sm_90" and dtype == "bfloat16"
-        for D in (24, 64, 80, 128, 256) if training else (64, 128, 256):
-            for masked, G in itertools.product((False, True), (1, 4)) if training and D in (64, 128) else [(True, 4)]:
+        for D in (16, 24, 32, 64, 80, 96, 128, 256) if training else (64, 128, 256):
+            for masked, G in (itertools.product((False, True), (1, 4)) if training and D in (64, 128) else
+                              [(True, 4)] if dtype == "float32" else [(False, 1), (True, 4)]):
                 yield from _attention_kernels(arch, dtype, D, masked=masked, G=G)
     yield Case("attention last query", "kernels.flash_attention", "_last_query_kernel", arch, "bfloat16",
                signature={"FIRST": "*i32", "LAST": "*i32", "Tq": "i32", "Tk": "i32"},
@@ -145,19 +146,21 @@ def _attention_kernels(arch: str, dtype: str, D: int, *, masked: bool, G: int) -
     from kernels import configs
     x, tiles = "*" + TRITON_DTYPE[dtype], configs.attention(D, getattr(torch, dtype), arch)
     pointers = {name: x for name in ("Q", "K", "V", "GRAD", "OUT", "GRAD_Q", "GRAD_K", "GRAD_V")}
-    pointers |= {"LSE": "*fp32", "DELTA": "*fp32", "FIRST": "*i32", "LAST": "*i32"}
+    first = "*i32" if masked else x  # without first_key the launcher hands over any tensor, which is never read
+    pointers |= {"LSE": "*fp32", "DELTA": "*fp32", "FIRST": first, "LAST": first}
     numbers = {"scale": "fp32", "H": "i32", "Hkv": "i32", "Tq": "i32", "Tk": "i32", "first_b": "i32", "last_b": "i32"}
     strides = _strides("q", "k", "v", "grad")
     kernels = [("forward", "_forward_kernel", tiles.forward, {}),
-               ("backward q", "_backward_q_kernel", tiles.backward_q, {"ONLY_DELTA": False}),
-               ("backward kv", "_backward_kv_kernel", tiles.backward_kv, {"ADD_GRAD_Q": False})]
+               ("backward q", "_backward_q_kernel", tiles.backward_q,
+                {"ONLY_DELTA": False, "MASK_ALL": tiles.backward_q.mask_all}),
+               ("backward kv", "_backward_kv_kernel", tiles.backward_kv,
+                {"ADD_GRAD_Q": False, "MASK_ALL": tiles.backward_kv.mask_all or masked})]
     if tiles.fused is not None:
-        kernels += [("delta", "_backward_q_kernel", tiles.backward_q, {"ONLY_DELTA": True}),
-                    ("backward fused", "_backward_kv_kernel", tiles.fused, {"ADD_GRAD_Q": True})]
-    # 99 KB: of compute capability 8.6 and 12.0, which share the table
-    limits = {"shared": 99 * KB} if arch == "sm_80" else {}
+        kernels += [("delta", "_backward_q_kernel", tiles.backward_q, {"ONLY_DELTA": True, "MASK_ALL": True}),
+                    ("backward fused", "_backward_kv_kernel", tiles.fused,
+                     {"ADD_GRAD_Q": True, "MASK_ALL": tiles.fused.mask_all or masked})]
     for name, kernel, tile, constants in kernels:
-        types = pointers | numbers | strides | ({"GRAD_Q": "*fp32"} if any(constants.values()) else {})
+        types = pointers | numbers | strides | ({"GRAD_Q": "*fp32"} if constants.get("ONLY_DELTA") or constants.get("ADD_GRAD_Q") else {})
         arguments = _arguments("kernels.flash_attention", kernel)
         yield Case(
             f"attention {D} {name}{' documents' if masked else ''}{f' G={G}' if G > 1 else ''}",
@@ -165,7 +168,7 @@ def _attention_kernels(arch: str, dtype: str, D: int, *, masked: bool, G: int) -
             signature={n: types[n] for n in arguments if n in types},
             constants={"G": G, "D": D, "BLOCK_D": configs.head_block(D), "HAS_FIRST": masked, "BLOCK_Q": tile.queries,
                        "BLOCK_K": tile.keys, **constants},
-            warps=tile.warps, stages=tile.stages, matmuls=name != "delta", wide_loads=dtype != "float32", limits=limits,
+            warps=tile.warps, stages=tile.stages, matmuls=name != "delta", wide_loads=dtype != "float32",
             divisible_by_16=tuple(n for n in arguments if n in pointers or n in strides))
 
 
@@ -226,9 +229,8 @@ def _problems(case: Case, facts: dict, shared: int) -> list[str]:
     spill_limit = 0 if case.arch == "sm_90" and is_16_bit else 64
     if facts["spilled"] > spill_limit:
         problems.append(f"spills {facts['spilled']} bytes, limit {spill_limit}")
-    shared_limit = case.limits.get("shared", SHARED_LIMIT[case.arch])
-    if shared > shared_limit:
-        problems.append(f"{shared} bytes of shared memory, limit {shared_limit}")
+    if shared > SHARED_LIMIT[case.arch]:
+        problems.append(f"{shared} bytes of shared memory, limit {SHARED_LIMIT[case.arch]}")
     if case.wide_loads and not facts["wide_loads"]:
         problems.append("no 16-byte loads")
     if case.matmuls and case.arch == "sm_90" and is_16_bit:
@@ -246,7 +248,7 @@ def run(cases: list[Case], workers: int) -> Iterator[Result]:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", nargs="+", choices=ARCHS, default=list(ARCHS))
+    parser.add_argument("--arch", nargs="+", choices=SHARED_LIMIT, default=list(ARCHS))
     parser.add_argument("--only", default="", help="compile the cases whose name holds this")
     parser.add_argument("--json", type=Path, help="write the results there")
     parser.add_argument("--workers", type=int, default=os.cpu_count())

@@ -70,6 +70,9 @@ def torch_backends():
 def kernel_device(monkeypatch) -> torch.device:
     """Where the Triton kernels are tested: the GPU, or else CPU tensors under the interpreter. Skips without either."""
     if torch.cuda.is_available():
+        reason = kernels.why_no_triton(torch.device("cuda"))
+        if reason is not None:
+            pytest.skip(f"{reason}: the fused kernels are unchecked")
         return torch.device("cuda")
     if not HAS_TRITON:
         pytest.skip("no triton here: the fused kernels are unchecked")
@@ -79,6 +82,14 @@ def kernel_device(monkeypatch) -> torch.device:
                     "the fused kernels are unchecked")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     return torch.device("cpu")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest chooses by marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With a GPU every test of the kernels is one of it: pytest -m gpu runs them all there."""
+    for item in items:
+        if torch.cuda.is_available() and "kernel_device" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.gpu)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import kernels
-from config import ConfigError, ModelConfig
+from config import ConfigError, MachineError, ModelConfig
 from kernels import self_check
 from model import GPT
 from tests.test_train import losses, run, settings  # noqa: F401 (a fixture)
@@ -65,6 +65,18 @@ def test_the_chosen_backend_computes_and_pytorch_takes_what_a_kernel_does_not(tr
     assert kernels._of("rms_norm", x) is reference
 
 
+def test_training_with_a_mask_does_not_take_cudnn(monkeypatch):
+    from kernels import reference
+    enabled, sdpa = [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *args, **options: (
+        enabled.append(torch.backends.cuda.cudnn_sdp_enabled()), sdpa(*args, **options))[1])
+    x, first_key = torch.randn(1, 5, 2, 8, requires_grad=True), torch.zeros(1, 5, dtype=torch.int32)
+    for options in ({"first_key": first_key}, {}):
+        reference.attention(x, x, x, **options)
+    reference.attention(x[:, :2], x, x)
+    assert enabled == [False, True, False]
+
+
 # ---- A broken kernel -------------------------------------------------------------------------------------------------
 
 class Broken:
@@ -100,6 +112,22 @@ def test_a_kernel_that_does_not_compile_is_named_with_the_reason(kernel_device, 
         raise RuntimeError("PassManager::run failed\nand 200 lines of MLIR")
     monkeypatch.setattr(cross_entropy, "_by_chunk", fail)
     assert verdicts(device=kernel_device)["linear_cross_entropy"] == ("triton", "RuntimeError: PassManager::run failed")
+
+
+@pytest.mark.parametrize("is_sticky", [True, False])
+def test_a_cuda_error_that_stays_ends_the_process_one_that_passes_only_the_kernel(is_sticky, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("CUDA error: misaligned address\nCompile with TORCH_USE_CUDA_DSA")
+    monkeypatch.setattr(kernels, "module_of", fail)
+    monkeypatch.setattr(kernels, "why_no_triton", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", fail if is_sticky else lambda device: None)
+    if is_sticky:
+        with pytest.raises(MachineError, match=r"attention broke .* \(CUDA error: misaligned address\); start again "
+                                               "with train.kernels=torch"):
+            verdicts(device=torch.device("cuda"))
+    else:
+        assert verdicts(device=torch.device("cuda"))["attention"] == (
+            "triton", "RuntimeError: CUDA error: misaligned address")
 
 
 def test_a_size_that_a_kernel_does_not_take_is_pytorch_s(kernel_device):
