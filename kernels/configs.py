@@ -66,9 +66,9 @@ FUSED_BACKWARD = False  # q's gradient by atomics, where it is fused, instead of
 
 
 class AttentionTile(NamedTuple):
-    """queries x keys scores at a time, by warps x 32 threads, with the loads of `stages` tiles in flight. mask_all, of a
-    backward: mask also the tiles that all their queries see. The branch around the mask saves a fifth of a tile's
-    instructions on sm_90; elsewhere it spills registers."""
+    """queries x keys scores at a time, by warps x 32 threads, with the loads of `stages` tiles in flight. A backward
+    with mask_all masks the tiles that all their queries see, too: the branch around the mask saves a fifth of such a
+    tile's instructions on sm_90, and makes registers spill elsewhere."""
 
     queries: int
     keys: int

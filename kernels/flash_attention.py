@@ -74,7 +74,8 @@ def attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tenso
         grad_q = torch.zeros_like(grad_q, dtype=torch.float32)
     _backward_q_kernel[(triton.cdiv(Tq, of_q.queries) * B * H,)](
         q, k, v, grad, out, lse, delta, first, grad_q, D ** -0.5, H, Tq, Tk, *strides, first.stride(0), **constants,
-        BLOCK_Q=of_q.queries, BLOCK_K=of_q.keys, MASK_ALL=of_q.mask_all, ONLY_DELTA=fused, num_warps=of_q.warps, num_stages=of_q.stages)
+        BLOCK_Q=of_q.queries, BLOCK_K=of_q.keys, MASK_ALL=of_q.mask_all, ONLY_DELTA=fused, num_warps=of_q.warps,
+        num_stages=of_q.stages)
     _backward_kv_kernel[(triton.cdiv(Tk, of_kv.keys) * B * Hkv,)](
         q, k, v, grad, lse, delta, first, last, grad_q, grad_k, grad_v, D ** -0.5, Hkv, Tq, Tk, *strides,
         first.stride(0), last.stride(0), **constants, BLOCK_Q=of_kv.queries, BLOCK_K=of_kv.keys,
@@ -227,10 +228,11 @@ def _backward_q_kernel(Q, K, V, GRAD, OUT, LSE, DELTA, FIRST, GRAD_Q, scale, H, 
 def _backward_kv_kernel(Q, K, V, GRAD, LSE, DELTA, FIRST, LAST, GRAD_Q, GRAD_K, GRAD_V, scale, Hkv, Tq, Tk,
                         q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, grad_b, grad_t, grad_h, first_b, last_b,
                         G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, HAS_FIRST: tl.constexpr,
-                        BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, MASK_ALL: tl.constexpr, ADD_GRAD_Q: tl.constexpr):
+                        BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, MASK_ALL: tl.constexpr,
+                        ADD_GRAD_Q: tl.constexpr):
     """GRAD_K and GRAD_V for BLOCK_K keys of one key head, over all queries of its G query heads. With ADD_GRAD_Q the
-    tiles' shares of GRAD_Q, float32, are added to it on the way. One loop: of two, one of them with the mask, Triton 3.6
-    made wgmma that wait for each other. MASK_ALL must be set with HAS_FIRST."""
+    tiles' shares of GRAD_Q, float32, are added to it on the way. One loop: of two, one with the mask, Triton 3.6 made
+    wgmma that wait for each other. HAS_FIRST asks for MASK_ALL."""
     tiles = tl.cdiv(Tk, BLOCK_K)
     tile = tl.program_id(0) % tiles
     start_k = tile * BLOCK_K

@@ -160,7 +160,8 @@ def _attention_kernels(arch: str, dtype: str, D: int, *, masked: bool, G: int) -
                     ("backward fused", "_backward_kv_kernel", tiles.fused,
                      {"ADD_GRAD_Q": True, "MASK_ALL": tiles.fused.mask_all or masked})]
     for name, kernel, tile, constants in kernels:
-        types = pointers | numbers | strides | ({"GRAD_Q": "*fp32"} if constants.get("ONLY_DELTA") or constants.get("ADD_GRAD_Q") else {})
+        is_fused = constants.get("ONLY_DELTA") or constants.get("ADD_GRAD_Q")
+        types = pointers | numbers | strides | ({"GRAD_Q": "*fp32"} if is_fused else {})
         arguments = _arguments("kernels.flash_attention", kernel)
         yield Case(
             f"attention {D} {name}{' documents' if masked else ''}{f' G={G}' if G > 1 else ''}",

@@ -67,13 +67,10 @@ def torch_backends():
 
 
 @pytest.fixture
-def kernel_device(monkeypatch) -> torch.device:
+def kernel_device(monkeypatch, request) -> torch.device:
     """Where the Triton kernels are tested: the GPU, or else CPU tensors under the interpreter. Skips without either."""
     if torch.cuda.is_available():
-        reason = kernels.why_no_triton(torch.device("cuda"))
-        if reason is not None:
-            pytest.skip(f"{reason}: the fused kernels are unchecked")
-        return torch.device("cuda")
+        return request.getfixturevalue("triton_gpu")
     if not HAS_TRITON:
         pytest.skip("no triton here: the fused kernels are unchecked")
     import triton
@@ -103,3 +100,11 @@ def gpu() -> torch.device:
     if not torch.cuda.is_available():
         pytest.skip("no GPU: sizes, dtypes and speed paths of a real one are unchecked")
     return torch.device("cuda")
+
+
+@pytest.fixture
+def triton_gpu(gpu) -> torch.device:
+    reason = kernels.why_no_triton(gpu)
+    if reason is not None:
+        pytest.skip(f"{reason}: the fused kernels are unchecked")
+    return gpu

@@ -222,7 +222,7 @@ def test_kernels_are_named_for_the_operations_of_the_model_only(monkeypatch):
 
 
 @pytest.mark.gpu
-def test_fifty_steps_on_the_gpu_give_the_same_loss_curve(gpu, settings):  # noqa: F811
+def test_fifty_steps_on_the_gpu_give_the_same_loss_curve(triton_gpu, settings):  # noqa: F811
     """bfloat16: each backend rounds elsewhere; over 50 steps of a small model that stays within 0.01 nats a token."""
     more = ["train.max_steps=50", "train.device=cuda", "train.dtype=bfloat16", "model.n_embd=256", "model.n_head=4",
             "model.max_seq_len=128", "train.tokens_per_step=2048", "optim.lr=1e-3", "optim.decay_steps=50",

@@ -187,9 +187,9 @@ def test_strided_rows_and_targets(kernel_device, triton_backends):
 # ---- At real sizes ---------------------------------------------------------------------------------------------------
 
 @pytest.mark.gpu
-def test_gpt2_sizes_on_the_gpu(gpu):
+def test_gpt2_sizes_on_the_gpu(triton_gpu):
     """Losses and gradients of 16k rows against float64 of 2,048 at a time; at most a chunk of logits beside them."""
-    inputs = make_inputs(16_384, 768, 50_304, 50_257, torch.bfloat16, gpu, ignored=(3, 8191, 8192))
+    inputs = make_inputs(16_384, 768, 50_304, 50_257, torch.bfloat16, triton_gpu, ignored=(3, 8191, 8192))
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     ours = loss_and_gradients(cross_entropy.linear_cross_entropy, *inputs, vocab_size=50_257, softcap=0.0,
@@ -206,9 +206,9 @@ def test_gpt2_sizes_on_the_gpu(gpu):
 
 
 @pytest.mark.gpu
-def test_logits_beyond_31_bits(gpu):
+def test_logits_beyond_31_bits(triton_gpu):
     """65,536 rows in one chunk: 3.3e9 logits."""
-    hidden, weight, targets = make_inputs(65_536, 64, 50_304, 50_257, torch.bfloat16, gpu)
+    hidden, weight, targets = make_inputs(65_536, 64, 50_304, 50_257, torch.bfloat16, triton_gpu)
     options = {"vocab_size": 50_257, "softcap": 0.0, "reduction": "none"}
     with torch.no_grad():
         one = cross_entropy.linear_cross_entropy(hidden, weight, targets, chunk_rows=65_536, **options)

@@ -368,16 +368,16 @@ def packed(B: int, T: int, device: torch.device) -> Tensor:
 @pytest.mark.parametrize("G", [1, 4])
 @pytest.mark.parametrize("D", [64, 128])
 @pytest.mark.parametrize("T", [1024, 4096])
-def test_real_sizes_are_as_exact_as_pytorch(T, D, G, masked, fused, gpu, monkeypatch):
+def test_real_sizes_are_as_exact_as_pytorch(T, D, G, masked, fused, triton_gpu, monkeypatch):
     monkeypatch.setattr(configs, "FUSED_BACKWARD", fused)
     B = 16_384 // T
-    first_key = packed(B, T, gpu) if masked else None
-    assert_as_exact_as_pytorch(make_qkv(B, T, T, 4, 4 // G, D, dtype=torch.bfloat16, device=gpu), first_key)
+    first_key = packed(B, T, triton_gpu) if masked else None
+    assert_as_exact_as_pytorch(make_qkv(B, T, T, 4, 4 // G, D, dtype=torch.bfloat16, device=triton_gpu), first_key)
 
 
 @pytest.mark.gpu
-def test_the_split_backward_gives_the_same_bits_at_real_sizes(gpu):
-    inputs = make_qkv(16, 1024, 1024, 12, 12, 64, dtype=torch.bfloat16, device=gpu)
+def test_the_split_backward_gives_the_same_bits_at_real_sizes(triton_gpu):
+    inputs = make_qkv(16, 1024, 1024, 12, 12, 64, dtype=torch.bfloat16, device=triton_gpu)
     once = results(flash_attention.attention, *inputs)
     for _ in range(5):
         again = results(flash_attention.attention, *inputs)
@@ -385,10 +385,10 @@ def test_the_split_backward_gives_the_same_bits_at_real_sizes(gpu):
 
 
 @pytest.mark.gpu
-def test_tensors_of_more_than_2_31_numbers(gpu):
+def test_tensors_of_more_than_2_31_numbers(triton_gpu):
     """The last batch of a packed projection of 2.4 billion numbers, against that batch alone."""
     B, T, H, D = 1024, 1024, 12, 64
-    qkv = torch.randn((B, T, 3 * H, D), device=gpu, dtype=torch.bfloat16)
+    qkv = torch.randn((B, T, 3 * H, D), device=triton_gpu, dtype=torch.bfloat16)
     assert qkv.numel() > 2 ** 31
     qkv.requires_grad_()
     out = flash_attention.attention(*qkv.split(H, dim=2))

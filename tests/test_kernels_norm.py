@@ -185,15 +185,15 @@ def test_norms_work_under_activation_checkpointing(kernel_device, triton_backend
 @pytest.mark.gpu
 @pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])
 @pytest.mark.parametrize("width", [64, 768, 1600, 4096])
-def test_norms_at_training_sizes(width, rms, gpu):
-    assert_as_exact_as_pytorch(make_inputs((16_384, width), torch.bfloat16, gpu, rms=rms, residual=True),
+def test_norms_at_training_sizes(width, rms, triton_gpu):
+    assert_as_exact_as_pytorch(make_inputs((16_384, width), torch.bfloat16, triton_gpu, rms=rms, residual=True),
                                torch.bfloat16)
 
 
 @pytest.mark.gpu
-def test_offsets_beyond_31_bits(gpu):
+def test_offsets_beyond_31_bits(triton_gpu):
     """2.2e9 elements: the last rows are right only if offsets are 64 bits wide."""
-    x = torch.zeros(2_200_000, 1024, dtype=torch.bfloat16, device=gpu)
-    x[-5:] = torch.randn(5, 1024, device=gpu).bfloat16()
-    weight = torch.randn(1024, device=gpu)
+    x = torch.zeros(2_200_000, 1024, dtype=torch.bfloat16, device=triton_gpu)
+    x[-5:] = torch.randn(5, 1024, device=triton_gpu).bfloat16()
+    weight = torch.randn(1024, device=triton_gpu)
     assert torch.equal(norm.rms_norm(x, weight, eps=1e-5)[-5:], norm.rms_norm(x[-5:].clone(), weight, eps=1e-5))
