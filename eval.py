@@ -122,7 +122,8 @@ def main(argv: list[str]) -> None:
             cli.note(pack_for_decoding(model))
             found, rows = tasks.generation(model, tokenizer, task, saved.chat_template, metrics=metrics,
                                            max_new_tokens=args.max_new_tokens or 256,
-                                           stop=tuple(args.stop or ()), batch_size=args.batch_size,
+                                           stop=sample.stop_texts(args.stop or [], cli.note),
+                                           parse_special=bool(args.parse_special), batch_size=args.batch_size,
                                            too_long=saved.config.data.too_long)
         result |= {"task": str(args.task), "kind": kind, "examples": len(task.examples), **found}
         if args.plot is not None:
@@ -152,7 +153,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--plot", type=Path, metavar="FILE.png", help="classification: write the confusion matrix")
     add("--max-new-tokens", type=int, metavar="N", help="generation: default 256")
     add("--stop", nargs="+", action="extend", metavar="TEXT",
-        help="generation: end an answer before any of these; end-of-text always ends it")
+        help="generation: end an answer before any of these, as sample.py does; end-of-text always ends it")
+    add("--parse-special", action="store_true", default=None,
+        help="generation: special tokens that a prompt spells are read as such")
     add("--metrics", metavar="NAMES", help=f"generation: of {','.join(scores.TEXT_METRICS)}; default all installed")
     args = parser.parse_args(argv)
     for name in ("batch_size", "limit", "max_new_tokens"):

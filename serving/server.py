@@ -7,6 +7,8 @@ streaming, shutdown; what the fields of a request mean is in openai_api.py. Prom
     GET  /                         the page (page.html)      GET  /health            alive, and how busy
     POST /v1/completions           POST /v1/chat/completions  GET  /v1/models, /v1/models/NAME
     POST /tokenize, /detokenize    GET  /tokenizer_info       as vLLM has them; lm-evaluation-harness asks for them
+
+HEAD is answered where GET is, OPTIONS everywhere.
 """
 
 import argparse
@@ -43,6 +45,7 @@ BODY_TIMEOUT_S = 30.0  # for a client to send its request
 KEEP_ALIVE_S = 75  # longer than clients keep idle connections, or one might be closed as it is used again
 GRACE_S = 5.0  # after SIGTERM or SIGINT: texts that run may go on for so long
 RETRY = {"Retry-After": "1"}  # seconds
+READING = ("GET", "HEAD")
 # The page needs nothing from elsewhere, and gets nothing.
 PAGE_POLICY = ("default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; "
                "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
@@ -54,33 +57,36 @@ def make_app(served: Served, batcher: Batcher, *, api_key: str | None = None) ->
     """batcher must deliver in the event loop that runs the application."""
     from fastapi import APIRouter, Depends, FastAPI, Request, Response
     from starlette.exceptions import HTTPException
+    from starlette.requests import ClientDisconnect
 
     def check_key(request: Request) -> None:
-        given = request.headers.get("authorization", "").encode()
-        if api_key is not None and not hmac.compare_digest(given, b"Bearer " + api_key.encode()):
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")  # the scheme in any case: RFC 9110
+        if api_key is not None and not (scheme.lower() == "bearer"
+                                        and hmac.compare_digest(given.strip().encode(), api_key.encode())):
             raise ApiError(401, "the API key is missing or wrong; send it as the header Authorization: Bearer KEY",
                            code="invalid_api_key")
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None,  # their pages load scripts from elsewhere
-                  exception_handlers={ApiError: as_error, HTTPException: as_error, Exception: as_error})
+                  exception_handlers=dict.fromkeys((ApiError, HTTPException, ClientDisconnect, RecursionError,
+                                                    Exception), as_error))
     router = APIRouter(dependencies=[Depends(check_key)])
     tokenizer = served.tokenizer
 
-    @app.get("/")
+    @app.api_route("/", methods=READING)
     async def page() -> Response:
         return Response(PAGE.read_bytes(), headers={"Content-Security-Policy": PAGE_POLICY}, media_type="text/html")
 
-    @app.get("/health")
+    @app.api_route("/health", methods=READING)
     async def health() -> Response:
         state = {"status": "stopping" if batcher.is_closing else "ok", "running": len(batcher.batch.running),
                  "waiting": len(batcher.waiting)}
         return as_response(state, 503 if batcher.is_closing else 200)
 
-    @router.get("/v1/models")
+    @router.api_route("/v1/models", methods=READING)
     async def models() -> Response:
         return as_response({"object": "list", "data": [served.as_json()]})
 
-    @router.get("/v1/models/{name:path}")
+    @router.api_route("/v1/models/{name:path}", methods=READING)
     async def model(name: str) -> Response:
         if name != served.name:
             raise openai_api.no_such_model(name, served)
@@ -94,19 +100,14 @@ def make_app(served: Served, batcher: Batcher, *, api_key: str | None = None) ->
     async def chat_completions(request: Request) -> Response:
         return await generate(request, served, batcher, is_chat=True)
 
-    @router.get("/tokenizer_info")
+    @router.api_route("/tokenizer_info", methods=READING)
     async def tokenizer_info() -> Response:
         template = {} if served.template is None else {"chat_template": served.template}
         return as_response({"eos_token": tokenizer.eot_token, "bos_token": tokenizer.bos_token} | template)
 
     @router.post("/tokenize")
     async def tokenize(request: Request) -> Response:
-        prompt = (await read_object(request)).get("prompt")
-        if not isinstance(prompt, str):
-            raise openai_api.wrong("prompt", prompt, "a text")
-        # lm-evaluation-harness learns the id of end-of-text from its spelling; inside a text it is plain text
-        special = tokenizer.special_ids.get(prompt)
-        ids = [special] if special is not None else (await asyncio.to_thread(tokenizer.encode, prompt)).tolist()
+        ids = await asyncio.to_thread(openai_api.tokenized, await read_object(request), served)
         return as_response({"tokens": ids, "count": len(ids), "max_model_len": served.config.max_seq_len})
 
     @router.post("/detokenize")
@@ -123,10 +124,17 @@ def make_app(served: Served, batcher: Batcher, *, api_key: str | None = None) ->
 async def as_error(request: "Request", error: Exception) -> "Response":
     """Every error is OpenAI's error object."""
     from starlette.exceptions import HTTPException
+    from starlette.requests import ClientDisconnect
     headers = None
     if isinstance(error, HTTPException):  # no such address or method
         headers = error.headers
+        if request.method == "OPTIONS" and error.status_code == 405:
+            return as_response({}, headers={"Allow": f"{headers['Allow']}, OPTIONS"})
         error = ApiError(error.status_code, f"{request.method} {request.url.path[:100]}: {error.detail}")
+    elif isinstance(error, ClientDisconnect):
+        error = ApiError(499, "the client hung up before it had sent its request")  # nobody reads it
+    elif isinstance(error, RecursionError):
+        error = ApiError(400, "the request is nested too deeply", code="invalid_json")
     elif isinstance(error, ApiError):
         headers = {401: {"WWW-Authenticate": "Bearer"}, 429: RETRY, 503: RETRY}.get(error.status)
     else:
