@@ -19,6 +19,7 @@ import hmac
 import ipaddress
 import json
 import os
+import re
 import signal
 import socket
 from collections.abc import AsyncIterator, Mapping
@@ -37,6 +38,7 @@ from serving.openai_api import ApiError, Asked, Served
 
 if TYPE_CHECKING:
     from fastapi import FastAPI, Request, Response
+    from starlette.middleware.cors import CORSMiddleware
 
 PAGE = Path(__file__).with_name("page.html")
 KEY_VARIABLE = "FLATGPT_API_KEY"
@@ -53,8 +55,10 @@ PAGE_POLICY = ("default-src 'none'; script-src 'unsafe-inline'; style-src 'unsaf
 
 # ---- The application -------------------------------------------------------------------------------------------------
 
-def make_app(served: Served, batcher: Batcher, *, api_key: str | None = None) -> "FastAPI":
-    """batcher must deliver in the event loop that runs the application."""
+def make_app(served: Served, batcher: Batcher, *, api_key: str | None = None,
+             allow_origins: tuple[str, ...] = ()) -> "FastAPI | CORSMiddleware":
+    """batcher must deliver in the event loop that runs the application. Browsers let the pages of allow_origins read
+    the answers, those of "*" all pages."""
     from fastapi import APIRouter, Depends, FastAPI, Request, Response
     from starlette.exceptions import HTTPException
     from starlette.requests import ClientDisconnect
@@ -118,7 +122,11 @@ def make_app(served: Served, batcher: Batcher, *, api_key: str | None = None) ->
         return as_response({"prompt": await asyncio.to_thread(tokenizer.decode, ids)})
 
     app.include_router(router)
-    return app
+    if not allow_origins:
+        return app
+    from starlette.middleware.cors import CORSMiddleware
+    return CORSMiddleware(app, allow_origins=allow_origins, allow_methods=("GET", "HEAD", "POST"), allow_headers=("*",),
+                          expose_headers=tuple(RETRY))  # around all of it, so that a page may read errors too
 
 
 async def as_error(request: "Request", error: Exception) -> "Response":
@@ -271,8 +279,9 @@ async def stream(asked: Asked, item: tuple[int, Part] | None,
 
 # ---- Running it ------------------------------------------------------------------------------------------------------
 
-async def run(served: Served, batch: Batch, listener: socket.socket, *, api_key: str | None, max_waiting: int) -> None:
-    """Serve until SIGTERM or SIGINT; then let running texts end for GRACE_S while new requests are refused."""
+async def run(served: Served, batch: Batch, listener: socket.socket, *, max_waiting: int, **settings) -> None:
+    """Serve until SIGTERM, SIGINT or, as the terminal goes, SIGHUP; then let running texts end for GRACE_S while new
+    requests are refused. settings: make_app's."""
     import uvicorn
     loop = asyncio.get_running_loop()
 
@@ -281,7 +290,7 @@ async def run(served: Served, batch: Batch, listener: socket.socket, *, api_key:
             row.deliver(part)
 
     batcher = Batcher(batch, lambda parts: loop.call_soon_threadsafe(hand_out, parts), max_waiting=max_waiting)
-    app = make_app(served, batcher, api_key=api_key)
+    app = make_app(served, batcher, **settings)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off",
                                            server_header=False, timeout_graceful_shutdown=2,
                                            timeout_keep_alive=KEEP_ALIVE_S))
@@ -299,8 +308,9 @@ async def run(served: Served, batch: Batch, listener: socket.socket, *, api_key:
         note("stopping now" if stopping else f"stopping: texts that run may go on for {GRACE_S:g} s")
         stopping.add(asyncio.create_task(drain()))
 
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(signum, stop)
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signum != signal.SIGHUP or signal.getsignal(signum) is not signal.SIG_IGN:  # under nohup it goes on
+            loop.add_signal_handler(signum, stop)
     try:
         await server.serve(sockets=[listener])
     finally:
@@ -348,7 +358,14 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         help="texts that may wait, and that one request may ask for; default 256")
     add("--time-limit", type=float, default=600.0, metavar="SECONDS",
         help="a text that takes longer ends there, as at its max_tokens; default 600")
+    add("--allow-origin", nargs="+", action="extend", default=[], metavar="ORIGIN",
+        help="web pages that may use the API from a browser, such as https://example.org; * = all; default none but "
+        "the server's own")
     args = parser.parse_args(argv)
+    for origin in args.allow_origin:
+        if not re.fullmatch(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+", origin):
+            raise UserError(f"--allow-origin {origin!r} should be scheme://host[:port] without a path, as "
+                            "https://example.org, or *")
     if not 0 <= args.port <= 65535:
         raise UserError(f"--port {args.port} should lie in 0 to 65535")
     for name in ("batch_size", "queue"):
@@ -394,4 +411,5 @@ def main(argv: list[str]) -> None:
         host = f"[{args.host}]" if ":" in args.host else args.host
         note(f"serving {served.name!r}{'' if served.template is None else ' with chat'} at http://{host}:"
              f"{listener.getsockname()[1]} (API under /v1{', with a key' if api_key else ''}); Ctrl-C stops")
-        asyncio.run(run(served, batch, listener, api_key=api_key, max_waiting=args.queue))
+        asyncio.run(run(served, batch, listener, max_waiting=args.queue, api_key=api_key,
+                        allow_origins=tuple(args.allow_origin)))
