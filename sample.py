@@ -188,13 +188,15 @@ class Piece:
 
 def generate_text(model: GPT, tokenizer: Tokenizer, prompts: list[str], *, max_new_tokens: int,
                   sampling: Sampling = Sampling(), stop: tuple[str, ...] = (),  # noqa: B008
-                  chat_template: str | None = None, parse_special: bool = False) -> Iterator[Piece]:
-    """Continue each prompt as text, piece by piece, until end-of-text, a stop text (neither is emitted) or the length;
-    the last piece of a row has its finish set. With a chat_template each prompt is what the user says, and the end of
-    the assistant's turn is the end; parse_special: see fit_context. Raises SampleError, ChatError, at once."""
+                  ends: frozenset[int] = frozenset(), chat_template: str | None = None,
+                  parse_special: bool = False) -> Iterator[Piece]:
+    """Continue each prompt as text, piece by piece, until end-of-text or a token of ends, a stop text (none is emitted)
+    or the length; the last piece of a row has its finish set. With a chat_template each prompt is what the user says,
+    and the end of the assistant's turn is the end; parse_special: see fit_context. Raises SampleError, ChatError, at
+    once."""
     contexts = [fit_context(tokenizer, prompt, model.config, max_new_tokens=max_new_tokens,
                             chat_template=chat_template, parse_special=parse_special)[0] for prompt in prompts]
-    ends = end_tokens(tokenizer, chat_template)
+    ends |= end_tokens(tokenizer, chat_template)
     streams = {row: TextStream(tokenizer, context, stop, ends) for row, context in enumerate(contexts)}
     steps = generate(model, contexts, max_new_tokens=max_new_tokens, sampling=sampling)
 
@@ -433,7 +435,8 @@ def main(argv: list[str]) -> None:
             raise SampleError(f"{too_long}; shorten the prompt (the run's data.too_long is error)")
         cli.note(f"{too_long}: {cut:,} were cut from its front")
     pieces = generate_text(model, run.tokenizer, [prompt] * args.num_samples, max_new_tokens=args.max_new_tokens,
-                           sampling=sampling, stop=stop, chat_template=template, parse_special=args.parse_special)
+                           sampling=sampling, stop=stop, ends=run.end_ids, chat_template=template,
+                           parse_special=args.parse_special)
     sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows ? instead
     _print_samples(prompt + "\n" if args.chat else prompt, pieces, args.num_samples)
 

@@ -42,6 +42,7 @@ CHAT_NEUTRAL = NEUTRAL | {
     "audio": (), "prediction": (), "store": (False,), "service_tier": ("auto", "default"),
     "reasoning_effort": ("none",), "verbosity": (), "web_search_options": ()}
 PROMPTS = "a text, a list of texts, a list of token ids, or a list of such lists"
+TEMPLATE_NAMES = ("messages", "add_generation_prompt", "tools", "documents")  # and the special tokens'
 LABELS = ("user", "metadata", "safety_identifier", "prompt_cache_key")  # of the caller's; they change no answer
 
 
@@ -69,6 +70,7 @@ class Served:
     too_long: str = "cut"  # what becomes of a chat longer than the context; "error": it is refused
     max_rows: int = 256  # texts of one request
     time_limit_s: float = 600.0
+    ends: frozenset[int] = frozenset()  # tokens that end a text, beside end-of-text and in a chat the end of a turn
     created: int = field(default_factory=lambda: int(time.time()))
 
     @cached_property
@@ -225,7 +227,7 @@ def parse(body: dict, served: Served, deliver: Callable[[int, Part], None], *, i
     else:
         top_logprobs = fields.whole("logprobs", None, low=0, high=MAX_TOP_LOGPROBS)
 
-    ends = served.chat_ends if is_chat else end_tokens(served.tokenizer, None)
+    ends = served.ends | (served.chat_ends if is_chat else end_tokens(served.tokenizer, None))
     ends = frozenset() if fields.flag("ignore_eos") else ends
     settings = {
         "sampling": _sampling(fields), "stop": _stops(fields.take("stop", [])), "top_logprobs": top_logprobs,
@@ -288,8 +290,8 @@ def _variables(value: object) -> dict:
     """Of chat_template_kwargs."""
     if not isinstance(value, dict):
         raise wrong("chat_template_kwargs", value, "an object: variable of the template -> value")
-    if taken := {"messages", "add_generation_prompt", "bos_token", "eos_token"} & value.keys():
-        raise unsupported("chat_template_kwargs", f"chat_template_kwargs.{min(taken)}")
+    if taken := [name for name in value if name in TEMPLATE_NAMES or name.endswith("_token")]:
+        raise unsupported("chat_template_kwargs", f"chat_template_kwargs.{taken[0]}")
     return value
 
 

@@ -8,7 +8,7 @@ streaming, shutdown; what the fields of a request mean is in openai_api.py. Prom
     POST /v1/completions           POST /v1/chat/completions  GET  /v1/models, /v1/models/NAME
     POST /tokenize, /detokenize    GET  /tokenizer_info       as vLLM has them; lm-evaluation-harness asks for them
 
-HEAD is answered where GET is, OPTIONS everywhere.
+HEAD is answered where GET is, OPTIONS at every address.
 """
 
 import argparse
@@ -280,8 +280,8 @@ async def stream(asked: Asked, item: tuple[int, Part] | None,
 # ---- Running it ------------------------------------------------------------------------------------------------------
 
 async def run(served: Served, batch: Batch, listener: socket.socket, *, max_waiting: int, **settings) -> None:
-    """Serve until SIGTERM, SIGINT or, as the terminal goes, SIGHUP; then let running texts end for GRACE_S while new
-    requests are refused. settings: make_app's."""
+    """Serve until SIGTERM or SIGINT; then let running texts end for GRACE_S while new requests are refused.
+    settings: make_app's."""
     import uvicorn
     loop = asyncio.get_running_loop()
 
@@ -308,9 +308,8 @@ async def run(served: Served, batch: Batch, listener: socket.socket, *, max_wait
         note("stopping now" if stopping else f"stopping: texts that run may go on for {GRACE_S:g} s")
         stopping.add(asyncio.create_task(drain()))
 
-    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        if signum != signal.SIGHUP or signal.getsignal(signum) is not signal.SIG_IGN:  # under nohup it goes on
-            loop.add_signal_handler(signum, stop)
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signum, stop)
     try:
         await server.serve(sockets=[listener])
     finally:
@@ -405,7 +404,7 @@ def main(argv: list[str]) -> None:
         model = build_model(saved, device=device, dtype=args.dtype, note=note)
         note(pack_for_decoding(model))
         served = Served(saved.dir.name, model.config, saved.tokenizer, saved.chat_template, saved.config.data.too_long,
-                        max_rows=args.queue, time_limit_s=args.time_limit)
+                        max_rows=args.queue, time_limit_s=args.time_limit, ends=saved.end_ids)
         batch = Batch(model, saved.tokenizer, max_rows=args.batch_size)
         listener.listen(1024)
         host = f"[{args.host}]" if ":" in args.host else args.host
