@@ -257,8 +257,9 @@ class TextStream:
     """One row's tokens -> text in whole characters (what is not UTF-8 becomes U+FFFD), up to a token that ends it, a
     stop text (neither is emitted) or the last token. Of several stop texts the one that is complete first counts.
 
-    Special tokens are no text, but match where a stop text spells them. A context that ends inside a character leaves
-    it to the text: what is certain of the context and this text together are the text of all ids.
+    Special tokens are no text, but a stop text may spell them; then it is looked for in the text that has them all. A
+    context that ends inside a character leaves it to the text: what is certain of the context and this text together
+    are the text of all ids.
     """
 
     def __init__(self, tokenizer: Tokenizer, context: list[int], stop: tuple[str, ...] = (),
@@ -269,13 +270,14 @@ class TextStream:
         self.stopped = False  # by a stop text
         self.decoded = 0  # characters so far, those held back included
         self._tokenizer, self._ends = tokenizer, ends
-        # A special token that a stop text spells stands there, and in held text, as a surrogate, which is in no text.
+        # Special tokens stand in held text, and in the stop texts that spell them, as surrogates, which are in no text.
         spelled = sorted((one for one in tokenizer.special_ids if any(one in text for text in stop)), key=len)[::-1]
-        self._marks = {tokenizer.special_ids[one]: chr(0xD800 + i) for i, one in enumerate(spelled)}
-        marked = list(stop)
-        for one, mark in zip(spelled, self._marks.values(), strict=True):  # the longest of several that match
-            marked = [text.replace(one, mark) for text in marked]
-        self._stop = tuple(dict.fromkeys((*stop, *marked)))
+        self._marks = dict.fromkeys(tokenizer.special_ids.values(), "\ud800") if spelled else {}
+        marked = stop
+        for i, one in enumerate(spelled):  # the longest of several that match
+            self._marks[tokenizer.special_ids[one]] = mark = chr(0xD801 + i)
+            marked = tuple(text.replace(one, mark) for text in marked)
+        self._stop, self._marked_stop = stop, tuple(set(marked) - set(stop))
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")  # of a byte-level tokenizer; of others:
         self._ids = [i for i in context if i < tokenizer.vocab_size]  # ids whose text is out, so many, and those whose
         self._out = len(self._ids)  # is not
@@ -334,12 +336,18 @@ class TextStream:
     def _release(self, *, keep_begun: bool) -> str:
         """The held text up to a stop text, which then stays; without one all of it, but for a stop text's beginning."""
         held = self._held
-        ends = [(start + len(stop), start) for stop in self._stop if (start := held.find(stop)) >= 0]
-        begun = [n for stop in self._stop for n in range(1, min(len(stop), len(held) + 1)) if held.endswith(stop[:n])]
+        shown = [i for i, char in enumerate(held) if not (self._marks and "\ud800" <= char <= "\udfff")]
+        ends, begun = [], [len(held)]  # places in held: (end, start) of stop texts, where one may have begun
+        for stops, places in ((self._stop, shown), (self._marked_stop, range(len(held)))):
+            text = "".join(held[i] for i in places)
+            for stop in stops:
+                if (start := text.find(stop)) >= 0:
+                    ends.append((places[start + len(stop) - 1] + 1, places[start]))
+                begun += [places[-n] for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n])]
         self.stopped = bool(ends)
-        cut = min(ends)[1] if ends else len(held) - max(begun, default=0) * keep_begun
+        cut = min(ends)[1] if ends else min(begun) if keep_begun else len(held)
         self._held = held[cut:]
-        return held[:cut].translate(dict.fromkeys(map(ord, self._marks.values())))  # None: left out
+        return "".join(held[i] for i in shown if i < cut)
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
