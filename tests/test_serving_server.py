@@ -418,6 +418,21 @@ def test_no_number_and_no_nesting_makes_the_server_fail():
     asyncio.run(ask_all())
 
 
+def test_what_a_parser_of_unlimited_depth_read_is_refused(monkeypatch):
+    nested = []
+    for _ in range(5000):
+        nested = [nested]
+    monkeypatch.setattr(serve.json, "loads", lambda body: {"prompt": nested, "messages": nested, "tokens": nested})
+
+    async def ask_all() -> None:
+        async with in_process(make_model()) as client:
+            for path in ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"):
+                response = await client.post(path, content="{}")
+                assert response.status_code == 400 and b"nested too deeply" in response.content
+
+    asyncio.run(ask_all())
+
+
 def test_a_request_whose_logits_are_not_finite_fails_alone():
     model = make_model(tie_embeddings=False)
     with torch.no_grad():

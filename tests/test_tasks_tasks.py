@@ -328,6 +328,14 @@ def test_an_answer_is_the_greedy_continuation_to_end_of_text_or_to_the_end_of_th
     assert 0 < result["unfinished"] < len(PROMPTS)
 
 
+def test_special_tokens_of_a_prompt_are_read_as_such_on_request():
+    model, arguments = talkative_model(), {"metrics": ("f1",), "max_new_tokens": 12, "stop": (), "batch_size": 1}
+    said = {(prompt, parse): tasks.generation(model, BYTES, Task(Path("f"), [Answer(1, prompt, ("x",))]), None,
+                                              parse_special=parse, **arguments)[1][0]["prediction"]
+            for prompt in ("", "<|endoftext|>") for parse in (False, True)}
+    assert said["<|endoftext|>", True] == said["", True] == said["", False] != said["<|endoftext|>", False]
+
+
 def test_a_stop_text_ends_an_answer_and_is_no_part_of_it():
     model = talkative_model()
     text = greedy(model, "abc", 12)[0]
