@@ -111,7 +111,7 @@ def main(argv: list[str]) -> None:
         score = evaluate(model, batches, token_bytes=tokenizer.token_bytes(), device=device)
         result |= {"data": str(args.data), **asdict(score)}
     if task is not None:
-        task = replace(task, examples=task.examples[:args.limit])
+        task = replace(task, examples=task.examples[:args.limit], parse_special=bool(args.parse_special))
         if kind == "multiple choice":
             found, rows = tasks.multiple_choice(model, tokenizer, task, batch_size=args.batch_size)
         elif kind == "classification":
@@ -122,8 +122,7 @@ def main(argv: list[str]) -> None:
             cli.note(pack_for_decoding(model))
             found, rows = tasks.generation(model, tokenizer, task, saved.chat_template, metrics=metrics,
                                            max_new_tokens=args.max_new_tokens or 256,
-                                           stop=sample.stop_texts(args.stop or [], cli.note),
-                                           parse_special=bool(args.parse_special), batch_size=args.batch_size,
+                                           stop=tuple(args.stop or ()), batch_size=args.batch_size,
                                            too_long=saved.config.data.too_long)
         result |= {"task": str(args.task), "kind": kind, "examples": len(task.examples), **found}
         if args.plot is not None:
@@ -158,6 +157,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         help="generation: special tokens that a prompt spells are read as such")
     add("--metrics", metavar="NAMES", help=f"generation: of {','.join(scores.TEXT_METRICS)}; default all installed")
     args = parser.parse_args(argv)
+    args.stop = args.stop and sample.stop_texts(args.stop, cli.note)
     for name in ("batch_size", "limit", "max_new_tokens"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} should be at least 1")

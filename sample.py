@@ -396,6 +396,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--dtype", default="float32", choices=DTYPES,
         help="of weights and matmuls; default float32; bfloat16 is about twice as fast where native")
     args = parser.parse_args(argv)
+    args.stop = stop_texts(args.stop, cli.note)
     for name in ("max_new_tokens", "num_samples"):
         if getattr(args, name) < 1:
             raise SampleError(f"--{name.replace('_', '-')} {getattr(args, name)} should be at least 1")
@@ -425,7 +426,7 @@ def stop_texts(given: list[str], note: Callable[[str], None]) -> tuple[str, ...]
 def main(argv: list[str]) -> None:
     args = _parse(argv)
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.seed)
-    prompt, stop = _read_prompt(args), stop_texts(args.stop, cli.note)
+    prompt = _read_prompt(args)
     device, _ = distributed.choose_device(args.device, option="--device ")
     run = read_run(args.run, cli.note)
     template = run.chat_template if args.chat else None
@@ -443,7 +444,7 @@ def main(argv: list[str]) -> None:
             raise SampleError(f"{too_long}; shorten the prompt (the run's data.too_long is error)")
         cli.note(f"{too_long}: {cut:,} were cut from its front")
     pieces = generate_text(model, run.tokenizer, [prompt] * args.num_samples, max_new_tokens=args.max_new_tokens,
-                           sampling=sampling, stop=stop, ends=run.end_ids, chat_template=template,
+                           sampling=sampling, stop=tuple(args.stop), chat_template=template, ends=run.end_ids,
                            parse_special=args.parse_special)
     sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows ? instead
     _print_samples(prompt + "\n" if args.chat else prompt, pieces, args.num_samples)

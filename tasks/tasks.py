@@ -76,8 +76,8 @@ class Chat:
 Example = Choice | Labelled | Answer | Chat
 KINDS = {Choice: "multiple choice", Labelled: "classification", Answer: "generation", Chat: "chat"}
 OPTIONS = {"limit": "any kind", "predictions": "any kind", "labels": "classification", "plot": "classification",
-           "max_new_tokens": "generation", "stop": "generation", "parse_special": "generation",
-           "metrics": "generation"}  # eval.py's; what each is for
+           "max_new_tokens": "generation", "stop": "generation", "metrics": "generation",
+           "parse_special": "generation"}  # eval.py's; what each is for
 WrongLine = Callable[[str], TaskError]
 
 
@@ -85,6 +85,7 @@ WrongLine = Callable[[str], TaskError]
 class Task:
     path: Path
     examples: list[Example]  # of one kind
+    parse_special: bool = False  # special tokens that prompts spell are read as such
 
     @property
     def kind(self) -> str:
@@ -100,7 +101,8 @@ def check_options(task: Task | None, names: list[str]) -> None:
         kind, option = OPTIONS[name], f"--{name.replace('_', '-')}"
         if task is None:
             raise TaskError(f"{option} is for a task of {kind}; name one with --task, or leave it out")
-        if kind not in ("any kind", "generation" if task.kind == "chat" else task.kind):
+        of_chats = task.kind == "chat" and name != "parse_special"  # what messages hold is text
+        if kind not in ("any kind", "generation" if of_chats else task.kind):
             raise TaskError(f"{option} is for {kind}, and {str(task.path)!r} is {task.kind}; leave it out")
 
 
@@ -340,8 +342,7 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str, vocab_siz
 # ---- Classification and generation -----------------------------------------------------------------------------------
 
 def encode_asked(model: GPT, tokenizer: Tokenizer, task: Task, template: str | None = None, *, too_long: str,
-                 label_tokens: int = 1, max_new_tokens: int = 1,
-                 parse_special: bool = False) -> tuple[list[list[int]], int]:
+                 label_tokens: int = 1, max_new_tokens: int = 1) -> tuple[list[list[int]], int]:
     """The ids of each example's text, prompt or messages, and of how many examples tokens were cut to fit the context:
     a text leaves room for the longest label, a longer prompt answer_room. Raises TaskError, also if too_long = "error"
     and one does not fit."""
@@ -356,7 +357,7 @@ def encode_asked(model: GPT, tokenizer: Tokenizer, task: Task, template: str | N
                 ids, cut = fit_chat(tokenizer, template, list(example.messages), room, free=free)
             else:
                 asked = example.text if isinstance(example, Labelled) else example.prompt
-                ids = encode_prompt(tokenizer, asked, parse_special=parse_special)
+                ids = encode_prompt(tokenizer, asked, parse_special=task.parse_special)
                 ids, cut = fit_prompt(tokenizer, ids, room, free=free)
         except ChatError as error:
             raise task.wrong(example.line, str(error)) from None
@@ -421,22 +422,18 @@ def encode_labels(tokenizer: Tokenizer, labels: list[str], vocab_size: int) -> t
 
 
 def generation(model: GPT, tokenizer: Tokenizer, task: Task, template: str | None, *, metrics: tuple[str, ...],
-               max_new_tokens: int, stop: tuple[str, ...], batch_size: int, parse_special: bool = False,
+               max_new_tokens: int, stop: tuple[str, ...], batch_size: int,
                too_long: str = "cut") -> tuple[dict, list[dict]]:
     """The scores of the greedy continuations of the prompts, and of each example the prediction. template: the run's,
-    for a chat; parse_special: prompts may spell special tokens; too_long: the run's, "error" cuts no prompt. A
-    continuation ends with end-of-text (in a chat also with what ends a turn there), before a stop text, or unfinished:
-    at max_new_tokens, or where the context is full, since a model that no longer sees its prompt answers nothing."""
+    for a chat; too_long: the run's, "error" cuts no prompt. A continuation ends with end-of-text (in a chat also with
+    what ends a turn there), before a stop text, or unfinished: at max_new_tokens, or where the context is full, since a
+    model that no longer sees its prompt answers nothing."""
     if task.kind != "chat":
         template = None
-    elif parse_special:
-        raise TaskError(f"--parse-special is for prompts, and {str(task.path)!r} holds messages, which are text; leave "
-                        "it out")
     elif template is None:
         raise TaskError(f"task {str(task.path)!r} holds messages, but the run has no chat template: it was not "
                         "trained on chats; give the task as lines of prompt, reference")
-    prompts, cut = encode_asked(model, tokenizer, task, template, too_long=too_long, max_new_tokens=max_new_tokens,
-                                parse_special=parse_special)
+    prompts, cut = encode_asked(model, tokenizer, task, template, too_long=too_long, max_new_tokens=max_new_tokens)
     texts, finished = continue_greedily(model, tokenizer, prompts, ends=sample.end_tokens(tokenizer, template),
                                         max_new_tokens=max_new_tokens, stop=stop, batch_size=batch_size)
     result, each = scores.text_scores(texts, [example.references for example in task.examples], metrics)

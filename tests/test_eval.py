@@ -209,7 +209,7 @@ def test_data_and_a_task_share_one_json_object(settings, capsys):  # noqa: F811
     (["--task", "long.jsonl", "--predictions", "p.jsonl"], "task 'long.jsonl' line 1: the prompt has 17 tokens, more"),
     (["--task", "texts.jsonl", "--predictions", "p.jsonl"], "line 1: the text has 17 tokens and the longest label 4, "),
     (["--task", "chats.jsonl", "--predictions", "p.jsonl"], "holds messages, but the run has no chat template"),
-    (["--task", "chats.jsonl", "--parse-special"], "--parse-special is for prompts, and 'chats.jsonl' holds messages"),
+    (["--task", "chats.jsonl", "--parse-special"], "--parse-special is for generation, and 'chats.jsonl' is chat"),
     (["--task", "labels.jsonl", "--parse-special"], "--parse-special is for generation, and 'labels.jsonl' is class"),
 ])
 def test_mistakes_with_tasks_are_one_line_and_write_nothing(settings, words, message):  # noqa: F811

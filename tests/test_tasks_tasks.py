@@ -1,5 +1,6 @@
 """tasks.py: log-likelihoods against a plain float64 forward pass, predictions by definition, lines that are refused."""
 
+import itertools
 import json
 import math
 import random
@@ -330,9 +331,10 @@ def test_an_answer_is_the_greedy_continuation_to_end_of_text_or_to_the_end_of_th
 
 def test_special_tokens_of_a_prompt_are_read_as_such_on_request():
     model, arguments = talkative_model(), {"metrics": ("f1",), "max_new_tokens": 12, "stop": (), "batch_size": 1}
-    said = {(prompt, parse): tasks.generation(model, BYTES, Task(Path("f"), [Answer(1, prompt, ("x",))]), None,
-                                              parse_special=parse, **arguments)[1][0]["prediction"]
-            for prompt in ("", "<|endoftext|>") for parse in (False, True)}
+    said = {}
+    for prompt, parse in itertools.product(("", "<|endoftext|>"), (False, True)):
+        task = Task(Path("f"), [Answer(1, prompt, ("x",))], parse_special=parse)
+        [said[prompt, parse]] = [row["prediction"] for row in tasks.generation(model, BYTES, task, None, **arguments)[1]]
     assert said["<|endoftext|>", True] == said["", True] == said["", False] != said["<|endoftext|>", False]
 
 
