@@ -334,7 +334,8 @@ def test_special_tokens_of_a_prompt_are_read_as_such_on_request():
     said = {}
     for prompt, parse in itertools.product(("", "<|endoftext|>"), (False, True)):
         task = Task(Path("f"), [Answer(1, prompt, ("x",))], parse_special=parse)
-        [said[prompt, parse]] = [row["prediction"] for row in tasks.generation(model, BYTES, task, None, **arguments)[1]]
+        _, [row] = tasks.generation(model, BYTES, task, None, **arguments)
+        said[prompt, parse] = row["prediction"]
     assert said["<|endoftext|>", True] == said["", True] == said["", False] != said["<|endoftext|>", False]
 
 
