@@ -111,7 +111,7 @@ def main(argv: list[str]) -> None:
         score = evaluate(model, batches, token_bytes=tokenizer.token_bytes(), device=device)
         result |= {"data": str(args.data), **asdict(score)}
     if task is not None:
-        task = replace(task, examples=task.examples[:args.limit])
+        task = replace(task, examples=task.examples[:args.limit], parse_special=bool(args.parse_special))
         if kind == "multiple choice":
             found, rows = tasks.multiple_choice(model, tokenizer, task, batch_size=args.batch_size)
         elif kind == "classification":
@@ -152,9 +152,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--plot", type=Path, metavar="FILE.png", help="classification: write the confusion matrix")
     add("--max-new-tokens", type=int, metavar="N", help="generation: default 256")
     add("--stop", nargs="+", action="extend", metavar="TEXT",
-        help="generation: end an answer before any of these; end-of-text always ends it")
+        help="generation: end an answer before any of these, as sample.py does; end-of-text always ends it")
+    add("--parse-special", action="store_true", default=None,
+        help="generation: special tokens that a prompt spells are read as such")
     add("--metrics", metavar="NAMES", help=f"generation: of {','.join(scores.TEXT_METRICS)}; default all installed")
     args = parser.parse_args(argv)
+    args.stop = args.stop and sample.stop_texts(args.stop, cli.note)
     for name in ("batch_size", "limit", "max_new_tokens"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} should be at least 1")

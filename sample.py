@@ -10,6 +10,7 @@ import argparse
 import codecs
 import hashlib
 import math
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -121,22 +122,26 @@ def decode(model: GPT, cache: KVCache, tokens: list[int]) -> Tensor:
 
 @torch.inference_mode()
 def pick(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> Tensor:
-    """A token id per row (B,), on the logits' device; -1 where a row of logits (B, V) has no finite maximum."""
+    """A token id per row (B,), on the logits' device; -1 where none can be chosen: a row of logits (B, V) has no finite
+    maximum."""
     if sampling.temperature == 0.0:
         tokens = logits.argmax(dim=-1)  # the first of equals
     else:
         # One number per row, drawn on the CPU: the same seed draws the same on every device.
         uniform = [torch.rand((), generator=g, dtype=torch.float64) for g in generators]
         tokens = draw(filter_logits(logits, sampling), torch.stack(uniform))
-    return torch.where(logits.amax(dim=-1).isfinite(), tokens, -1)
+    return torch.where(logits.amax(dim=-1).isfinite() & (tokens < logits.shape[-1]), tokens, -1)
 
 
 def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
     """Logits (B, V) -> (B, V) scaled, -inf where a filter removes the token; the likeliest always stays. Each filter
     sees the probabilities that those before it left, and is a threshold: tokens as likely as the last one that stays,
     stay too."""
-    # without the maximum a small temperature overflows
-    logits = (logits - logits.amax(dim=-1, keepdim=True)) / sampling.temperature
+    # Without the maximum a small temperature overflows; one that float32 rounds to 0 or inf makes 0 / 0 or inf / inf,
+    # and beyond its range all temperatures choose alike.
+    limits = torch.finfo(torch.float32)
+    temperature = min(max(sampling.temperature, limits.tiny), limits.max)
+    logits = (logits.float() - logits.amax(dim=-1, keepdim=True)) / temperature
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[:, -1:], -math.inf)
     if sampling.top_p < 1.0:
@@ -183,13 +188,15 @@ class Piece:
 
 def generate_text(model: GPT, tokenizer: Tokenizer, prompts: list[str], *, max_new_tokens: int,
                   sampling: Sampling = Sampling(), stop: tuple[str, ...] = (),  # noqa: B008
-                  chat_template: str | None = None) -> Iterator[Piece]:
-    """Continue each prompt as text, piece by piece, until end-of-text, a stop text (neither is emitted) or the length;
-    the last piece of a row has its finish set. With a chat_template each prompt is what the user says, and the end of
-    the assistant's turn is the end. Raises SampleError, ChatError, at once."""
+                  ends: frozenset[int] = frozenset(), chat_template: str | None = None,
+                  parse_special: bool = False) -> Iterator[Piece]:
+    """Continue each prompt as text, piece by piece, until end-of-text or a token of ends, a stop text (none is emitted)
+    or the length; the last piece of a row has its finish set. With a chat_template each prompt is what the user says,
+    and the end of the assistant's turn is the end; parse_special: see fit_context. Raises SampleError, ChatError, at
+    once."""
     contexts = [fit_context(tokenizer, prompt, model.config, max_new_tokens=max_new_tokens,
-                            chat_template=chat_template)[0] for prompt in prompts]
-    ends = end_tokens(tokenizer, chat_template)
+                            chat_template=chat_template, parse_special=parse_special)[0] for prompt in prompts]
+    ends |= end_tokens(tokenizer, chat_template)
     streams = {row: TextStream(tokenizer, context, stop, ends) for row, context in enumerate(contexts)}
     steps = generate(model, contexts, max_new_tokens=max_new_tokens, sampling=sampling)
 
@@ -218,13 +225,15 @@ def sample_text(model: GPT, tokenizer: Tokenizer, prompt: str, *, max_new_tokens
 
 
 def fit_context(tokenizer: Tokenizer, prompt: str, config: ModelConfig, *, max_new_tokens: int,
-                chat_template: str | None = None) -> tuple[list[int], int]:
-    """The ids that the model continues, and how many tokens were cut of a prompt longer than the context. A plain one
-    then fills half of it, as in generate(); with a chat_template, where it is what the user says and the assistant's
-    turn begins, the conversation leaves answer_room. Raises SampleError, ChatError."""
+                chat_template: str | None = None, parse_special: bool = False) -> tuple[list[int], int]:
+    """The ids that the model continues, and how many tokens were cut of a prompt longer than the context. A plain one,
+    in which parse_special reads special tokens as such, then fills half of it, as in generate(); with a chat_template,
+    where it is what the user says and the assistant's turn begins, the conversation leaves answer_room. Raises
+    SampleError, ChatError."""
     room = config.max_seq_len
     if chat_template is None:
-        ids, cut = fit_prompt(tokenizer, encode_prompt(tokenizer, prompt), room, free=room - max(1, room // 2))
+        ids = encode_prompt(tokenizer, prompt, parse_special=parse_special)
+        ids, cut = fit_prompt(tokenizer, ids, room, free=room - max(1, room // 2))
     else:
         messages = [{"role": "user", "content": prompt}]
         ids, cut = fit_chat(tokenizer, chat_template, messages, room, free=answer_room(room, max_new_tokens))
@@ -246,7 +255,12 @@ def end_tokens(tokenizer: Tokenizer, chat_template: str | None) -> frozenset[int
 
 class TextStream:
     """One row's tokens -> text in whole characters (what is not UTF-8 becomes U+FFFD), up to a token that ends it, a
-    stop text (neither is emitted) or the last token. Of several stop texts the one that is complete first counts."""
+    stop text (neither is emitted) or the last token. Of several stop texts the one that is complete first counts.
+
+    Special tokens are no text, but a stop text may spell them; then it is looked for in the text that has them all. A
+    context that ends inside a character leaves it to the text: what is certain of the context and this text together
+    are the text of all ids.
+    """
 
     def __init__(self, tokenizer: Tokenizer, context: list[int], stop: tuple[str, ...] = (),
                  ends: frozenset[int] = frozenset()):
@@ -255,17 +269,31 @@ class TextStream:
         self.finish: str | None = None  # once the text has ended: "stop" (a token of ends or a stop text) or "length"
         self.stopped = False  # by a stop text
         self.decoded = 0  # characters so far, those held back included
-        self._tokenizer, self._stop, self._ends = tokenizer, stop, ends
+        self._tokenizer, self._ends = tokenizer, ends
+        # Special tokens stand in held text, and in the stop texts that spell them, as surrogates, which are in no text.
+        spelled = sorted((one for one in tokenizer.special_ids if any(one in text for text in stop)), key=len)[::-1]
+        self._marks = dict.fromkeys(tokenizer.special_ids.values(), "\ud800") if spelled else {}
+        marked = stop
+        for i, one in enumerate(spelled):  # the longest of several that match
+            self._marks[tokenizer.special_ids[one]] = mark = chr(0xD801 + i)
+            marked = tuple(text.replace(one, mark) for text in marked)
+        self._stop, self._marked_stop = stop, tuple(set(marked) - set(stop))
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")  # of a byte-level tokenizer; of others:
-        self._ids, self._out = list(context), len(context)  # ids whose text is out, so many, and those whose is not
+        self._ids = [i for i in context if i < tokenizer.vocab_size]  # ids whose text is out, so many, and those whose
+        self._out = len(self._ids)  # is not
         self._held = ""  # perhaps the start of a stop text
+        while self._out and "\ufffd" in tokenizer.spelling(self._ids[self._out - 1]).decode(errors="replace"):
+            self._out -= 1  # of parts of characters the last may be unfinished
+        self._ids, unsure = self._ids[:self._out], self._ids[self._out:]
+        for token in unsure:
+            self._decode(token)
 
     def add(self, token: int, *, is_last: bool = False) -> str:
         """The text that became certain with one more token: all of it if that is the last one or ends the text."""
         is_end = token in self._ends
         text = "" if is_end else self._decode(token)
-        self.decoded += len(text)
         self._held += text
+        self.decoded += len(text) - (token in self._marks)
         text = self.end() if is_end or is_last else self._release(keep_begun=True)
         if is_end or self.stopped:
             self.finish = "stop"
@@ -273,7 +301,7 @@ class TextStream:
 
     def end(self) -> str:
         """The rest: no more tokens come."""
-        self._held += self._utf8.decode(b"", final=True) if self._tokenizer.byte_level else self._pending()
+        self._held += self._rest()
         text = self._release(keep_begun=False)
         self.finish = "stop" if self.stopped else "length"
         return text
@@ -282,6 +310,8 @@ class TextStream:
         """The characters that became certain with one more token."""
         if token >= self._tokenizer.vocab_size:
             return ""  # a row of the model's table that stands for nothing
+        if token in self._marks:
+            return self._rest() + self._marks[token]
         if self._tokenizer.byte_level:
             return self._utf8.decode(self._tokenizer.decode_bytes([token]))
         self._ids.append(token)
@@ -289,6 +319,13 @@ class TextStream:
         if text.endswith("\ufffd"):  # perhaps half a character, spelled in byte tokens
             return ""
         self._ids, self._out = self._ids[self._out:], len(self._ids) - self._out
+        return text
+
+    def _rest(self) -> str:
+        """What is not out yet, be it half a character."""
+        if self._tokenizer.byte_level:
+            return self._utf8.decode(b"", final=True)
+        text, self._out = self._pending(), len(self._ids)
         return text
 
     def _pending(self) -> str:
@@ -299,12 +336,18 @@ class TextStream:
     def _release(self, *, keep_begun: bool) -> str:
         """The held text up to a stop text, which then stays; without one all of it, but for a stop text's beginning."""
         held = self._held
-        ends = [(start + len(stop), start) for stop in self._stop if (start := held.find(stop)) >= 0]
-        begun = [n for stop in self._stop for n in range(1, min(len(stop), len(held) + 1)) if held.endswith(stop[:n])]
+        shown = [i for i, char in enumerate(held) if not (self._marks and "\ud800" <= char <= "\udfff")]
+        ends, begun = [], [len(held)]  # places in held: (end, start) of stop texts, where one may have begun
+        for stops, places in ((self._stop, shown), (self._marked_stop, range(len(held)))):
+            text = "".join(held[i] for i in places)
+            for stop in stops:
+                if (start := text.find(stop)) >= 0:
+                    ends.append((places[start + len(stop) - 1] + 1, places[start]))
+                begun += [places[-n] for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n])]
         self.stopped = bool(ends)
-        cut = min(ends)[1] if ends else len(held) - max(begun, default=0) * keep_begun
+        cut = min(ends)[1] if ends else min(begun) if keep_begun else len(held)
         self._held = held[cut:]
-        return held[:cut]
+        return "".join(held[i] for i in shown if i < cut)
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
@@ -344,19 +387,40 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         help="draw from the fewest likeliest tokens that reach this probability; default 1 = all")
     add("--min-p", type=float, default=0.0, metavar="X",
         help="draw from tokens of at least this share of the likeliest one's probability; default 0")
-    add("--stop", nargs="+", action="extend", default=[], metavar="TEXT", help="end the text before any of these")
+    add("--stop", nargs="+", action="extend", default=[], metavar="TEXT", help="end the text before any of these; they "
+        r"may spell special tokens; \n alone is read as a newline")
+    add("--parse-special", action="store_true", help="special tokens that the prompt spells are read as such")
     add("--num-samples", type=int, default=1, metavar="N", help="samples, generated as one batch")
     add("--seed", type=int, default=0, metavar="N", help="same seed, same text; default 0")
     add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
     add("--dtype", default="float32", choices=DTYPES,
         help="of weights and matmuls; default float32; bfloat16 is about twice as fast where native")
     args = parser.parse_args(argv)
+    args.stop = stop_texts(args.stop, cli.note)
     for name in ("max_new_tokens", "num_samples"):
         if getattr(args, name) < 1:
             raise SampleError(f"--{name.replace('_', '-')} {getattr(args, name)} should be at least 1")
     if args.chat and args.prompt is None and args.prompt_file is None and not args.stdin:
         raise SampleError("--chat needs what the user says: --prompt TEXT, --prompt-file FILE or -")
+    if args.chat and args.parse_special:
+        raise SampleError("--parse-special is for plain prompts: what a user says in a chat is text; leave it out, or "
+                          "write the template's tokens into the prompt and leave out --chat")
     return args
+
+
+def stop_texts(given: list[str], note: Callable[[str], None]) -> tuple[str, ...]:
+    """The stop texts of a command line. Where a newline was meant a shell may pass a backslash and n: a text of nothing
+    but \\n, \\r and \\t is read so, and note tells; of others, such as \\nabla, note tells what they are."""
+    stops = []
+    for stop in given:
+        if re.fullmatch(r"(\\[nrt])+", stop):
+            stops.append(stop.replace(r"\n", "\n").replace(r"\r", "\r").replace(r"\t", "\t"))
+            note(f"--stop '{stop}': read as {stops[-1]!r}")
+        else:
+            stops.append(stop)
+            if re.search(r"\\[nrt]", stop):
+                note(f"--stop '{stop}': taken as it is, a backslash and a letter; for a newline or tab write $'{stop}'")
+    return tuple(stops)
 
 
 def main(argv: list[str]) -> None:
@@ -372,7 +436,7 @@ def main(argv: list[str]) -> None:
     model = build_model(run, device=device, dtype=args.dtype, note=cli.note)
     cli.note(pack_for_decoding(model))
     context, cut = fit_context(run.tokenizer, prompt, model.config, max_new_tokens=args.max_new_tokens,
-                               chat_template=template)
+                               chat_template=template, parse_special=args.parse_special)
     if cut:
         too_long = (f"the {'conversation' if args.chat else 'prompt'} has {len(context) + cut:,} tokens, more than the "
                     f"context of {model.config.max_seq_len:,}")
@@ -380,7 +444,8 @@ def main(argv: list[str]) -> None:
             raise SampleError(f"{too_long}; shorten the prompt (the run's data.too_long is error)")
         cli.note(f"{too_long}: {cut:,} were cut from its front")
     pieces = generate_text(model, run.tokenizer, [prompt] * args.num_samples, max_new_tokens=args.max_new_tokens,
-                           sampling=sampling, stop=tuple(args.stop), chat_template=template)
+                           sampling=sampling, stop=tuple(args.stop), chat_template=template, ends=run.end_ids,
+                           parse_special=args.parse_special)
     sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows ? instead
     _print_samples(prompt + "\n" if args.chat else prompt, pieces, args.num_samples)
 

@@ -66,13 +66,14 @@ def save_template(folder: Path, template: str) -> None:
 
 
 def render(template: str, messages: list[dict], *, add_generation_prompt: bool, bos_token: str = "",
-           eos_token: str = "") -> str:
+           eos_token: str = "", variables: dict | None = None) -> str:
     """The text of a conversation, [{"role", "content"}, ...]; add_generation_prompt: up to where the assistant's next
-    turn starts. Raises ChatError, also with what the template itself objects to."""
+    turn starts; variables: others that the template reads. Raises ChatError, also with what the template itself objects
+    to."""
     import jinja2
     try:
         return _compiled(template).render(messages=messages, add_generation_prompt=add_generation_prompt,
-                                          bos_token=bos_token, eos_token=eos_token)
+                                          bos_token=bos_token, eos_token=eos_token, **(variables or {}))
     except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
         raise ChatError(f"the chat template cannot render these messages: {error}") from None
 
@@ -104,10 +105,16 @@ def _compiled(template: str):
 
 # ---- Messages -> tokens ----------------------------------------------------------------------------------------------
 
-def encode_chat(tokenizer: Tokenizer, template: str, messages: list[dict]) -> np.ndarray:
-    """Ids of a rendered conversation, uint32 (n,): what a model is given to answer it. Raises ChatError."""
-    guard = _Guard(tokenizer, template, messages)
+def encode_chat(tokenizer: Tokenizer, template: str, messages: list[dict], variables: dict | None = None) -> np.ndarray:
+    """Ids of a rendered conversation, uint32 (n,): what a model is given to answer it; variables: others that the
+    template reads, their texts as plain as the messages'. Raises ChatError."""
+    guard = _Guard(tokenizer, template, messages, variables)
     return guard.encode(guard.render(messages, add_generation_prompt=True))
+
+
+def encode_special(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """Ids of a text whose special tokens are read as such, uint32 (n,)."""
+    return _Guard(tokenizer, text, []).encode(text)
 
 
 def turn_end(tokenizer: Tokenizer, template: str) -> int:
@@ -154,16 +161,18 @@ class _Guard:
     """Renders and encodes one conversation so that special tokens in messages stay plain text: each is rendered as
     mark + its number + mark, a character that occurs nowhere else, and spelled out again before it is encoded."""
 
-    def __init__(self, tokenizer: Tokenizer, template: str, messages: list[dict]):
+    def __init__(self, tokenizer: Tokenizer, template: str, messages: list[dict], variables: dict | None = None):
         self.tokenizer, self.template = tokenizer, template
         self.specials = sorted(tokenizer.special_ids, key=len, reverse=True)  # the longest of several that match
         self.pattern = re.compile("|".join(map(re.escape, self.specials)))
-        used = set(template) | set(json.dumps(messages, ensure_ascii=False))
+        used = set(template) | set(json.dumps([messages, variables], ensure_ascii=False))
         self.mark = next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in used)
+        self.variables = self._hidden(variables)
 
     def render(self, messages: list[dict], *, add_generation_prompt: bool) -> str:
         return render(self.template, self._hidden(messages), add_generation_prompt=add_generation_prompt,
-                      bos_token=self.tokenizer.bos_token or "", eos_token=self.tokenizer.eot_token)
+                      bos_token=self.tokenizer.bos_token or "", eos_token=self.tokenizer.eot_token,
+                      variables=self.variables)
 
     def _hidden(self, value: object) -> object:
         if isinstance(value, str):

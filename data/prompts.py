@@ -10,14 +10,17 @@ from collections.abc import Callable
 
 import numpy as np
 
-from data.chat import encode_chat, encode_conversation
+from data.chat import encode_chat, encode_conversation, encode_special
 from data.tokenizer import Tokenizer
 
 
-def encode_prompt(tokenizer: Tokenizer, text: str) -> np.ndarray:
-    """Ids of a plain prompt, uint32 (n,): behind bos_token if the tokenizer has one; of an empty one end-of-text."""
-    ids = tokenizer.encode(text)
-    return ids if len(ids) and tokenizer.bos_token is None else np.insert(ids, 0, tokenizer.start)
+def encode_prompt(tokenizer: Tokenizer, text: str, *, parse_special: bool = False,
+                  add_start: bool = True) -> np.ndarray:
+    """Ids of a plain prompt, uint32 (n,): with add_start behind bos_token if the tokenizer has one, of an empty one
+    end-of-text. parse_special: special tokens that it spells are read as such, also a bos_token of its own."""
+    ids = encode_special(tokenizer, text) if parse_special else tokenizer.encode(text)
+    has_start = len(ids) and (tokenizer.bos_token is None or ids[0] == tokenizer.start)
+    return ids if has_start or not add_start else np.insert(ids, 0, tokenizer.start)
 
 
 def answer_room(max_seq_len: int, max_new_tokens: int) -> int:
@@ -49,12 +52,12 @@ def _prompt_room(room: int, response: int) -> int:
     return room - response if response < room else room // 2
 
 
-def fit_chat(tokenizer: Tokenizer, template: str, messages: list[dict], room: int, *,
-             free: int = 0) -> tuple[np.ndarray, int]:
+def fit_chat(tokenizer: Tokenizer, template: str, messages: list[dict], room: int, *, free: int = 0,
+             variables: dict | None = None) -> tuple[np.ndarray, int]:
     """Ids, uint32 (n <= room,), of what a model is given to answer a conversation, and how many tokens were cut; `free`
-    as in fit_prompt. Raises ChatError."""
+    as in fit_prompt; variables of the template, see encode_chat. Raises ChatError."""
     def encode(some: list[dict]) -> tuple[np.ndarray, np.ndarray]:
-        ids = encode_chat(tokenizer, template, some)
+        ids = encode_chat(tokenizer, template, some, variables)
         return ids, np.zeros(len(ids), dtype=bool)
 
     ids, _, cut = _fit(tokenizer, messages, encode, room, free=free)

@@ -36,6 +36,11 @@ class SavedRun:
     def model(self) -> ModelConfig:
         return self.config.model
 
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """The tokens that end what the model writes."""
+        return frozenset({self.tokenizer.eot})
+
     def weights(self) -> dict[str, Tensor]:
         """The chosen checkpoint's model on the CPU, adapters merged. Raises CheckpointError."""
         return weights_of(self.checkpoint)

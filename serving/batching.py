@@ -2,7 +2,8 @@
 
 Batch holds the model's state and is driven step by step; Batcher is the thread that drives it, with a bounded queue in
 front. A row's tokens do not depend on the rows beside it (but for the rounding of batched matmuls): it has its own
-random numbers, and in the cache it sees its own slots only. Nothing here knows HTTP.
+random numbers, and in the cache it sees its own slots only. A row that cannot go on, whatever the cause, ends alone.
+Nothing here knows HTTP.
 
 Dims: B rows of the batch, T tokens of the longest prompt, C width, V vocabulary.
 """
@@ -42,6 +43,7 @@ class Row:
     stop_tokens: frozenset[int] = frozenset()
     presence_penalty: float = 0.0  # subtracted from the logits of tokens that the text has
     frequency_penalty: float = 0.0  # the same, times their count
+    repetition_penalty: float = 1.0  # before those: logits of tokens that prompt and text have, / it if > 0, else * it
     logit_bias: dict[int, float] = field(default_factory=dict)  # token -> added to its logit
     top_logprobs: int | None = None  # this many likeliest tokens beside each token; None = no logprobs at all
     scores_prompt: bool = False
@@ -159,7 +161,9 @@ class _Running:
         self.row = row
         self.generator = sample.row_generator(row.sampling.seed, row.number)
         self.deadline = row.deadline  # from then on the next token is the last
-        self.changes_logits = bool(row.presence_penalty or row.frequency_penalty or row.logit_bias)
+        self.changes_logits = bool(row.presence_penalty or row.frequency_penalty or row.logit_bias
+                                   or row.repetition_penalty != 1.0)
+        self._prompt = frozenset(row.prompt)
         self.last_token = -1  # made, not read yet
         self.made = 0
         self._stream = TextStream(tokenizer, row.prompt, row.stop, row.stop_tokens)
@@ -168,13 +172,26 @@ class _Running:
         self._counts: collections.Counter[int] = collections.Counter()  # of new tokens, if a penalty needs them
 
     def adjust(self, logits: Tensor) -> None:
-        """Penalties and biases onto the logits (V,), in place."""
+        """Penalties and biases onto the logits (V,), in place. Repetition: CTRL, arXiv:1909.05858, section 4.1, with
+        transformers' product for logits below 0."""
+        penalty = self.row.repetition_penalty
+        if penalty != 1.0:
+            tokens = torch.tensor(list(self._prompt | self._counts.keys()), device=logits.device)
+            own = logits[tokens]
+            logits[tokens] = torch.where(own > 0, own / penalty, own * penalty)
         added = dict(self.row.logit_bias)
         for token, count in self._counts.items():
             added[token] = added.get(token, 0.0) - (self.row.presence_penalty + self.row.frequency_penalty * count)
         if added:
             tokens = torch.tensor(list(added), device=logits.device)
             logits.index_add_(0, tokens, torch.tensor(list(added.values()), device=logits.device))
+
+    def rewind(self) -> None:
+        """The random numbers as they were before the step that failed: a token took one, a greedy one none."""
+        self.generator = sample.row_generator(self.row.sampling.seed, self.row.number)
+        if self.row.sampling.temperature > 0.0:
+            for _ in range(self.made):
+                torch.rand((), generator=self.generator, dtype=torch.float64)
 
     def add(self, token: int, logprob: float | None, top: tuple[tuple[int, float], ...]) -> Part:
         """What one more token makes certain."""
@@ -210,14 +227,26 @@ class Batch:
     @torch.inference_mode()
     def join(self, rows: list[Row]) -> Parts:
         """Read the prompts, and make their first tokens."""
-        hidden, cache = sample.prefill(self.model, [row.prompt for row in rows], new_tokens=0)
-        parts = [(row, Part(prompt=self._score_prompt(row, h) if row.scores_prompt else (),
-                            finish="length" if row.max_new_tokens == 0 else None))
-                 for row, h in zip(rows, hidden, strict=True) if row.scores_prompt or row.max_new_tokens == 0]
-        starting = [number for number, row in enumerate(rows) if row.max_new_tokens > 0]
+        try:
+            hidden, cache = sample.prefill(self.model, [row.prompt for row in rows], new_tokens=0)
+            logits = self.model.logits(hidden[:, -1])
+        except Exception as error:
+            if len(rows) == 1:
+                return [self._failed(rows[0], error)]
+            return [part for row in rows for part in self.join([row])]
+        parts, starting, running = [], [], []
+        for number, (row, h) in enumerate(zip(rows, hidden, strict=True)):
+            try:
+                if row.scores_prompt or row.max_new_tokens == 0:
+                    scored = self._score_prompt(row, h) if row.scores_prompt else ()
+                    parts.append((row, Part(prompt=scored, finish=None if row.max_new_tokens else "length")))
+                if row.max_new_tokens > 0:
+                    running.append(_Running(row, self.tokenizer))
+                    starting.append(number)
+            except Exception as error:
+                parts.append(self._failed(row, error))
         if starting:
-            running = [_Running(rows[number], self.tokenizer) for number in starting]
-            first = self._advance(running, self.model.logits(hidden[starting, -1]))
+            first = self._advance(running, logits[starting])
             parts += first
             for number, one, (_, part) in zip(starting, running, first, strict=True):
                 if part.finish is None:
@@ -244,24 +273,48 @@ class Batch:
         self._cache.clear()
 
     def _advance(self, running: list[_Running], logits: Tensor) -> Parts:
-        """Choose a token of each row from its logits (B, V), which may be overwritten."""
+        """Choose a token of each row from its logits (B, V). Where that fails, rows choose one by one."""
+        try:
+            chosen = self._choose(running, logits)
+        except Exception as error:
+            for one in running:
+                one.rewind()
+            if len(running) == 1:
+                return [self._failed(running[0].row, error, running[0].made)]
+            return [part for number, one in enumerate(running)
+                    for part in self._advance([one], logits[number:number + 1])]
+        parts = []
+        for one, (token, *scored) in zip(running, chosen, strict=True):
+            try:
+                if token < 0:
+                    raise FloatingPointError(sample.NOT_FINITE)
+                parts.append((one.row, one.add(token, *scored)))
+            except Exception as error:
+                parts.append(self._failed(one.row, error, one.made))
+        return parts
+
+    def _failed(self, row: Row, error: Exception, made: int = 0) -> tuple[Row, Part]:
+        """The last part of a row that cannot go on; what was no fault of the numbers is told in the log."""
+        if isinstance(error, FloatingPointError):
+            return row, Part(made=made, finish="error", error=str(error))
+        with contextlib.suppress(OSError):  # nobody may read stderr any more
+            traceback.print_exception(error)
+        return row, Part(made=made, finish="error", error=f"the model failed ({type(error).__name__})")
+
+    def _choose(self, running: list[_Running], logits: Tensor) -> list[tuple]:
+        """Each row's token, -1 if there is none, its logprob and the likeliest tokens, see Scored."""
         asking = [number for number, one in enumerate(running) if one.row.top_logprobs is not None]
         own = logits[asking].log_softmax(dim=-1)  # before anything is added to the logits
         tokens = self._pick(running, logits)
         tops = [running[number].row.top_logprobs for number in asking]
         scores = dict(zip(asking, score(own, tokens[asking], tops), strict=True))
-        parts = []
-        for number, (one, token) in enumerate(zip(running, tokens.tolist(), strict=True)):
-            if token < 0:
-                part = Part(made=one.made, finish="error", error=sample.NOT_FINITE)
-            else:
-                part = one.add(token, *scores.get(number, (None, ())))
-            parts.append((one.row, part))
-        return parts
+        return [(token, *scores.get(number, (None, ()))) for number, token in enumerate(tokens.tolist())]
 
     def _pick(self, running: list[_Running], logits: Tensor) -> Tensor:
         """A token per row (B,), -1 where its logits are not finite; rows of equal settings are picked together."""
         alike: dict[Sampling, list[int]] = {}
+        if any(one.changes_logits for one in running):
+            logits = logits.clone()
         for number, one in enumerate(running):
             if one.changes_logits:
                 one.adjust(logits[number])
@@ -282,6 +335,8 @@ class Batch:
             logprobs = self.model.logits(h).log_softmax(dim=-1)
             each = score(logprobs, tokens, [row.top_logprobs or 0] * len(tokens))
             scored += [Scored(token, 0, *one) for token, one in zip(tokens.tolist(), each, strict=True)]
+        if any(math.isnan(one.logprob) for one in scored[1:]):
+            raise FloatingPointError(sample.NOT_FINITE)
         return tuple(scored)
 
 

@@ -3,9 +3,10 @@
 /v1/completions and /v1/chat/completions as platform.openai.com/docs/api-reference describes them, whole and streamed. A
 field is honoured or refused by its name, never ignored. Nothing here knows HTTP but the status that an error has.
 
-Beyond OpenAI's fields: top_k and min_p, as in sample.py. logprobs are the model's own, before temperature, filters,
-penalties and biases; text_offset counts the characters of the answer's text (a token inside a character, or that breaks
-one off, begins where that character does).
+Beyond OpenAI's fields, as vLLM names them: top_k, min_p, repetition_penalty, stop_token_ids, ignore_eos,
+add_special_tokens, chat_template_kwargs; as llama.cpp does: parse_special. logprobs are the model's own, before
+temperature, filters, penalties and biases; text_offset counts the characters of the answer's text (a token inside a
+character, or that breaks one off, begins where that character does).
 """
 
 import math
@@ -24,19 +25,24 @@ from data.tokenizer import Tokenizer, replace_surrogates
 from sample import SampleError, Sampling, TextStream, end_tokens
 from serving.batching import Part, Row, Scored
 
-MAX_STOPS, MAX_STOP_CHARS = 4, 1000
+MAX_STOPS, MAX_STOP_CHARS = 64, 1000
 MAX_N = 128  # as OpenAI's
 MAX_TOP_LOGPROBS, MAX_CHAT_TOP_LOGPROBS = 5, 20
 DEFAULT_MAX_TOKENS = 16  # of a completion; a chat answer may fill the context
 LOWEST_LOGPROB = -9999.0  # stands for -inf, which JSON cannot spell
 
-# Fields of OpenAI's that ask for nothing here when they have one of these values; any other value is refused.
-COMPLETION_NEUTRAL = {"suffix": ("",), "best_of": (1,)}
-CHAT_NEUTRAL = {"tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],), "function_call": ("none", "auto"),
-                "parallel_tool_calls": (True, False), "response_format": ({"type": "text"},), "modalities": (["text"],),
-                "audio": (), "prediction": (), "store": (False,), "service_tier": ("auto", "default"),
-                "reasoning_effort": ("none",), "verbosity": (), "web_search_options": ()}
+# Fields of OpenAI's and vLLM's that ask for nothing here when they have one of these values; others are refused.
+NEUTRAL = {"skip_special_tokens": (True,), "spaces_between_special_tokens": (True, False), "min_tokens": (0,),
+           "include_stop_str_in_output": (False,), "use_beam_search": (False,), "length_penalty": (1,)}
+COMPLETION_NEUTRAL = NEUTRAL | {"suffix": ("",)}
+CHAT_NEUTRAL = NEUTRAL | {
+    "add_special_tokens": (False,), "add_generation_prompt": (True,), "continue_final_message": (False,),
+    "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],), "function_call": ("none", "auto"),
+    "parallel_tool_calls": (True, False), "response_format": ({"type": "text"},), "modalities": (["text"],),
+    "audio": (), "prediction": (), "store": (False,), "service_tier": ("auto", "default"),
+    "reasoning_effort": ("none",), "verbosity": (), "web_search_options": ()}
 PROMPTS = "a text, a list of texts, a list of token ids, or a list of such lists"
+TEMPLATE_NAMES = ("messages", "add_generation_prompt", "tools", "documents")  # and the special tokens'
 LABELS = ("user", "metadata", "safety_identifier", "prompt_cache_key")  # of the caller's; they change no answer
 
 
@@ -64,6 +70,7 @@ class Served:
     too_long: str = "cut"  # what becomes of a chat longer than the context; "error": it is refused
     max_rows: int = 256  # texts of one request
     time_limit_s: float = 600.0
+    ends: frozenset[int] = frozenset()  # tokens that end a text, beside end-of-text and in a chat the end of a turn
     created: int = field(default_factory=lambda: int(time.time()))
 
     @cached_property
@@ -122,12 +129,12 @@ class _Fields:
             raise wrong(name, value, "a whole number" if is_whole else "a finite number")
         if not low <= value <= high:
             raise wrong(name, value, f"at least {low}" if high == math.inf else f"from {low} to {high}")
-        return value
+        return value if is_whole else float(value)
 
     whole = partialmethod(number, is_whole=True)
 
-    def flag(self, name: str) -> bool:
-        value = self.take(name, False)
+    def flag(self, name: str, default: bool = False) -> bool:
+        value = self.take(name, default)
         if not isinstance(value, bool):
             raise wrong(name, value, "true or false")
         return value
@@ -204,7 +211,11 @@ def parse(body: dict, served: Served, deliver: Callable[[int, Part], None], *, i
     new = fields.whole("max_completion_tokens", most if old is None else old, low=int(is_chat))
     if old not in (None, new):
         raise invalid("max_tokens", f"max_tokens = {old} contradicts max_completion_tokens = {new}; give one")
-    prompts = [_chat_prompt(value, served, new) if is_chat else _prompt(value, served) for value in values]
+    if is_chat:
+        prompts = [_chat_prompt(values[0], served, new, _variables(fields.take("chat_template_kwargs", {})))]
+    else:
+        how = {"add_start": fields.flag("add_special_tokens", True), "parse_special": fields.flag("parse_special")}
+        prompts = [_prompt(value, served, is_whole=new == 0, **how) for value in values]
     echo = not is_chat and fields.flag("echo")
 
     if is_chat:
@@ -216,9 +227,12 @@ def parse(body: dict, served: Served, deliver: Callable[[int, Part], None], *, i
     else:
         top_logprobs = fields.whole("logprobs", None, low=0, high=MAX_TOP_LOGPROBS)
 
+    ends = served.ends | (served.chat_ends if is_chat else end_tokens(served.tokenizer, None))
+    ends = frozenset() if fields.flag("ignore_eos") else ends
     settings = {
         "sampling": _sampling(fields), "stop": _stops(fields.take("stop", [])), "top_logprobs": top_logprobs,
-        "stop_tokens": served.chat_ends if is_chat else end_tokens(served.tokenizer, None),
+        "stop_tokens": ends | _token_ids(fields.take("stop_token_ids", []), served.config.vocab_size),
+        "repetition_penalty": fields.number("repetition_penalty", 1.0, low=0.01, high=100),
         "presence_penalty": fields.number("presence_penalty", 0.0, low=-2, high=2),
         "frequency_penalty": fields.number("frequency_penalty", 0.0, low=-2, high=2),
         "logit_bias": _logit_bias(fields.take("logit_bias", {}), served.config.vocab_size),
@@ -234,32 +248,61 @@ def parse(body: dict, served: Served, deliver: Callable[[int, Part], None], *, i
     return Asked(name, served, is_chat, prompts, rows, echo, stream, include_usage)
 
 
-def _prompt(value: object, served: Served) -> Prompt:
-    """A text, or token ids."""
+def tokenized(body: dict, served: Served) -> list[int]:
+    """The ids of a text: those that a completion has for it as a prompt. Raises ApiError."""
+    fields, tokenizer = _Fields(body), served.tokenizer
+    prompt, model = fields.take("prompt"), fields.take("model", served.name)
+    if not isinstance(prompt, str):
+        raise wrong("prompt", prompt, "a text")
+    if model != served.name:
+        raise no_such_model(model, served)
+    add_start = fields.flag("add_special_tokens", True) and tokenizer.bos_token is not None
+    # lm-evaluation-harness learns the id of end-of-text from its spelling; inside a text it is plain text
+    parse_special = fields.flag("parse_special") or prompt in tokenizer.special_ids
+    fields.refuse_rest({"return_token_strs": (False,)})
+    return encode_prompt(tokenizer, prompt, parse_special=parse_special, add_start=add_start).tolist()
+
+
+def _prompt(value: object, served: Served, *, is_whole: bool, add_start: bool, parse_special: bool) -> Prompt:
+    """A text, or token ids; is_whole: nothing follows, so that a character that it leaves unfinished is its own."""
     tokenizer = served.tokenizer
     if value == []:  # lm-evaluation-harness sends an empty context so
         value = ""
     if isinstance(value, str):
         text = replace_surrogates(value)
         most = served.config.max_seq_len * int(tokenizer.token_bytes().max())  # bytes that could fit
-        if tokenizer.byte_level and len(text) > most:  # far too long: it is not encoded first
+        if tokenizer.byte_level and not parse_special and len(text) > most:  # far too long: it is not encoded first
             raise _too_long(f"at least {-(-len(text) * served.config.max_seq_len // most)}", served, "prompt")
-        tokens = _fitting(encode_prompt(tokenizer, text).tolist(), served, "prompt")
-        return Prompt(text, tokens, has_start=tokens[0] == tokenizer.start)  # no text has that token
+        value = encode_prompt(tokenizer, text, parse_special=parse_special, add_start=add_start).tolist()
+        if not value:
+            raise invalid("prompt", "an empty prompt has no tokens without a special one; add_special_tokens = true "
+                          "puts one there")
+        tokens = _fitting(value, served, "prompt")
+        if not parse_special:
+            return Prompt(text, tokens, has_start=tokens[0] == tokenizer.start)  # no text has that token
     if not isinstance(value, list) or not all(map(_is_whole, value)):
         raise wrong("prompt", value, PROMPTS)
     tokens = _fitting(value, served, "prompt")
-    return Prompt(detokenized(tokenizer, tokens)[0], tokens)
+    return Prompt(detokenized(tokenizer, tokens, is_whole=is_whole)[0], tokens)
 
 
-def _chat_prompt(value: object, served: Served, max_new_tokens: int) -> Prompt:
+def _variables(value: object) -> dict:
+    """Of chat_template_kwargs."""
+    if not isinstance(value, dict):
+        raise wrong("chat_template_kwargs", value, "an object: variable of the template -> value")
+    if taken := [name for name in value if name in TEMPLATE_NAMES or name.endswith("_token")]:
+        raise unsupported("chat_template_kwargs", f"chat_template_kwargs.{taken[0]}")
+    return value
+
+
+def _chat_prompt(value: object, served: Served, max_new_tokens: int, variables: dict) -> Prompt:
     """Messages; longer than the context they are cut so that they leave answer_room, or refused."""
     if not isinstance(value, list) or not value:
         raise wrong("messages", value, "a list of messages")
     messages = [_message(message, f"messages[{number}]") for number, message in enumerate(value)]
     try:
         ids, cut = fit_chat(served.tokenizer, served.template, messages, served.config.max_seq_len,
-                            free=answer_room(served.config.max_seq_len, max_new_tokens))
+                            free=answer_room(served.config.max_seq_len, max_new_tokens), variables=variables)
     except chat.ChatError as error:
         raise ApiError(400, str(error), param="messages") from None
     if cut and served.too_long == "error":
@@ -284,10 +327,11 @@ def _too_long(tokens: str, served: Served, param: str) -> ApiError:
 
 
 def _sampling(fields: _Fields) -> Sampling:
+    top_k = fields.whole("top_k", None, low=-1)
     try:
         return Sampling(
             temperature=fields.number("temperature", 1.0), top_p=fields.number("top_p", 1.0),
-            top_k=fields.whole("top_k", None, low=1), min_p=fields.number("min_p", 0.0),
+            top_k=None if top_k in (-1, 0) else top_k, min_p=fields.number("min_p", 0.0),
             seed=fields.whole("seed", secrets.randbits(63), low=-2 ** 63, high=2 ** 63 - 1))
     except SampleError as error:
         raise invalid(str(error).split()[0], str(error)) from None
@@ -299,14 +343,20 @@ def _stops(value: object) -> tuple[str, ...]:
         raise wrong("stop", value, f"a text or a list of at most {MAX_STOPS} texts")
     if not all(0 < len(stop) <= MAX_STOP_CHARS for stop in stops):
         raise wrong("stop", value, f"of texts of 1 to {MAX_STOP_CHARS} characters")
-    return tuple(stops)
+    return tuple(dict.fromkeys(map(replace_surrogates, stops)))
+
+
+def _token_ids(value: object, vocab_size: int) -> frozenset[int]:
+    if not isinstance(value, list) or not all(_is_whole(token) and 0 <= token < vocab_size for token in value):
+        raise wrong("stop_token_ids", value, f"a list of token ids below {vocab_size}")
+    return frozenset(value)
 
 
 def _logit_bias(value: object, vocab_size: int) -> dict[int, float]:
     if not isinstance(value, dict):
         raise wrong("logit_bias", value, "an object: token id -> bias")
     for token, bias in value.items():
-        if not (token.isdecimal() and len(token) < 10 and int(token) < vocab_size):
+        if not (token.isdecimal() and len(token) < 10 and str(int(token)) == token and int(token) < vocab_size):
             raise wrong("logit_bias", token, f"keyed by token ids below {vocab_size}")
         if not _is_number(bias) or not -100 <= bias <= 100:
             raise wrong("logit_bias", bias, "of numbers from -100 to 100")
@@ -343,14 +393,15 @@ def _message(value: object, name: str) -> dict:
     return message | {"content": replace_surrogates("".join(part["text"] for part in parts))}
 
 
-def detokenized(tokenizer: Tokenizer, tokens: list[int]) -> tuple[str, list[int]]:
-    """The text of tokens, special ones left out, and the characters of it before each."""
+def detokenized(tokenizer: Tokenizer, tokens: list[int], *, is_whole: bool = True) -> tuple[str, list[int]]:
+    """The text of tokens, special ones left out, and the characters of it before each. Unless it is whole, a character
+    that it leaves unfinished is left out too: it is in the text of the tokens that follow, see TextStream."""
     stream = TextStream(tokenizer, [])
     text, offsets = "", []
     for token in tokens:
         offsets.append(len(text))
         text += stream.add(token)
-    return text + stream.end(), offsets
+    return text + stream.end() if is_whole else text, offsets
 
 
 # ---- Answers ---------------------------------------------------------------------------------------------------------

@@ -7,6 +7,8 @@ streaming, shutdown; what the fields of a request mean is in openai_api.py. Prom
     GET  /                         the page (page.html)      GET  /health            alive, and how busy
     POST /v1/completions           POST /v1/chat/completions  GET  /v1/models, /v1/models/NAME
     POST /tokenize, /detokenize    GET  /tokenizer_info       as vLLM has them; lm-evaluation-harness asks for them
+
+HEAD is answered where GET is, OPTIONS at every address.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import hmac
 import ipaddress
 import json
 import os
+import re
 import signal
 import socket
 from collections.abc import AsyncIterator, Mapping
@@ -35,6 +38,7 @@ from serving.openai_api import ApiError, Asked, Served
 
 if TYPE_CHECKING:
     from fastapi import FastAPI, Request, Response
+    from starlette.middleware.cors import CORSMiddleware
 
 PAGE = Path(__file__).with_name("page.html")
 KEY_VARIABLE = "FLATGPT_API_KEY"
@@ -43,6 +47,7 @@ BODY_TIMEOUT_S = 30.0  # for a client to send its request
 KEEP_ALIVE_S = 75  # longer than clients keep idle connections, or one might be closed as it is used again
 GRACE_S = 5.0  # after SIGTERM or SIGINT: texts that run may go on for so long
 RETRY = {"Retry-After": "1"}  # seconds
+READING = ("GET", "HEAD")
 # The page needs nothing from elsewhere, and gets nothing.
 PAGE_POLICY = ("default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; "
                "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
@@ -50,37 +55,42 @@ PAGE_POLICY = ("default-src 'none'; script-src 'unsafe-inline'; style-src 'unsaf
 
 # ---- The application -------------------------------------------------------------------------------------------------
 
-def make_app(served: Served, batcher: Batcher, *, api_key: str | None = None) -> "FastAPI":
-    """batcher must deliver in the event loop that runs the application."""
+def make_app(served: Served, batcher: Batcher, *, api_key: str | None = None,
+             allow_origins: tuple[str, ...] = ()) -> "FastAPI | CORSMiddleware":
+    """batcher must deliver in the event loop that runs the application. Browsers let the pages of allow_origins read
+    the answers, those of "*" all pages."""
     from fastapi import APIRouter, Depends, FastAPI, Request, Response
     from starlette.exceptions import HTTPException
+    from starlette.requests import ClientDisconnect
 
     def check_key(request: Request) -> None:
-        given = request.headers.get("authorization", "").encode()
-        if api_key is not None and not hmac.compare_digest(given, b"Bearer " + api_key.encode()):
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")  # the scheme in any case: RFC 9110
+        if api_key is not None and not (scheme.lower() == "bearer"
+                                        and hmac.compare_digest(given.strip().encode(), api_key.encode())):
             raise ApiError(401, "the API key is missing or wrong; send it as the header Authorization: Bearer KEY",
                            code="invalid_api_key")
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None,  # their pages load scripts from elsewhere
-                  exception_handlers={ApiError: as_error, HTTPException: as_error, Exception: as_error})
+                  exception_handlers=dict.fromkeys((ApiError, HTTPException, ClientDisconnect, RecursionError,
+                                                    Exception), as_error))
     router = APIRouter(dependencies=[Depends(check_key)])
     tokenizer = served.tokenizer
 
-    @app.get("/")
+    @app.api_route("/", methods=READING)
     async def page() -> Response:
         return Response(PAGE.read_bytes(), headers={"Content-Security-Policy": PAGE_POLICY}, media_type="text/html")
 
-    @app.get("/health")
+    @app.api_route("/health", methods=READING)
     async def health() -> Response:
         state = {"status": "stopping" if batcher.is_closing else "ok", "running": len(batcher.batch.running),
                  "waiting": len(batcher.waiting)}
         return as_response(state, 503 if batcher.is_closing else 200)
 
-    @router.get("/v1/models")
+    @router.api_route("/v1/models", methods=READING)
     async def models() -> Response:
         return as_response({"object": "list", "data": [served.as_json()]})
 
-    @router.get("/v1/models/{name:path}")
+    @router.api_route("/v1/models/{name:path}", methods=READING)
     async def model(name: str) -> Response:
         if name != served.name:
             raise openai_api.no_such_model(name, served)
@@ -94,19 +104,14 @@ def make_app(served: Served, batcher: Batcher, *, api_key: str | None = None) ->
     async def chat_completions(request: Request) -> Response:
         return await generate(request, served, batcher, is_chat=True)
 
-    @router.get("/tokenizer_info")
+    @router.api_route("/tokenizer_info", methods=READING)
     async def tokenizer_info() -> Response:
         template = {} if served.template is None else {"chat_template": served.template}
         return as_response({"eos_token": tokenizer.eot_token, "bos_token": tokenizer.bos_token} | template)
 
     @router.post("/tokenize")
     async def tokenize(request: Request) -> Response:
-        prompt = (await read_object(request)).get("prompt")
-        if not isinstance(prompt, str):
-            raise openai_api.wrong("prompt", prompt, "a text")
-        # lm-evaluation-harness learns the id of end-of-text from its spelling; inside a text it is plain text
-        special = tokenizer.special_ids.get(prompt)
-        ids = [special] if special is not None else (await asyncio.to_thread(tokenizer.encode, prompt)).tolist()
+        ids = await asyncio.to_thread(openai_api.tokenized, await read_object(request), served)
         return as_response({"tokens": ids, "count": len(ids), "max_model_len": served.config.max_seq_len})
 
     @router.post("/detokenize")
@@ -117,16 +122,27 @@ def make_app(served: Served, batcher: Batcher, *, api_key: str | None = None) ->
         return as_response({"prompt": await asyncio.to_thread(tokenizer.decode, ids)})
 
     app.include_router(router)
-    return app
+    if not allow_origins:
+        return app
+    from starlette.middleware.cors import CORSMiddleware
+    return CORSMiddleware(app, allow_origins=allow_origins, allow_methods=("GET", "HEAD", "POST"), allow_headers=("*",),
+                          expose_headers=tuple(RETRY))  # around all of it, so that a page may read errors too
 
 
 async def as_error(request: "Request", error: Exception) -> "Response":
     """Every error is OpenAI's error object."""
     from starlette.exceptions import HTTPException
+    from starlette.requests import ClientDisconnect
     headers = None
     if isinstance(error, HTTPException):  # no such address or method
         headers = error.headers
+        if request.method == "OPTIONS" and error.status_code == 405:
+            return as_response({}, headers={"Allow": f"{headers['Allow']}, OPTIONS"})
         error = ApiError(error.status_code, f"{request.method} {request.url.path[:100]}: {error.detail}")
+    elif isinstance(error, ClientDisconnect):
+        error = ApiError(499, "the client hung up before it had sent its request")  # nobody reads it
+    elif isinstance(error, RecursionError):
+        error = ApiError(400, "the request is nested too deeply", code="invalid_json")
     elif isinstance(error, ApiError):
         headers = {401: {"WWW-Authenticate": "Bearer"}, 429: RETRY, 503: RETRY}.get(error.status)
     else:
@@ -263,8 +279,9 @@ async def stream(asked: Asked, item: tuple[int, Part] | None,
 
 # ---- Running it ------------------------------------------------------------------------------------------------------
 
-async def run(served: Served, batch: Batch, listener: socket.socket, *, api_key: str | None, max_waiting: int) -> None:
-    """Serve until SIGTERM or SIGINT; then let running texts end for GRACE_S while new requests are refused."""
+async def run(served: Served, batch: Batch, listener: socket.socket, *, max_waiting: int, **settings) -> None:
+    """Serve until SIGTERM or SIGINT; then let running texts end for GRACE_S while new requests are refused.
+    settings: make_app's."""
     import uvicorn
     loop = asyncio.get_running_loop()
 
@@ -273,7 +290,7 @@ async def run(served: Served, batch: Batch, listener: socket.socket, *, api_key:
             row.deliver(part)
 
     batcher = Batcher(batch, lambda parts: loop.call_soon_threadsafe(hand_out, parts), max_waiting=max_waiting)
-    app = make_app(served, batcher, api_key=api_key)
+    app = make_app(served, batcher, **settings)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off",
                                            server_header=False, timeout_graceful_shutdown=2,
                                            timeout_keep_alive=KEEP_ALIVE_S))
@@ -340,7 +357,14 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         help="texts that may wait, and that one request may ask for; default 256")
     add("--time-limit", type=float, default=600.0, metavar="SECONDS",
         help="a text that takes longer ends there, as at its max_tokens; default 600")
+    add("--allow-origin", nargs="+", action="extend", default=[], metavar="ORIGIN",
+        help="web pages that may use the API from a browser, such as https://example.org; * = all; default none but "
+        "the server's own")
     args = parser.parse_args(argv)
+    for origin in args.allow_origin:
+        if not re.fullmatch(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+", origin):
+            raise UserError(f"--allow-origin {origin!r} should be scheme://host[:port] without a path, as "
+                            "https://example.org, or *")
     if not 0 <= args.port <= 65535:
         raise UserError(f"--port {args.port} should lie in 0 to 65535")
     for name in ("batch_size", "queue"):
@@ -380,10 +404,11 @@ def main(argv: list[str]) -> None:
         model = build_model(saved, device=device, dtype=args.dtype, note=note)
         note(pack_for_decoding(model))
         served = Served(saved.dir.name, model.config, saved.tokenizer, saved.chat_template, saved.config.data.too_long,
-                        max_rows=args.queue, time_limit_s=args.time_limit)
+                        max_rows=args.queue, time_limit_s=args.time_limit, ends=saved.end_ids)
         batch = Batch(model, saved.tokenizer, max_rows=args.batch_size)
         listener.listen(1024)
         host = f"[{args.host}]" if ":" in args.host else args.host
         note(f"serving {served.name!r}{'' if served.template is None else ' with chat'} at http://{host}:"
              f"{listener.getsockname()[1]} (API under /v1{', with a key' if api_key else ''}); Ctrl-C stops")
-        asyncio.run(run(served, batch, listener, api_key=api_key, max_waiting=args.queue))
+        asyncio.run(run(served, batch, listener, max_waiting=args.queue, api_key=api_key,
+                        allow_origins=tuple(args.allow_origin)))

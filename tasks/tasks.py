@@ -76,7 +76,8 @@ class Chat:
 Example = Choice | Labelled | Answer | Chat
 KINDS = {Choice: "multiple choice", Labelled: "classification", Answer: "generation", Chat: "chat"}
 OPTIONS = {"limit": "any kind", "predictions": "any kind", "labels": "classification", "plot": "classification",
-           "max_new_tokens": "generation", "stop": "generation", "metrics": "generation"}  # eval.py's; what each is for
+           "max_new_tokens": "generation", "stop": "generation", "metrics": "generation",
+           "parse_special": "generation"}  # eval.py's; what each is for
 WrongLine = Callable[[str], TaskError]
 
 
@@ -84,6 +85,7 @@ WrongLine = Callable[[str], TaskError]
 class Task:
     path: Path
     examples: list[Example]  # of one kind
+    parse_special: bool = False  # special tokens that prompts spell are read as such
 
     @property
     def kind(self) -> str:
@@ -99,7 +101,8 @@ def check_options(task: Task | None, names: list[str]) -> None:
         kind, option = OPTIONS[name], f"--{name.replace('_', '-')}"
         if task is None:
             raise TaskError(f"{option} is for a task of {kind}; name one with --task, or leave it out")
-        if kind not in ("any kind", "generation" if task.kind == "chat" else task.kind):
+        of_chats = task.kind == "chat" and name != "parse_special"  # what messages hold is text
+        if kind not in ("any kind", "generation" if of_chats else task.kind):
             raise TaskError(f"{option} is for {kind}, and {str(task.path)!r} is {task.kind}; leave it out")
 
 
@@ -354,7 +357,8 @@ def encode_asked(model: GPT, tokenizer: Tokenizer, task: Task, template: str | N
                 ids, cut = fit_chat(tokenizer, template, list(example.messages), room, free=free)
             else:
                 asked = example.text if isinstance(example, Labelled) else example.prompt
-                ids, cut = fit_prompt(tokenizer, encode_prompt(tokenizer, asked), room, free=free)
+                ids = encode_prompt(tokenizer, asked, parse_special=task.parse_special)
+                ids, cut = fit_prompt(tokenizer, ids, room, free=free)
         except ChatError as error:
             raise task.wrong(example.line, str(error)) from None
         if cut and too_long == "error":

@@ -147,7 +147,7 @@ CHATS = [{"messages": [{"role": "user", "content": "the"}, {"role": "assistant",
     (CHOICES, ["--limit", "3"], {"kind": "multiple choice", "examples": 3, "acc": 1 / 3, "truncated": 0}),
     (LABELLED, ["--labels", "zzz,sat,on"], {"kind": "classification", "examples": 3, "labels": ["zzz", "sat", "on"],
                                             "cut": 0}),
-    ([*ANSWERED, LONG_PROMPT], ["--max-new-tokens", "4", "--stop", " ", "--metrics", "f1,rouge_l"],
+    ([*ANSWERED, LONG_PROMPT], ["--max-new-tokens", "4", "--stop", r"\n", "--parse-special", "--metrics", "f1,rouge_l"],
      {"kind": "generation", "examples": 3, "cut": 1}),
     (CHATS, ["--metrics", "f1"], {"kind": "chat", "examples": 1, "cut": 0}),
 ], ids=["multiple-choice", "classification", "generation", "chat"])
@@ -157,8 +157,10 @@ def test_a_task_is_scored_into_json_and_its_predictions_into_a_file(settings, ca
     write_task("task.jsonl", *rows)
     capsys.readouterr()
     evaluation.main(["scored", "--task", "task.jsonl", "--predictions", "made.jsonl", *words])
-    printed = json.loads(capsys.readouterr().out)
+    out, err = capsys.readouterr()
+    printed = json.loads(out)
     assert printed["run"] == "scored" and printed["task"] == "task.jsonl" and "loss" not in printed
+    assert (r"--stop '\n': read as '\n'" in err) == ("--stop" in words)
     assert {name: printed[name] for name in expected} == expected
     made = [json.loads(line) for line in Path("made.jsonl").read_text().splitlines()]
     assert [row["line"] for row in made] == list(range(1, printed["examples"] + 1))
@@ -207,6 +209,8 @@ def test_data_and_a_task_share_one_json_object(settings, capsys):  # noqa: F811
     (["--task", "long.jsonl", "--predictions", "p.jsonl"], "task 'long.jsonl' line 1: the prompt has 17 tokens, more"),
     (["--task", "texts.jsonl", "--predictions", "p.jsonl"], "line 1: the text has 17 tokens and the longest label 4, "),
     (["--task", "chats.jsonl", "--predictions", "p.jsonl"], "holds messages, but the run has no chat template"),
+    (["--task", "chats.jsonl", "--parse-special"], "--parse-special is for generation, and 'chats.jsonl' is chat"),
+    (["--task", "labels.jsonl", "--parse-special"], "--parse-special is for generation, and 'labels.jsonl' is class"),
 ])
 def test_mistakes_with_tasks_are_one_line_and_write_nothing(settings, words, message):  # noqa: F811
     run(settings, "scored", "train.max_steps=1", "data.too_long=error")

@@ -1,8 +1,10 @@
 """sample.py: cached generation equals uncached, filters equal an oracle, text streams whole, the command line."""
 
+import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -20,9 +22,11 @@ from config import Config, ModelConfig, TrainConfig, UserError, to_toml
 from data import chat
 from data.prompts import fit_conversation
 from data.tokenizer import load_tokenizer
+from finetune.runs import SavedRun
 from kernels.cpu import pack_for_decoding
 from model import GPT
 from sample import SampleError, Sampling
+from tests.test_data_chat import loaded
 from tests.test_data_prompts import with_bos
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -162,7 +166,8 @@ def test_logits_that_are_not_finite_are_an_error():
 
 def oracle_filter(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
     """The probabilities (V,) of one row in float64, by sorting and counting."""
-    scores = logits.astype(np.float64) / sampling.temperature
+    with np.errstate(over="ignore"):
+        scores = (logits.astype(np.float64) - logits.max()) / sampling.temperature
     def probabilities() -> np.ndarray:
         weights = np.exp(scores - scores.max())
         return weights / weights.sum()
@@ -186,9 +191,14 @@ def oracle_filter(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
 @pytest.mark.parametrize("sampling", [
     Sampling(), Sampling(0.3), Sampling(2.0, top_k=5), Sampling(top_k=1), Sampling(top_k=1000), Sampling(top_p=0.6),
     Sampling(top_p=0.0), Sampling(top_p=0.999), Sampling(min_p=0.1), Sampling(min_p=1.0),
-    Sampling(0.8, top_k=40, top_p=0.8, min_p=0.05), Sampling(1.5, top_k=3, top_p=0.99)], ids=str)
+    Sampling(0.8, top_k=40, top_p=0.8, min_p=0.05), Sampling(1.5, top_k=3, top_p=0.99),
+    # beyond float32, which makes 0 or inf of them
+    Sampling(1e-38), Sampling(1e-46), Sampling(5e-324), Sampling(1e-46, top_k=3, top_p=0.9, min_p=0.1), Sampling(1e300),
+    Sampling(1e300, min_p=0.5), Sampling(top_p=1e-46), Sampling(min_p=1e-46), Sampling(min_p=5e-324)], ids=str)
 def test_filters_equal_the_float64_oracle(sampling):
     logits = torch.randn(7, 63, generator=torch.Generator().manual_seed(0)) * 3
+    logits[0, [5, 60]] = 12.0  # two likeliest ones
+    logits[1, ::2] = -math.inf
     ours = sample.filter_logits(logits, sampling).softmax(dim=-1)
     expected = np.stack([oracle_filter(row, sampling) for row in logits.numpy()])
     assert ((ours.numpy() > 0) == (expected > 0)).all()
@@ -206,10 +216,16 @@ def test_tokens_as_likely_as_the_last_one_kept_stay_too(sampling, kept):
     assert sample.filter_logits(logits, sampling).isfinite().nonzero()[:, 1].tolist() == kept
 
 
-def test_a_tiny_temperature_is_greedy_and_does_not_overflow():
-    logits = torch.tensor([[-40.0, 80.0, 79.99, -math.inf]])
-    probabilities = sample.filter_logits(logits, Sampling(temperature=1e-40)).softmax(dim=-1)
-    assert probabilities.tolist() == [[0.0, 1.0, 0.0, 0.0]]
+@pytest.mark.parametrize("temperature", [1e-10, 1e-40, 1e-46, 5e-324])
+def test_a_tiny_temperature_is_greedy_whatever_the_seed(temperature):
+    logits = torch.tensor([[-40.0, 80.0, 79.99, -math.inf]] * 50)
+    generators = [sample.row_generator(seed, 0) for seed in range(50)]
+    assert sample.pick(logits, Sampling(temperature=temperature), generators).tolist() == [1] * 50
+
+
+def test_a_row_from_which_nothing_can_be_drawn_has_no_token(monkeypatch):
+    monkeypatch.setattr(sample, "filter_logits", lambda logits, sampling: logits * math.nan)  # id V in 0 .. V - 1
+    assert sample.pick(torch.zeros(2, 5), Sampling(), [torch.Generator(), torch.Generator()]).tolist() == [-1, -1]
 
 
 @pytest.mark.parametrize("V", [5, 50257])
@@ -297,6 +313,62 @@ def test_stop_texts_do_not_depend_on_where_tokens_end(tmp_path):
         assert whole.add(0) + whole.end() == "".join(stream(text.encode(), stops)), (text, stops)
 
 
+def with_specials(*tokens: str):
+    """The bytes tokenizer with more special tokens, ids from 257."""
+    file = json.loads(BYTES.file_text)
+    file["added_tokens"] += [file["added_tokens"][0] | {"id": 257 + i, "content": token}
+                             for i, token in enumerate(tokens)]
+    return loaded(file)
+
+
+def stopped_text(tokenizer, context: list[int], tokens: list[int], stop: tuple[str, ...]) -> tuple[str, bool]:
+    """What a TextStream says in all, and whether a stop text ended it."""
+    text, said = sample.TextStream(tokenizer, context, stop), ""
+    for token in tokens:
+        said += text.add(token)
+        if text.stopped:
+            return said, True
+    said += text.end()
+    assert text.decoded in (len(said), len(said) - 1) or text.stopped  # half a character at the end counts as none
+    return said, text.stopped
+
+
+@pytest.mark.parametrize("tokens, stop, expected", [
+    (["a", "<|im_end|>", "b"], ("<|im_end|>",), "a"), (["<|im_end|>", "b"], ("<|im_end|>",), ""),
+    ([*"a<|im_end|>b"], ("<|im_end|>",), "a"),  # a text that spells it is one too
+    (["a", "<|im_end|>", "\n", "b"], ("<|im_end|>\n",), "a"), (["a", "<|im_end|>", "b"], ("<|im_end|>\n",), None),
+    (["a", "x", "<|im_end|>", "b"], ("x<|im_end|>",), "a"), (["a", "<|im_end|>", "b"], ("<", "|", "im_end"), None),
+    (["a", "<|im_end|>", "<|im|>", "b"], ("<|im|>",), "a"), (["a", "<|im|>", "b"], ("<|im_end|>",), None),
+    (["é", "<|im|>", "<|im_end|>", "b"], ("<|im|><|im_end|>", "never"), "é"),
+    (["a", "<|endoftext|>", "b"], ("<|endoftext|>",), "a")], ids=repr)
+def test_stop_texts_match_special_tokens_by_id(tokens, stop, expected):
+    tokenizer = with_specials("<|im_end|>", "<|im|>")
+    ids = [i for token in tokens for i in ([tokenizer.special_ids[token]] if token in tokenizer.special_ids else
+                                           token.encode())]
+    plain = "".join(token for token in tokens if token not in tokenizer.special_ids)
+    assert stopped_text(tokenizer, [EOT], ids, stop) == (plain if expected is None else expected, expected is not None)
+
+
+def test_stop_texts_with_special_tokens_equal_a_search_in_the_spelled_text():
+    tokenizer, pick = with_specials("<s>", "<se>"), random.Random(0)
+    for _ in range(500):
+        tokens, stops = ([pick.choice(("a", "b", "<s>", "<se>")) for _ in range(n)] for n in (12, 2))
+        stops = tuple(stop + pick.choice(("", "", "a", "<s>")) for stop in stops)
+        ids = [tokenizer.special_ids.get(token) or ord(token) for token in tokens]
+        full = ""
+        for token in tokens:
+            full += token
+            shown = re.sub("<.*?>", "", full)
+            # a stop text of characters alone is looked for in what is shown; both end with the last token
+            found = [shown[:shown.index(stop)] for stop in stops if "<" not in stop and stop in shown] + \
+                [re.sub("<.*?>", "", full[:full.index(stop)]) for stop in stops if "<" in stop and stop in full]
+            if found:
+                shown = min(found, key=len)
+                break
+        expected = (shown, bool(found))
+        assert stopped_text(tokenizer, [EOT], ids, stops) == expected, (tokens, stops)
+
+
 def llama_like_tokenizer(folder: Path):
     """A tokenizer that is not byte-level: spaces as a mark before words, unknown characters as byte tokens."""
     from tokenizers import Tokenizer as HuggingFace
@@ -319,9 +391,36 @@ def test_a_tokenizer_that_is_not_byte_level_streams_spaces_and_whole_characters(
     assert [*(text.add(token) for token in tokens), text.end()] == [" you", "!", "", "", "", "😀", " Hi", "", "\ufffd"]
 
 
+def test_stop_texts_of_a_tokenizer_that_is_not_byte_level_match_special_tokens(tmp_path):
+    tokenizer, ids = llama_like_tokenizer(tmp_path)
+    tokens = [ids[word] for word in ("▁you", "<0xF0>", "</s>", "▁Hi")]
+    assert stopped_text(tokenizer, [ids["▁Hi"]], tokens, ("</s>",)) == (" you\ufffd", True)
+    assert stopped_text(tokenizer, [ids["▁Hi"]], tokens, ("never</s>",)) == (" you\ufffd Hi", False)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "byte fallback"])
+@pytest.mark.parametrize("text", ["aé😀é", "é😀\u4e2d😀 ", "😀"], ids=ascii)
+def test_a_context_that_ends_inside_a_character_leaves_it_to_the_text(tmp_path, kind, text):
+    tokenizer, ids = (BYTES, None) if kind == "bytes" else llama_like_tokenizer(tmp_path)
+    data = f"!{text}!".encode()
+    tokens = [*data] if ids is None else [ids[{33: "!", 32: "▁"}.get(byte, f"<0x{byte:02X}>")] for byte in data]
+    for cut in range(len(tokens)):
+        before = sample.TextStream(tokenizer, [])
+        certain = "".join(before.add(token) for token in tokens[:cut])
+        assert certain == data[:cut].decode(errors="ignore")
+        assert certain + stopped_text(tokenizer, tokens[:cut], tokens[cut:], ())[0] == data.decode(), cut
+    broken = tokens[:-2] + tokens[-1:]  # text ends inside its last character, unless that is a blank
+    assert stopped_text(tokenizer, broken[:-1], broken[-1:], ())[0].strip("\ufffd") == "!"
+
+
 def test_ids_beyond_the_tokenizer_stand_for_nothing():
     text = sample.TextStream(BYTES, [EOT])
     assert [text.add(97), text.add(5000), text.add(98)] == ["a", "", "b"]
+
+
+def test_ids_beyond_a_tokenizer_that_is_not_byte_level_may_stand_in_a_context(tmp_path):
+    tokenizer, ids = llama_like_tokenizer(tmp_path)
+    assert sample.TextStream(tokenizer, [ids["▁Hi"], 5000]).add(ids["▁you"]) == " you"
 
 
 def scripted(monkeypatch, rows: list[list[int]]) -> None:
@@ -395,6 +494,17 @@ def test_a_chat_longer_than_the_context_has_the_tokens_that_training_has_before_
 
 def test_special_tokens_in_a_prompt_are_plain_text():
     assert EOT not in sample.fit_context(BYTES, "<|endoftext|>", make_model().config, max_new_tokens=1)[0]
+
+
+@pytest.mark.parametrize("text", ["<|im|>a<|im_end|>", "a<|im_end|><|im_end|>\n", "<|im_en", "", "<|endoftext|>é"])
+def test_parse_special_gives_the_ids_of_the_tokenizers_library(text):
+    from tokenizers import Tokenizer as HuggingFace
+    tokenizer, config = with_specials("<|im_end|>", "<|im|>"), make_model(vocab_size=300).config
+    expected = HuggingFace.from_str(tokenizer.file_text).encode(text).ids or [EOT]
+    assert sample.fit_context(tokenizer, text, config, max_new_tokens=1, parse_special=True) == (expected, 0)
+    begun = with_bos(tokenizer, "<|endoftext|>")  # a text that spells it itself gets no second one
+    expected = expected if expected[0] == EOT else [EOT, *expected]
+    assert sample.fit_context(begun, text, config, max_new_tokens=1, parse_special=True) == (expected, 0)
 
 
 def test_text_errors_come_before_the_first_piece():
@@ -486,6 +596,38 @@ def test_stop_texts_end_a_sample(run_dir, capsys):
     assert out == whole[:whole.index(whole[5:7], 1)] + "\n"
 
 
+def test_special_tokens_of_a_prompt_and_those_that_a_run_names_work_on_the_command_line(run_dir, capsys, monkeypatch):
+    greedy = ("--temperature", 0, "--max-new-tokens", 20)
+    [row] = all_tokens(make_model(), [[EOT, 65]], max_new_tokens=20, sampling=GREEDY)
+    text = BYTES.decode_bytes([token for token in row if token != EOT]).decode(errors="replace")
+    out, _ = run_main(capsys, run_dir, "--prompt", "<|endoftext|>A", "--parse-special", *greedy)
+    assert out == f"<|endoftext|>A{text}\n" and EOT not in row
+    end = next(i for i, token in enumerate(row) if i > 3 and token not in row[:i])
+    monkeypatch.setattr(SavedRun, "end_ids", frozenset({EOT, row[end]}))
+    out, err = run_main(capsys, run_dir, "--prompt", "<|endoftext|>A", "--parse-special", *greedy)
+    expected = BYTES.decode_bytes(row[:end]).decode(errors="replace")
+    assert out == f"<|endoftext|>A{expected}\n" and f"{end + 1} new tokens" in err
+
+
+@pytest.mark.parametrize("given, stop, note", [
+    (r"\n", "\n", r"--stop '\n': read as '\n'"), (r"\r\n\t", "\r\n\t", r"read as '\r\n\t'"),
+    (r"\nabla", r"\nabla", r"--stop '\nabla': taken as it is"), ("a\n", "a\n", ""), (r"\a\\", r"\a\\", "")])
+def test_a_stop_text_of_backslash_n_is_a_newline_and_a_note_tells(given, stop, note):
+    notes = []
+    assert sample.stop_texts([given], notes.append) == (stop,)
+    assert note in "".join(notes) and len(notes) == bool(note)
+    if "taken as it is" in note:  # what the note says to write gives a newline
+        written = re.search(r"\$'.*'", notes[0])[0]
+        told = subprocess.run(["bash", "-c", f"printf %s {written}"], capture_output=True, text=True).stdout
+        assert told == "\nabla"
+
+
+def test_a_newline_that_the_shell_did_not_make_ends_a_sample(run_dir, capsys, monkeypatch):
+    scripted(monkeypatch, [[97, 10, 98]])
+    out, err = run_main(capsys, run_dir, "--prompt", "A", "--max-new-tokens", 3, "--stop", r"\n")
+    assert out == "Aa\n" and r"--stop '\n': read as '\n'" in err
+
+
 def test_a_checkpoint_and_a_copied_run_folder_are_sampled_too(run_dir, tmp_path, capsys):
     copy = shutil.copytree(run_dir, tmp_path / "elsewhere")
     expected = run_main(capsys, run_dir, "--max-new-tokens", 6)[0]
@@ -533,6 +675,7 @@ def test_a_chat_continues_the_template_and_needs_one(run_dir, tmp_path, capsys):
     (["RUN", "--temperature", "-1"], "temperature = -1.0 should be"),
     (["RUN", "--top-p", "2"], "top_p = 2.0 should lie in 0 to 1"),
     (["RUN", "--stop", ""], "a stop text is empty"),
+    (["RUN", "--chat", "--prompt", "a", "--parse-special"], "--parse-special is for plain prompts"),
     (["RUN", "--dtype", "int8"], "invalid choice: 'int8'"),
     (["RUN", "--promt", "a"], "unrecognized arguments: --promt"),
     (["RUN", "--chat"], "--chat needs what the user says: --prompt TEXT, --prompt-file FILE or -"),

@@ -1,11 +1,16 @@
 """batching.py: rows that join and leave a batch get the tokens they get alone; logprobs, stops, limits, the thread."""
 
 import collections
+import importlib.util
+import json
 import math
 import queue
 import random
+import subprocess
+import sys
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +20,7 @@ from data.tokenizer import load_tokenizer
 from kernels.cpu import pack_for_decoding
 from model import GPT
 from sample import Sampling
+from serving import batching
 from serving.batching import Batch, Batcher, Closed, Part, QueueFull, Row, Scored
 from tests.test_sample import make_model
 
@@ -208,6 +214,106 @@ def test_logits_that_are_not_finite_fail_their_row_alone(monkeypatch):
     rest = run(batch, [later])  # takes the place of the sick one
     for one, told in ((well, [first[well], parts[well], *rest[well]]), (later, rest[later])):
         assert tokens_of(told) == tokens_of(run(Batch(model, BYTES, max_rows=1), [one])[one])
+
+
+def fail_in(monkeypatch, what: str, sick: Row) -> None:
+    """One row fails from its third token on: in adjusting its logits, drawing, scoring, or turning tokens into text."""
+    calls = iter([False, False])
+    if what == "drawing":
+        pick, its = sample.pick, sample.row_generator(sick.sampling.seed, sick.number).initial_seed()
+        def failing(logits, sampling, generators):
+            tokens = pick(logits, sampling, generators)
+            if its in [generator.initial_seed() for generator in generators] and next(calls, True):
+                raise RuntimeError("broken")
+            return tokens
+        monkeypatch.setattr(sample, "pick", failing)
+    else:
+        name = {"adjusting": "adjust", "text": "add"}[what]
+        method = getattr(batching._Running, name)
+        def failing(one, *arguments):
+            if one.row is sick and next(calls, True):
+                raise RuntimeError("broken")
+            return method(one, *arguments)
+        monkeypatch.setattr(batching._Running, name, failing)
+
+
+@pytest.mark.parametrize("what", ["drawing", "adjusting", "text"])
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.8, top_p=0.9)], ids=["greedy", "drawn"])
+def test_a_row_that_fails_ends_alone_and_the_others_get_their_tokens(monkeypatch, capsys, what, sampling):
+    model = make_model()
+    rows = [row([number + 1], 9, sampling=replace(sampling, seed=number), logit_bias={9: 1.0 + number},
+                top_logprobs=number % 3) for number in range(8)]
+    alone = [run(Batch(model, BYTES, max_rows=1), [one])[one] for one in rows]
+    fail_in(monkeypatch, what, sick := rows[3])
+    batch = Batch(model, BYTES, max_rows=8)
+    parts = run(batch, rows)
+    assert parts[sick][-1].finish == "error" and "RuntimeError" in parts[sick][-1].error
+    assert tokens_of(parts[sick]) == tokens_of(alone[3])[:2] and batch.running == []
+    for one, expected in zip(rows, alone, strict=True):
+        if one is not sick:
+            assert tokens_of(parts[one]) == tokens_of(expected) and parts[one][-1].finish == "length"
+    assert "RuntimeError: broken" in capsys.readouterr().err
+
+
+def test_prompts_that_cannot_be_read_or_scored_fail_alone(capsys):
+    model = make_model(tie_embeddings=False)
+    with torch.no_grad():
+        model.wte.weight[7] = math.nan
+    rows = [row([1, 2], 4), row([3, 257], 4), row([1, 7, 2], 0, scores_prompt=True), row([4], 4, stop=("",)),
+            row([5, 6], 4, scores_prompt=True, top_logprobs=1)]
+    parts = run(Batch(model, BYTES, max_rows=8), rows)
+    assert [parts[one][-1].finish for one in rows] == ["length", "error", "error", "error", "length"]
+    assert "not finite" in parts[rows[2]][-1].error
+    for one in (rows[0], rows[4]):
+        assert tokens_of(parts[one]) == tokens_of(run(Batch(model, BYTES, max_rows=1), [one])[one])
+    assert "IndexError" in parts[rows[1]][-1].error and "Traceback" in capsys.readouterr().err
+
+
+def test_extreme_settings_are_those_of_float64_and_change_no_other_row():
+    model = make_model()
+    tiny = [Sampling(temperature=t, seed=3) for t in (1e-10, 1e-46, 5e-324)]
+    greedy = [*tiny, Sampling(top_p=1e-46), Sampling(top_p=0.0), Sampling(min_p=1.0), Sampling(1e300, top_k=1), GREEDY]
+    rows = [row([5, 6], 12, sampling=sampling) for sampling in greedy]
+    forced = [row([5, 6], 12, sampling=sampling, logit_bias={70: 100.0}, presence_penalty=-2.0)
+              for sampling in (Sampling(), *tiny)]
+    others = [row([8], 12, sampling=Sampling(min_p=5e-324, seed=1)), row([8], 12, repetition_penalty=100.0),
+              row([8], 12, sampling=Sampling(1e300), repetition_penalty=0.01, frequency_penalty=2.0)]
+    parts = run(Batch(model, BYTES, max_rows=16), [*rows, *forced, *others])
+    context = [5, 6]
+    for _ in range(12):
+        context.append(logits_of(model, context)[-1].argmax().item())
+    assert all(tokens_of(parts[one]) == context[2:] for one in rows)
+    assert all(tokens_of(parts[one]) == [70] * 12 for one in forced)
+    for one in others:
+        assert tokens_of(parts[one]) == tokens_of(run(Batch(model, BYTES, max_rows=1), [one])[one])
+
+
+REPETITION = """
+import json, sys
+import torch
+from transformers import RepetitionPenaltyLogitsProcessor
+for case in json.load(sys.stdin):
+    processor = RepetitionPenaltyLogitsProcessor(penalty=case["penalty"])
+    print(json.dumps(processor(torch.tensor([case["tokens"]]), torch.tensor([case["logits"]]))[0].tolist()))
+"""
+
+
+def test_the_repetition_penalty_is_that_of_transformers(tmp_path):
+    if importlib.util.find_spec("transformers") is None:
+        pytest.skip("transformers is not installed: the repetition penalty is not compared with its")
+    model, cases, ours = make_model(), [], []
+    for penalty in (0.5, 1.1, 1.3, 30.0):
+        one = row([1, 2, 2, 250], 20, repetition_penalty=penalty)
+        made = tokens_of(run(Batch(model, BYTES, max_rows=2), [one, row([4], 20)])[one])
+        for step in range(20):
+            tokens = one.prompt + made[:step]
+            cases.append({"penalty": penalty, "tokens": tokens, "logits": logits_of(model, tokens)[-1].tolist()})
+            ours.append(made[step])
+    done = subprocess.run([sys.executable, "-I", "-c", REPETITION], cwd=tmp_path, input=json.dumps(cases), text=True,
+                          capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    theirs = [torch.tensor(json.loads(line)).argmax().item() for line in done.stdout.splitlines()]
+    assert theirs == ours and len(set(ours)) > 10
 
 
 def test_the_cache_drops_slots_that_no_row_uses():

@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 
+import sample
 from config import ModelConfig
 from data import chat
 from data.tokenizer import load_tokenizer
@@ -20,8 +21,10 @@ from serving.openai_api import (
     merged,
     parse,
     spelled,
+    tokenized,
     usage_chunk,
 )
+from tests.test_data_chat import loaded
 
 BYTES = load_tokenizer("bytes")
 EOT = BYTES.eot
@@ -58,15 +61,107 @@ def test_a_prompt_is_a_text_or_token_ids_or_several(prompt, tokens):
 def test_every_field_reaches_the_row():
     rows = completion(prompt=["a", "b"], n=2, max_tokens=7, temperature=0.5, top_p=0.9, top_k=5, min_p=0.1, seed=-3,
                       stop=["x", "yz"], logprobs=3, echo=True, presence_penalty=0.5, frequency_penalty=-2,
-                      logit_bias={"5": -100, "299": 1.5}, model="tiny", user="me", best_of=2, suffix=None).rows
+                      logit_bias={"5": -100, "299": 1.5}, model="tiny", user="me", best_of=2, suffix=None,
+                      repetition_penalty=1.5, stop_token_ids=[7, 299]).rows
     assert [(row.prompt, row.number) for row in rows] == [([97], 0), ([97], 1), ([98], 2), ([98], 3)]
     row = rows[2]
     s = row.sampling
     assert (s.temperature, s.top_p, s.top_k, s.min_p, s.seed) == (0.5, 0.9, 5, 0.1, -3)
-    assert (row.max_new_tokens, row.stop, row.stop_tokens) == (7, ("x", "yz"), {EOT})
+    assert (row.max_new_tokens, row.stop, row.stop_tokens) == (7, ("x", "yz"), {EOT, 7, 299})
     assert (row.top_logprobs, row.scores_prompt) == (3, True)
     assert (row.presence_penalty, row.frequency_penalty, row.logit_bias) == (0.5, -2.0, {5: -100.0, 299: 1.5})
+    assert row.repetition_penalty == 1.5
     assert 59 < row.deadline - time.monotonic() <= 60
+
+
+@pytest.mark.parametrize("body, ends", [
+    ({}, {EOT, 5}), ({"stop_token_ids": [9]}, {EOT, 5, 9}), ({"ignore_eos": True}, set()),
+    ({"ignore_eos": True, "stop_token_ids": [9]}, {9})], ids=repr)
+def test_a_text_ends_with_the_tokens_that_the_run_and_the_request_name(body, ends):
+    named = {"ends": frozenset({5})}
+    assert completion(replace(SERVED, **named), **body).rows[0].stop_tokens == ends
+    chat_row = parse({"messages": HELLO} | body, replace(CHATTING, **named), print, is_chat=True).rows[0]
+    assert chat_row.stop_tokens == ends
+
+
+@pytest.mark.parametrize("body", [
+    {"top_k": -1}, {"top_k": 0}, {"skip_special_tokens": True}, {"include_stop_str_in_output": False},
+    {"min_tokens": 0}, {"spaces_between_special_tokens": True}, {"use_beam_search": False}, {"stop": []},
+    {"repetition_penalty": 1}, {"stop_token_ids": []}], ids=repr)
+def test_what_clients_of_vllm_send_as_its_default_changes_nothing(body):
+    for parse_body in (completion, chatting):
+        row, plain = (vars(replace(parse_body(**some, seed=1).rows[0], deliver=print, deadline=0.0))
+                      for some in (body, {}))
+        assert row == plain
+
+
+def test_sixty_four_stop_texts_are_taken():
+    stops = [f"stop {n}" for n in range(64)]
+    assert completion(stop=stops).rows[0].stop == tuple(stops)
+    assert completion(stop=["a", "b", "a", "\ud800"]).rows[0].stop == ("a", "b", "\ufffd")
+
+
+def begun_tokenizer():
+    """The bytes tokenizer with <s>, 257, before every text."""
+    file = json.loads(BYTES.file_text)
+    file["added_tokens"].append(file["added_tokens"][0] | {"id": 257, "content": "<s>"})
+    file["post_processor"] = {"type": "TemplateProcessing", "single": [
+        {"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [], "special_tokens": {"<s>": {"id": "<s>", "ids": [257], "tokens": ["<s>"]}}}
+    return loaded(file)
+
+
+@pytest.mark.parametrize("body, tokens, echoed", [
+    ({}, [257, *b"<s>a"], "<s>a"), ({"add_special_tokens": False}, [*b"<s>a"], "<s>a"),
+    ({"parse_special": True}, [257, 97], "a"), ({"parse_special": True, "add_special_tokens": False}, [257, 97], "a"),
+    ({"prompt": "a", "parse_special": True}, [257, 97], "a"), ({"prompt": ""}, [257], ""),
+    ({"prompt": "a", "add_special_tokens": False}, [97], "a"),
+    ({"prompt": "a<|endoftext|>b", "parse_special": True}, [257, 97, EOT, 98], "ab")], ids=repr)
+def test_special_tokens_of_a_prompt_are_those_that_were_asked_for(body, tokens, echoed):
+    served, body = replace(SERVED, tokenizer=begun_tokenizer()), {"prompt": "<s>a"} | body
+    asked = completion(served, **body, echo=True, logprobs=0, max_tokens=0)
+    assert asked.rows[0].prompt == tokens
+    scored = Part(finish="length", prompt=tuple(Scored(token, 0, -1.0) for token in tokens))
+    choice = answer(asked, [scored])["choices"][0]
+    unseen = tokens[0] == 257 and "parse_special" not in body  # else it is told, as one in a list of ids
+    assert choice["text"] == echoed and len(choice["logprobs"]["tokens"]) == len(tokens) - unseen
+    if body["prompt"]:
+        assert tokenized(body, served) == tokens
+
+
+def test_tokenize_refuses_what_it_does_not_know():
+    assert tokenized({"prompt": "", "model": "tiny"}, SERVED) == []
+    for body, param in (({"prompt": 1}, "prompt"), ({"prompt": "a", "add_special_tokens": 1}, "add_special_tokens"),
+                        ({"prompt": "a", "model": "gpt-4"}, "model"), ({"messages": HELLO, "prompt": "a"}, "messages"),
+                        ({"prompt": "a", "return_token_strs": True}, "return_token_strs")):
+        assert refusal(tokenized, body=body, served=SERVED).param == param
+
+
+def test_an_empty_prompt_without_special_tokens_is_refused():
+    error = refusal(completion, prompt="", add_special_tokens=False)
+    assert error.param == "prompt" and "add_special_tokens = true" in error.message
+    assert completion(prompt="", add_special_tokens=True).rows[0].prompt == [EOT]
+
+
+@pytest.mark.parametrize("tokens, expected", [
+    ([], "a\ufffd"), ([0xA9, 98, EOT], "aéb"), ([98], "a\ufffdb"), ([EOT], "a\ufffd"), ([0xC3, 0xA9], "a\ufffdé")])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_of_ids_that_ends_inside_a_character_is_echoed_up_to_it(tokens, expected, stream):
+    asked = completion(prompt=[97, 0xC3], echo=True, logprobs=0, max_tokens=len(tokens), stream=stream)
+    parts = [Part(prompt=(Scored(97, 0), Scored(0xC3, 0, -1.0)), finish=None if tokens else "length")]
+    text = sample.TextStream(BYTES, asked.rows[0].prompt, (), frozenset({EOT}))
+    for count, token in enumerate(tokens, start=1):
+        offset = text.decoded
+        said = text.add(token, is_last=count == len(tokens))
+        parts.append(Part(said, (Scored(token, offset, -1.0),), count, text.finish))
+    if stream:
+        told = [chunk(asked, 0, part, is_first=number == 0) for number, part in enumerate(parts)]
+        choices = [one["choices"][0] for one in told if one]
+    else:
+        choices = answer(asked, [merged(parts)])["choices"]
+    assert "".join(choice["text"] for choice in choices) == expected
+    offsets = [offset for choice in choices for offset in choice["logprobs"]["text_offset"]]
+    assert offsets[:3] == [0, 1, 1][:len(offsets)] and all(offset <= len(expected) for offset in offsets)
 
 
 def test_defaults_are_those_of_openai():
@@ -103,12 +198,12 @@ def test_the_context_bounds_the_new_tokens():
     ({"temperature": float("nan")}, "temperature", "a finite number"),
     ({"temperature": 10 ** 400}, "temperature", "a finite number"),
     ({"temperature": "hot"}, "temperature", "temperature = 'hot' should be a finite number"),
-    ({"top_p": 1.1}, "top_p", "0 to 1"), ({"min_p": 2}, "min_p", "0 to 1"), ({"top_k": 0}, "top_k", "at least 1"),
+    ({"top_p": 1.1}, "top_p", "0 to 1"), ({"min_p": 2}, "min_p", "0 to 1"), ({"top_k": -2}, "top_k", "at least -1"),
     ({"n": 0}, "n", "from 1 to 128"), ({"n": 129}, "n", "from 1 to 128"), ({"seed": 2 ** 63}, "seed", "from -9"),
     ({"seed": "a"}, "seed", "a whole number"), ({"logprobs": 6}, "logprobs", "from 0 to 5"),
     ({"logprobs": True}, "logprobs", "a whole number"), ({"echo": 1}, "echo", "true or false"),
-    ({"stop": ["a"] * 5}, "stop", "at most 4 texts"), ({"stop": ""}, "stop", "of texts of 1 to"),
-    ({"stop": [1]}, "stop", "a list of at most 4"), ({"stop": "x" * 1001}, "stop", "1 to 1000 characters"),
+    ({"stop": ["a"] * 65}, "stop", "at most 64 texts"), ({"stop": ""}, "stop", "of texts of 1 to"),
+    ({"stop": [1]}, "stop", "a list of at most 64"), ({"stop": "x" * 1001}, "stop", "1 to 1000 characters"),
     ({"presence_penalty": 2.1}, "presence_penalty", "from -2 to 2"),
     ({"frequency_penalty": "x"}, "frequency_penalty", "a finite number"),
     ({"logit_bias": {"300": 1}}, "logit_bias", "token ids below 300"),
@@ -116,6 +211,19 @@ def test_the_context_bounds_the_new_tokens():
     ({"logit_bias": [1]}, "logit_bias", "an object"), ({"stream": "yes"}, "stream", "true or false"),
     ({"stream_options": {"include_usage": True}}, "stream_options", "needs stream = true"),
     ({"stream": True, "stream_options": {"usage": True}}, "stream_options", "include_usage"),
+    ({"logit_bias": {"01": 1}}, "logit_bias", "token ids"), ({"logit_bias": {"9" * 400: 1}}, "logit_bias", "token ids"),
+    ({"logit_bias": {"1": 10 ** 400}}, "logit_bias", "-100 to 100"), ({"max_tokens": -10 ** 400}, "max_tokens", "at l"),
+    ({"prompt": [10 ** 400]}, "prompt", "but the model knows"), ({"seed": 10 ** 400}, "seed", "from -9"),
+    ({"top_k": -10 ** 400}, "top_k", "at least -1"), ({"min_p": -10 ** 400}, "min_p", "a finite number"),
+    ({"repetition_penalty": 0}, "repetition_penalty", "from 0.01 to 100"),
+    ({"repetition_penalty": 1e-46}, "repetition_penalty", "from 0.01 to 100"),
+    ({"stop_token_ids": [300]}, "stop_token_ids", "a list of token ids below 300"),
+    ({"stop_token_ids": [10 ** 400]}, "stop_token_ids", "a list of"), ({"stop_token_ids": 3}, "stop_token_ids", "a li"),
+    ({"ignore_eos": 1}, "ignore_eos", "true or false"), ({"parse_special": 1}, "parse_special", "true or false"),
+    ({"min_tokens": 3}, "min_tokens", "min_tokens = 3 is not supported"),
+    ({"skip_special_tokens": False}, "skip_special_tokens", "not supported"),
+    ({"include_stop_str_in_output": True}, "include_stop_str_in_output", "not supported"),
+    ({"chat_template_kwargs": {}}, "chat_template_kwargs", "not a field"),
     ({"best_of": 3}, "best_of", "best_of = 3 is not supported by this server"),
     ({"suffix": "end"}, "suffix", "suffix = 'end' is not supported"),
     ({"max_token": 3}, "max_token", "'max_token' is not a field of this request")], ids=repr)
@@ -131,14 +239,8 @@ def test_an_unknown_model_is_not_found():
         "param": "model", "code": "model_not_found"}
 
 
-def test_a_tokenizer_with_a_start_token_puts_it_before_texts_and_it_is_not_told(tmp_path):
-    file = json.loads(BYTES.file_text)
-    file["added_tokens"].append(file["added_tokens"][0] | {"id": 257, "content": "<s>"})
-    file["post_processor"] = {"type": "TemplateProcessing", "single": [
-        {"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
-        "pair": [], "special_tokens": {"<s>": {"id": "<s>", "ids": [257], "tokens": ["<s>"]}}}
-    (tmp_path / "tokenizer.json").write_text(json.dumps(file))
-    served = replace(SERVED, tokenizer=load_tokenizer(tmp_path))
+def test_a_tokenizer_with_a_start_token_puts_it_before_texts_and_it_is_not_told():
+    served = replace(SERVED, tokenizer=begun_tokenizer())
     asked = completion(served, prompt=["ab", "", [97]], echo=True, logprobs=0, max_tokens=0)
     assert [row.prompt for row in asked.rows] == [[257, 97, 98], [257], [97]]
     scored = Part(finish="length", prompt=(Scored(257, 0), Scored(97, 0, -1.0), Scored(98, 0, -2.0)))
@@ -165,6 +267,14 @@ def test_messages_become_the_template_and_specials_in_them_stay_text():
     assert asked.rows[0].prompt == expected
 
 
+def test_template_kwargs_reach_the_template_and_specials_in_them_stay_text():
+    template = "{% if not loud %}quiet {% endif %}{{ name }}:{{ messages[0].content }}{{ eos_token }}"
+    served = replace(CHATTING, template=template)
+    for given, text in (({}, "quiet :Hi"), ({"loud": True, "name": "<|endoftext|>"}, "<|endoftext|>:Hi")):
+        body = {"messages": HELLO, "chat_template_kwargs": given}
+        assert parse(body, served, print, is_chat=True).rows[0].prompt == [*text.encode(), EOT]
+
+
 @pytest.mark.parametrize("body, param, message", [
     ({"messages": []}, "messages", "a list of messages"), ({"messages": "Hi"}, "messages", "a list of messages"),
     ({"messages": ["Hi"]}, "messages[0]", '"role"'), ({"messages": [{"content": "Hi"}]}, "messages[0]", '"role"'),
@@ -172,6 +282,11 @@ def test_messages_become_the_template_and_specials_in_them_stay_text():
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content", "parts"),
     ({"messages": [*HELLO, {"role": "assistant", "content": "a", "tool_calls": [1]}]}, "messages", "tool_calls is not"),
     ({"messages": [{"role": "wizard", "content": "a"}]}, "messages", "role wizard is none of"),
+    ({"chat_template_kwargs": [1]}, "chat_template_kwargs", "an object"),
+    ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs", "kwargs.messages is not supported"),
+    ({"chat_template_kwargs": {"eos_token": ""}}, "chat_template_kwargs", "kwargs.eos_token is not supported"),
+    ({"add_special_tokens": True}, "add_special_tokens", "not supported"),
+    ({"add_generation_prompt": False}, "add_generation_prompt", "not supported"),
     ({"max_tokens": 0}, "max_tokens", "at least 1"), ({"logprobs": 2}, "logprobs", "true or false"),
     ({"top_logprobs": 2}, "top_logprobs", "needs logprobs = true"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "from 0 to 20"),

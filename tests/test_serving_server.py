@@ -3,6 +3,7 @@
 The two clients run in processes of their own, away from the checkout, whose modules would shadow some of theirs.
 """
 
+import asyncio
 import contextlib
 import importlib.util
 import json
@@ -11,11 +12,12 @@ import re
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,8 @@ from data.tokenizer import load_tokenizer
 from model import GPT
 from sample import Sampling
 from serving import server as serve
+from serving.batching import Batch, Batcher
+from serving.openai_api import Served
 from tests.test_sample import make_model, save_run
 
 for package in ("fastapi", "uvicorn", "httpx"):
@@ -172,8 +176,8 @@ def test_token_ids_and_lists_of_prompts_continue_as_texts_do(tiny):
 
 
 def test_many_clients_at_once_get_what_each_gets_alone(tiny):
-    bodies = [{"prompt": "x" * n, "max_tokens": 5 + n, "temperature": 0 if n % 2 else 0.8, "seed": n, "logprobs": n % 6}
-              for n in range(1, 25)]
+    bodies = [{"prompt": "x" * n, "max_tokens": 5 + n, "temperature": (0, 0.8, 1e-46)[n % 3], "seed": n % 2,
+               "logprobs": n % 6} for n in range(1, 25)]
     alone = [tiny.complete(**body)["choices"] for body in bodies]
     together: dict[int, list] = {}
     threads = [threading.Thread(target=lambda i=i, body=body: together.update({i: tiny.complete(**body)["choices"]}))
@@ -244,6 +248,15 @@ def test_a_text_may_fill_the_context_to_the_last_token(tiny):
     assert answer["usage"]["completion_tokens"] == 5 and answer["choices"][0]["finish_reason"] == "length"
 
 
+def test_a_special_token_ends_a_text_where_it_is_a_stop_text(tiny):
+    forced = {"prompt": "a", "max_tokens": 3, "temperature": 0, "logit_bias": {str(EOT): 100}, "ignore_eos": True}
+    assert tiny.complete(**forced)["choices"][0]["finish_reason"] == "length"
+    stopped = tiny.complete(**forced, stop=["never", "<|endoftext|>"])
+    assert stopped["choices"][0] | {"logprobs": None} == {"index": 0, "text": "", "logprobs": None,
+                                                          "finish_reason": "stop"}
+    assert stopped["usage"]["completion_tokens"] == 1
+
+
 # ---- Chats -----------------------------------------------------------------------------------------------------------
 
 def test_a_chat_continues_its_template(tiny):
@@ -306,6 +319,9 @@ def test_the_tokenizer_is_served_as_vllm_serves_it(tiny):
         "eos_token": "<|endoftext|>", "bos_token": None, "chat_template": chat.DEFAULT_TEMPLATE}
     assert tiny.post("/tokenize", {"prompt": "é<|endoftext|>"}).json()["tokens"] == list("é<|endoftext|>".encode())
     assert tiny.post("/tokenize", {"prompt": "<|endoftext|>"}).json()["tokens"] == [EOT]
+    assert tiny.post("/tokenize", {"prompt": "<|endoftext|>é", "parse_special": True, "add_special_tokens": False}
+                     ).json() == {"tokens": [EOT, *"é".encode()], "count": 3, "max_model_len": 64}
+    assert error_of(tiny.post("/tokenize", {"prompt": "a", "special": True}))[1]["param"] == "special"
     assert tiny.post("/detokenize", {"tokens": [97, EOT]}).json() == {"prompt": "a<|endoftext|>"}
     assert error_of(tiny.post("/detokenize", {"tokens": [257]}))[0] == 400
 
@@ -336,6 +352,136 @@ def test_unknown_addresses_and_methods_are_refused_in_openais_shape(tiny):
     assert error_of(httpx.get(tiny.url + "/v1/engines"))[0] == 404
     assert error_of(httpx.get(tiny.url + "/v1/completions"))[0] == 405
     assert error_of(httpx.get(tiny.url + "/docs"))[0] == 404
+
+
+def test_head_and_options_are_answered(tiny):
+    for path in ("/", "/health", "/v1/models", "/v1/models/tiny", "/tokenizer_info"):
+        head, get = httpx.head(tiny.url + path), httpx.get(tiny.url + path)
+        assert (head.status_code, head.content) == (200, b"") and head.headers["content-type"] == \
+            get.headers["content-type"]
+        options = httpx.options(tiny.url + path)
+        assert options.status_code == 200 and set(options.headers["allow"].split(", ")) == {"GET", "HEAD", "OPTIONS"}
+    assert httpx.options(tiny.url + "/v1/completions").headers["allow"] == "POST, OPTIONS"
+    assert error_of(httpx.options(tiny.url + "/v1/nothing"))[0] == 404
+    assert "access-control-allow-origin" not in httpx.get(tiny.url, headers={"Origin": "https://a.example"}).headers
+
+
+@contextlib.asynccontextmanager
+async def in_process(model: GPT, **settings) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of an application in this process."""
+    loop = asyncio.get_running_loop()
+
+    def deliver(parts: list) -> None:
+        for row, part in parts:
+            row.deliver(part)
+
+    batcher = Batcher(Batch(model, BYTES, max_rows=8), lambda parts: loop.call_soon_threadsafe(deliver, parts),
+                      max_waiting=64)
+    app = serve.make_app(Served("tiny", model.config, BYTES, chat.DEFAULT_TEMPLATE), batcher, **settings)
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    try:
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            yield client
+    finally:
+        batcher.close(0.0)
+        batcher.join()
+
+
+NUMBERS = ("1" + "0" * 400, "-1" + "0" * 400, "1" + "0" * 300, "1e400", "1e308", "1e-46", "5e-324", "NaN", "Infinity",
+           "-Infinity", "-0.0", "-1", "0")
+FIELDS = ("prompt", "n", "max_tokens", "max_completion_tokens", "logprobs", "top_logprobs", "temperature", "top_p",
+          "top_k", "min_p", "seed", "stop", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias",
+          "stop_token_ids", "stream_options", "best_of", "echo", "user", "model", "messages", "chat_template_kwargs",
+          "tokens")
+
+
+def test_no_number_and_no_nesting_makes_the_server_fail():
+    nested = [left * depth + inner + right * depth for left, inner, right in (("[", "", "]"), ('{"a":', "1", "}"))
+              for depth in (300, 900, 950, 980, 2000, 9000, 99_000)]
+
+    async def ask_all() -> None:
+        async with in_process(make_model(max_seq_len=64)) as client:
+            for path in ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"):
+                body = '"messages": [{"role": "user", "content": "a"}]' if "chat" in path else '"prompt": "a"'
+                for field in FIELDS:
+                    for number in NUMBERS:
+                        for value in (number, f"[{number}]", f'{{"1": {number}}}', f'{{"{number}": 1}}'):
+                            content = f'{{{body}, "max_tokens": 2, "{field}": {value}}}' if "/v1" in path else \
+                                f'{{"{field}": {value}}}'
+                            response = await client.post(path, content=content)
+                            assert response.status_code in (200, 400, 404), (path, content, response.text)
+                for value in nested:
+                    for field in ("prompt", "messages", "tokens", "user", "logit_bias"):
+                        response = await client.post(path, content=f'{{{body}, "{field}": {value}}}')
+                        assert response.status_code in (200, 400), (path, field, response.text)
+
+    asyncio.run(ask_all())
+
+
+def test_what_a_parser_of_unlimited_depth_read_is_refused(monkeypatch):
+    nested = []
+    for _ in range(5000):
+        nested = [nested]
+    monkeypatch.setattr(serve.json, "loads", lambda body: {"prompt": nested, "messages": nested, "tokens": nested})
+
+    async def ask_all() -> None:
+        async with in_process(make_model()) as client:
+            for path in ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"):
+                response = await client.post(path, content="{}")
+                assert response.status_code == 400 and b"nested too deeply" in response.content
+
+    asyncio.run(ask_all())
+
+
+def test_a_request_whose_logits_are_not_finite_fails_alone():
+    model = make_model(tie_embeddings=False)
+    with torch.no_grad():
+        model.wte.weight[7] = torch.nan
+    bodies = [{"prompt": [n + 8, n], "max_tokens": 20, "seed": n, "logprobs": n % 3, "stream": n == 6}
+              for n in range(8)]
+
+    async def ask_all() -> tuple[list, list]:
+        async with in_process(model) as client:
+            async def ask(body: dict) -> httpx.Response:
+                return await client.post("/v1/completions", json=body)
+            together = await asyncio.gather(*map(ask, bodies))
+            return together, [await ask(body) for body in bodies]
+
+    together, alone = asyncio.run(ask_all())
+    assert [response.status_code for response in together] == [200] * 7 + [500]
+    assert error_of(together[7])[1]["message"].startswith("the model's logits are not finite")
+    for one, other in list(zip(together, alone, strict=True))[:6]:
+        assert [c["text"] for c in one.json()["choices"]] == [c["text"] for c in other.json()["choices"]]
+    streamed = ["".join(re.findall('"text": "(.*?)", "logprobs"', one.text)) for one in (together[6], alone[6])]
+    assert streamed[0] == streamed[1] != "" and together[6].text.endswith("[DONE]\n\n")
+
+
+def test_pages_of_the_allowed_origins_may_read_answers_streams_and_errors(monkeypatch):
+    ours, body = {"Origin": "https://a.example"}, {"prompt": "a", "max_tokens": 2}
+    preflight = {"Access-Control-Request-Method": "POST",
+                 "Access-Control-Request-Headers": "authorization, content-type, x-stainless-lang"}
+
+    async def ask_all() -> None:
+        key = {"Authorization": "bearer s3cret"}
+        async with in_process(make_model(), api_key="s3cret", allow_origins=("https://a.example",)) as client:
+            told = await client.options("/v1/completions", headers=ours | preflight)  # a browser sends no key with it
+            assert told.status_code == 200 and "POST" in told.headers["access-control-allow-methods"]
+            assert {"authorization", "x-stainless-lang"} <= set(
+                told.headers["access-control-allow-headers"].lower().split(", "))
+            answers = [await client.post("/v1/completions", json=body | extra, headers=ours | sent)
+                       for extra in ({}, {"stream": True}, {"n": 0}) for sent in (key, {})]
+            monkeypatch.setattr(serve.openai_api, "parse", None)  # the server itself fails
+            answers.append(await client.post("/v1/completions", json=body, headers=ours | key))
+            assert [one.status_code for one in answers] == [200, 401] * 2 + [400, 401, 500]
+            for one in (told, await client.get("/v1/nothing", headers=ours), *answers):
+                assert one.headers["access-control-allow-origin"] == "https://a.example"
+                assert "Origin" in one.headers["vary"]
+            other = await client.get("/health", headers={"Origin": "https://b.example"})
+            assert other.status_code == 200 and "access-control-allow-origin" not in other.headers
+        async with in_process(make_model(), allow_origins=("*",)) as client:
+            assert (await client.get("/health", headers=ours)).headers["access-control-allow-origin"] == "*"
+
+    asyncio.run(ask_all())
 
 
 def test_a_lone_surrogate_is_answered(tiny):
@@ -376,6 +522,32 @@ def give_up(server: Server, body: dict) -> None:
         httpx.post(server.url + "/v1/completions", json=body, timeout=1.0)
 
 
+def test_clients_that_hang_up_or_speak_no_http_free_their_places_and_leave_no_traceback(long_run):
+    body = json.dumps({"prompt": "a", "max_tokens": LONG, "logit_bias": {str(EOT): -100}}).encode()
+    streamed = body[:-1] + b', "stream": true}'
+    head = b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
+    sent = [head % (b"/v1/completions", 1000) + body[:9], head % (b"/tokenize", 1000) + b"{", head[:30],
+            head % (b"/v1/completions", len(body)) + body, head % (b"/v1/completions", len(streamed)) + streamed,
+            b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(200),  # a browser that was told https
+            head % (b"/v1/completions", len(body) - 9) + body, head % (b"/v1/completions", -1) + body,
+            head % (b"/v1/completions", int("9" * 400)) + body, b"GET / HTTP/1.1\r\nX: " + b"a" * 200_000]
+    with serving(long_run) as server:
+        address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
+        for content in sent:
+            for wait, abort in ((0, False), (0, True), (0.1, False), (0.1, True)):
+                with socket.create_connection(address) as client:
+                    with contextlib.suppress(OSError):  # the server may be the one that hangs up
+                        client.sendall(content)
+                    time.sleep(wait)
+                    if abort:  # with a reset
+                        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        server.wait_for(running=0, waiting=0)
+        assert server.complete(prompt="a", max_tokens=2)["usage"]["prompt_tokens"] == 1
+        status, log = server.end()
+    rest = [line for line in log.splitlines() if "Invalid HTTP request" not in line]
+    assert status == 0 and rest[-2].startswith("serving") and rest[-1].startswith("stopping"), log
+
+
 def test_more_texts_than_the_queue_holds_are_refused_for_good(slow):
     status, error = error_of(slow.post("/v1/completions", {"prompt": "a", "n": 3}))
     assert status == 400 and "more than the 2 texts" in error["message"]
@@ -397,11 +569,14 @@ def test_a_text_ends_at_the_time_limit_and_what_has_not_begun_by_then_fails(long
 
 def test_a_key_guards_the_api_and_the_log_tells_nothing(tiny):
     with serving(tiny.run, FLATGPT_API_KEY="s3cret") as server:
-        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "s3cret"}):
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "s3cret"},
+                        {"Authorization": "Basic s3cret"}, {"Authorization": b"Bearer \xff"}):
             for path in ("/v1/models", "/tokenizer_info"):
                 assert error_of(httpx.get(server.url + path, headers=headers))[0] == 401
             status, error = error_of(server.post("/v1/completions", {"prompt": "a"}, headers=headers))
             assert (status, error["code"]) == (401, "invalid_api_key")
+        for scheme in ("bearer", "BEARER", "Bearer  "):
+            assert httpx.get(server.url + "/v1/models", headers={"Authorization": f"{scheme} s3cret"}).is_success
         good = {"Authorization": "Bearer s3cret"}
         assert server.post("/v1/completions", {"prompt": "a"}, headers=good).status_code == 200
         assert httpx.get(server.url).status_code == server.post("/v1/completions", {}, headers=good).status_code == 200
@@ -484,6 +659,8 @@ def test_missing_packages_are_named_with_the_command_that_installs_them(monkeypa
     (["R", "--port", "70000"], "--port 70000 should lie in 0 to 65535"),
     (["R", "--batch-size", "0"], "--batch-size 0 should be at least 1"), (["R", "--queue", "0"], "--queue 0 should be"),
     (["R", "--time-limit", "0"], "--time-limit 0.0 should be above 0"),
+    (["R", "--allow-origin", "https://a.example/"], "--allow-origin 'https://a.example/' should be scheme://host"),
+    (["R", "--allow-origin", "*", "a.example"], "--allow-origin 'a.example' should be"),
     (["R", "--host", "256.1.1.1.1"], "--host '256.1.1.1.1' is not an address"),
     (["R", "--host", "203.0.113.1"], "this machine does not have that address")], ids=" ".join)
 def test_user_mistakes_are_named(arguments, message, tmp_path, monkeypatch):

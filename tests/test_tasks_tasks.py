@@ -1,5 +1,6 @@
 """tasks.py: log-likelihoods against a plain float64 forward pass, predictions by definition, lines that are refused."""
 
+import itertools
 import json
 import math
 import random
@@ -326,6 +327,16 @@ def test_an_answer_is_the_greedy_continuation_to_end_of_text_or_to_the_end_of_th
         (text.decode(errors="replace"), finished) for text, finished in expected]
     assert result["unfinished"] == sum(not finished for _, finished in expected)
     assert 0 < result["unfinished"] < len(PROMPTS)
+
+
+def test_special_tokens_of_a_prompt_are_read_as_such_on_request():
+    model, arguments = talkative_model(), {"metrics": ("f1",), "max_new_tokens": 12, "stop": (), "batch_size": 1}
+    said = {}
+    for prompt, parse in itertools.product(("", "<|endoftext|>"), (False, True)):
+        task = Task(Path("f"), [Answer(1, prompt, ("x",))], parse_special=parse)
+        _, [row] = tasks.generation(model, BYTES, task, None, **arguments)
+        said[prompt, parse] = row["prediction"]
+    assert said["<|endoftext|>", True] == said["", True] == said["", False] != said["<|endoftext|>", False]
 
 
 def test_a_stop_text_ends_an_answer_and_is_no_part_of_it():
