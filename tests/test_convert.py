@@ -553,7 +553,7 @@ def only(folder: Path, *names: str) -> None:
     (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "pytorch_model.bin' is a pickle.*CONVERT.md"),
     (lambda f: (only(f), (f / "ckpt.pt").write_bytes(b"")), "ckpt.pt' is a pickle.*CONVERT.md"),
     (lambda f: make_index(f, {"a": "model-00002-of-00002.safetensors"}), "1 files.*model-00002"),
-    (lambda f: make_index(f, {"a": "../hf_of/checkpoints/step_00000003/model.safetensors"}), "no weight_map of file"),
+    (lambda f: make_index(f, {"a": "../hf_of/checkpoints/step_00000003/model.safetensors"}), "no weight_map of .safetensors"),
     (lambda f: make_index(f, None), "no weight_map"),
     (lambda f: (f / "tokenizer.json").unlink(), "holds no tokenizer.json.*save_pretrained"),
     (lambda f: (f / "tokenizer.json").rename(f / "tokenizer.model"), "holds tokenizer.model but no.*save_pretrained"),
