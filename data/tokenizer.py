@@ -431,5 +431,9 @@ def _from_file_text(text: str, name: str, *, end_of_text: str | int | None = Non
             hf = HuggingFace.from_str(text)
         except Exception as error:  # the library raises nothing more special
             raise ValueError(str(error)) from None
+        for token in file["added_tokens"]:  # the library numbers them anew where ids before them are missing
+            if (found := hf.token_to_id(token["content"])) != token["id"]:
+                raise ValueError(f"added token {token['content']!r} has id {token['id']}, but the library makes it "
+                                 f"{found}: ids before it are missing") from None
         return Tokenizer(name, specials, hf=hf, decoding=decoding_of(file), **options)
     return Tokenizer(name, specials, ranks=ranks, pattern=pattern, **options)

@@ -538,6 +538,11 @@ def make_index(folder: Path, weight_map: object) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
+def with_header(header: object) -> bytes:
+    text = (header if isinstance(header, str) else json.dumps(header)).encode()
+    return len(text).to_bytes(8, "little") + text + b"\0"
+
+
 def only(folder: Path, *names: str) -> None:
     for path in folder.iterdir():
         if path.name not in names:
@@ -553,7 +558,26 @@ def only(folder: Path, *names: str) -> None:
     (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "pytorch_model.bin' is a pickle.*CONVERT.md"),
     (lambda f: (only(f), (f / "ckpt.pt").write_bytes(b"")), "ckpt.pt' is a pickle.*CONVERT.md"),
     (lambda f: make_index(f, {"a": "model-00002-of-00002.safetensors"}), "1 files.*model-00002"),
-    (lambda f: make_index(f, {"a": "../hf_of/checkpoints/step_00000003/model.safetensors"}), "no weight_map of .safetensors"),
+    (lambda f: make_index(f, {"a": "../hf_of/checkpoints/step_00000003/model.safetensors"}), "no weight_map of .safet"),
+    (lambda f: make_index(f, {"a": ".."}), "no weight_map of .safetensors"),
+    (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-1]), "safetensors: .*"),
+    (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 7 + b"\0" + b"{"), "safetensors: .*eader"),
+    (lambda f: (f / "model.safetensors").write_bytes(with_header({"a": {"dtype": "F3", "shape": [], "data_offsets": [
+        0, 1]}})), "safetensors: .*F3"),
+    (lambda f: (f / "model.safetensors").write_bytes(with_header("[" * 100_000)), "cannot be read as safetensors"),
+    (lambda f: (f / "config.json").write_text("[" * 100_000), "config.json' cannot be read as JSON: it is nested too"),
+    (lambda f: (f / "tokenizer.json").write_text("[" * 100_000), "tokenizer.json' .*nested too deeply"),
+    (lambda f: (f / "tokenizer_config.json").write_text("[" * 100_000), "tokenizer_config.json' .*nested too deeply"),
+    (lambda f: (f / "generation_config.json").write_text("[" * 100_000), "generation_config.json' .*nested too"),
+    (lambda f: (f / "generation_config.json").write_text('{"eos_token_id": [298, "x"]}'), "eos_token_id = .298, 'x'"),
+    (lambda f: (f / "generation_config.json").write_text("[]"), "generation_config.json' cannot be read"),
+    (lambda f: (only(f, "config.json", "tokenizer.json", "model.safetensors"), change_config(f, eos_token_id=1.5)),
+     "config.json': eos_token_id = 1.5 should be an id"),
+    (lambda f: (make_index(f, {"a": "model-00001-of-00002.safetensors", "b": "b.safetensors"}), save_file(
+        {"transformer.ln_f.bias": torch.ones(24)}, f / "b.safetensors")), "transformer.ln_f.bias is there twice"),
+    (lambda f: (make_index(f, {}), (f / "model.safetensors.index.json").write_text("[" * 100_000)), "nested too deep"),
+    (lambda f: (f / "config.json").write_text('{"n_embd": 24, ' + (f / "config.json").read_text()[1:].replace(
+        '"n_embd": 24', '"n_embd": 48')), "gives 'n_embd' two values"),
     (lambda f: make_index(f, None), "no weight_map"),
     (lambda f: (f / "tokenizer.json").unlink(), "holds no tokenizer.json.*save_pretrained"),
     (lambda f: (f / "tokenizer.json").rename(f / "tokenizer.model"), "holds tokenizer.model but no.*save_pretrained"),

@@ -404,8 +404,9 @@ def test_an_answer_in_a_chat_ends_with_what_ends_a_turn_there_and_with_no_other_
             return getattr(BYTES, name)
         special_ids = BYTES.special_ids | {"<|end|>": end, "<|other|>": text[0]}
     template = "{% for m in messages %}{{ m.content + ('<|end|>' if m.role == 'assistant' else '') }}{% endfor %}"
-    _, [row] = tasks.generation(model, Tokenizer(), Task(Path("f"), [chat("abc")]), template,
-                                ends=ENDS | {turn_end(Tokenizer(), template)}, metrics=("f1",), max_new_tokens=9, stop=(), batch_size=1)
+    ends = ENDS | {turn_end(Tokenizer(), template)}
+    _, [row] = tasks.generation(model, Tokenizer(), Task(Path("f"), [chat("abc")]), template, ends=ends,
+                                metrics=("f1",), max_new_tokens=9, stop=(), batch_size=1)
     assert row["finished"] and row["prediction"] == text[:text.index(end)].decode(errors="replace") != ""
 
 
