@@ -67,8 +67,10 @@ def load_generation(folder: Path) -> dict:
     path = folder / GENERATION_FILE
     try:
         table = files.parse_json(path.read_bytes()) if path.exists() else {}
+        if not isinstance(table, dict):
+            raise ValueError(f"it holds a {type(table).__name__}, not a table")
         listed_ends(table)
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{str(path)!r} cannot be read: {error}; copy it again") from None
     return table
 
