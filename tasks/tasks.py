@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import files
 import kernels
 import sample
 from config import UserError
@@ -115,12 +116,12 @@ def read_task(path: Path) -> Task:
             continue
         wrong = functools.partial(task.wrong, number)
         try:
-            row = json.loads(line.decode().rstrip())
+            row = files.parse_json(line.decode().rstrip())
         except UnicodeDecodeError as error:
             raise wrong(f"is not UTF-8 at byte {error.start}; convert the file first") from None
         except json.JSONDecodeError as error:
             raise wrong(f"is not JSON: {error.msg} at column {error.colno}") from None
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise wrong(f"is not JSON: {error}") from None
         if not isinstance(row, dict):
             raise wrong(f"holds {_shown(row)}, not an object with fields")

@@ -1,5 +1,6 @@
 """files.py: what a run depends on is old or new after any crash, never half; full disks leave the old content."""
 
+import json
 import os
 import resource
 from pathlib import Path
@@ -15,6 +16,20 @@ from finetune.runs import save_base
 from tests.crashing_disk import CRASHED, CrashingDisk, in_child
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # the children run this file's code only
+
+
+@pytest.mark.parametrize("text, message", [
+    pytest.param("[" * 100_000, "nested too deeply", id="lists"), ("", "Expecting value"), (b"\xff{}", "codec|invalid"),
+    pytest.param('{"a": ' * 100_000, "nested too deeply", id="tables"), ('{"a": 1, "a": 2}', "gives 'a' two values"),
+    ('{"b": {"a": [1], "a": [1, 2]}}', "gives 'a' two values")])
+def test_json_that_cannot_be_read_or_has_two_meanings_is_a_value_error(text, message):
+    with pytest.raises(ValueError, match=message):
+        files.parse_json(text)
+
+
+def test_json_is_read_as_python_reads_it():
+    for text in ('{"a": [1, 2.5, null, {"b": "é"}], "c": {}}', b'{"a": 1, "b": 2, "a": 1}', "[]", "1e400"):
+        assert files.parse_json(text) == json.loads(text)
 
 
 def test_a_file_is_replaced_whole_and_nothing_is_left_beside_it(tmp_path):
