@@ -295,7 +295,7 @@ def resolve(run: str | Path, note: Callable[[str], None], *, weights_only: bool 
     if candidates:
         raise CheckpointError(f"run {str(run)!r} has no valid checkpoint: {len(candidates)} damaged; put a copy back "
                               "or train again")
-    if (path / "config.json").exists():
+    if (path / "config.json").exists() or (path / "adapter_config.json").exists():
         raise CheckpointError(f"{str(run)!r} is a Hugging Face folder, not a run; convert it first: python convert.py "
                               f"from-hf {run} RUN")
     if not (path / "config.toml").exists():

@@ -165,7 +165,7 @@ def read_config(folder: Path) -> dict:
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
         raise ConvertError(f"{str(path)!r}: rope_scaling or rope_parameters = {rope!r} cannot be converted, only one "
                            "flat table for all layers")
-    rope = {"rope_type": rope.get("type", "default")} | rope
+    rope = {"rope_type": rope.get("type", None if "factor" in rope else "default")} | rope
     table = DEFAULTS[family] | table | rope | {"model_type": family}
     for key, allowed in ALLOWED.items():
         if key in table and table[key] not in allowed:

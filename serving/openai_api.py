@@ -242,7 +242,7 @@ def _prompt(value: object, served: Served) -> Prompt:
     if isinstance(value, str):
         text = replace_surrogates(value)
         most = served.config.max_seq_len * int(tokenizer.token_bytes().max())  # bytes that could fit
-        if tokenizer.byte_level and len(text) > most:  # far too long: it is not encoded first
+        if tokenizer.cuttable and len(text) > most:  # far too long: it is not encoded first
             raise _too_long(f"at least {-(-len(text) * served.config.max_seq_len // most)}", served, "prompt")
         tokens = _fitting(encode_prompt(tokenizer, text).tolist(), served, "prompt")
         return Prompt(text, tokens, has_start=tokens[0] == tokenizer.start)  # no text has that token

@@ -39,7 +39,7 @@ from convert import ConvertError, from_hf, model_config, read_config, read_hf, t
 from data.chat import load_template, save_template
 from data.prompts import encode_prompt
 from data.tokenizer import load_tokenizer, train_bpe
-from finetune.runs import read_run
+from finetune.runs import read_folder, read_run, take_over
 from model import GPT
 
 F32 = {"rtol": 0, "atol": 1e-5}  # the promise; logits are of size 1
@@ -552,6 +552,11 @@ def test_vocab_and_merges_alone_make_gpt2s_tokenizer(tmp_path):
         (folder / name).unlink()
     (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(model["merges"]) + "\n")
+    with pytest.raises(ConfigError, match="has no tokenizer.json to prepare text with; convert it first.*from-hf"):
+        take_over(Config(train=TrainConfig(init_from=str(folder))), set(), read_hf(folder))
+    from_hf(folder, tmp_path / "run")  # what the line says
+    config = take_over(Config(train=TrainConfig(init_from="run")), set(), read_folder(tmp_path / "run"))
+    assert load_tokenizer(config.data.tokenizer).eot == 298
     ours = read_hf(folder).tokenizer
     assert (ours.encode(TEXT) == expected.encode(TEXT)).all() and (ours.eot, ours.vocab_size) == (298, 299)
 
@@ -630,6 +635,9 @@ def refused(capsys, *argv: object) -> str:
     ("llama", {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
     ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type = 'yarn'.*'default' or 'linear'"),
     ("llama", {"rope_scaling": {"rope_type": "linear"}}, "has no 'factor'"),
+    ("llama", {"rope_scaling": {"factor": 8.0}}, "rope_type = None.*'default' or 'linear'"),
+    ("llama", {"rope_scaling": {"type": "dynamic", "factor": 8.0}}, "rope_type = 'dynamic'"),
+    ("llama", {"rope_scaling": {"rope_type": "longrope", "long_factor": [1.0]}}, "rope_type = 'longrope'"),
     ("llama", {"rope_scaling": {"type": "linear", "factor": 0.5}}, "factor = 0.5 should be at least 1"),
     ("llama", {"rope_scaling": "linear"}, "'linear' cannot be converted"),
     ("llama", {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "one flat table"),
@@ -781,6 +789,9 @@ def test_what_is_no_model_folder_and_what_is_no_new_folder_is_refused(tmp_path, 
     assert "is not empty" in refused(capsys, "from-hf", folder, folder)
     assert "is not empty" in refused(capsys, "to-hf", run, folder)
     assert "is a Hugging Face folder, not a run" in refused(capsys, "to-hf", folder, tmp_path / "new")
+    adapter = make_adapter(tmp_path / "adapter")
+    assert f"python convert.py from-hf {adapter} RUN" in refused(capsys, "to-hf", adapter, tmp_path / "new")
+    shutil.rmtree(adapter)
     assert "convert.py to-hf --help" in refused(capsys, "to-hf", run)
     assert "--max-seq-len 12" in refused(capsys, "from-hf", folder, tmp_path / "new", "--max-seq-len", 12)
     assert sorted(tmp_path.rglob("*")) == before

@@ -306,6 +306,15 @@ def test_a_task_is_scored_into_json_and_its_predictions_into_a_file(settings, ca
     assert sorted(path.name for path in Path().glob("*made*")) == ["made.jsonl"]
 
 
+def test_a_bleu_of_0_is_explained(settings, capsys):  # noqa: F811
+    pytest.importorskip("sacrebleu", reason="sacrebleu is not installed: BLEU stays unchecked")
+    run(settings, "scored", "train.max_steps=1")
+    write_task("task.jsonl", *ANSWERED)
+    evaluation.main(["scored", "--task", "task.jsonl", "--max-new-tokens", "2", "--metrics", "bleu"])
+    out, err = capsys.readouterr()
+    assert json.loads(out.splitlines()[-1])["bleu"] == 0.0 and "bleu is 0: " in err and "chrf" in err
+
+
 def test_a_classification_shows_its_table_on_stderr_and_its_image_in_a_file(settings, capsys):  # noqa: F811
     pytest.importorskip("matplotlib", reason="matplotlib is not installed: --plot stays unchecked")
     run(settings, "scored", "train.max_steps=1")
