@@ -258,13 +258,13 @@ class HuggingFaceModel:
     """A Hugging Face folder in our terms. Weights are read when they are asked for."""
 
     dir: Path
+    base: Path  # where config and weights are: dir, or what the adapters there belong to
     model: ModelConfig
     known_seq_len: int  # tokens of context that the model knows; model.max_seq_len may be fewer
     tokenizer: Tokenizer
     tokenizer_dir: Path
     chat_template: str | None
     generation: dict  # generation_config.json, or {"eos_token_id"}; the ids of tokens that end a text, as a list
-    base: Path  # where the weights are: dir, or what the adapters there belong to
     rules: list[Rule]  # of all tensors of model
     adapter: lora.PeftAdapter | None = None  # what weights() merges into them
 
@@ -300,14 +300,14 @@ def read_hf(folder: Path, *, max_seq_len: int | None = None, base: Path | None =
         if base is not None:
             raise ConvertError(f"--base {str(base)!r} is for a folder of adapters ({ADAPTER_CONFIG}.json), and "
                                f"{str(folder)!r} is none; leave it out")
-        return _read_model(folder, max_seq_len)
+        return _read_model(folder, folder, max_seq_len)
     table, weights = _read_json(folder / f"{ADAPTER_CONFIG}.json"), folder / f"{ADAPTER}.safetensors"
     named = table.get("base_model_name_or_path")
     places = [path for path in (Path(str(named)), folder / str(named)) if named and (path / "config.json").exists()]
     if base is None and not places:
         raise ConvertError(f"{str(folder)!r} holds adapters to {named!r}, which is no folder here with a config.json; "
                            f"name a copy: python convert.py from-hf {folder} RUN --base DIR, then use RUN")
-    hf = _read_model(base or places[0], max_seq_len)
+    hf = _read_model(base or places[0], folder, max_seq_len)
     if not weights.exists():
         _refuse_pickle(folder)
         raise ConvertError(f"{str(folder)!r} holds no {weights.name}; copy the folder again")
@@ -316,26 +316,26 @@ def read_hf(folder: Path, *, max_seq_len: int | None = None, base: Path | None =
         adapter.check({name: list(part.T.shape if rule.transposed else part.shape) for rule in hf.rules
                        for name, part in rule.split(torch.empty(rule.shape, device="meta")).items()})
     except (ValueError, KeyError, TypeError) as error:
-        raise ConvertError(f"the adapters in {str(folder)!r} cannot be merged into {str(hf.dir)!r}: {error}; merge "
+        raise ConvertError(f"the adapters in {str(folder)!r} cannot be merged into {str(hf.base)!r}: {error}; merge "
                            "them where peft is installed (merge_and_unload) and convert the result") from None
-    hf = replace(hf, dir=folder, adapter=adapter, chat_template=_chat_template(folder) or hf.chat_template)
-    if (folder / TOKENIZER_FILE).exists():
-        hf = replace(hf, tokenizer_dir=folder,
-                     tokenizer=load_tokenizer(str(folder / TOKENIZER_FILE), end_of_text=hf.tokenizer.eot))
-        _check_vocabulary(folder, hf.tokenizer, hf.model)
-    return hf
+    return replace(hf, adapter=adapter)
 
 
-def _read_model(folder: Path, max_seq_len: int | None) -> HuggingFaceModel:
+def _read_model(folder: Path, named: Path, max_seq_len: int | None) -> HuggingFaceModel:
     """A folder with config.json: of safetensors the headers alone are read, and of our own exports the biases that may
-    be left out. max_seq_len as in model_config."""
+    be left out. named: what the user named, itself or adapters, whose tokenizer and template count if they have one;
+    max_seq_len as in model_config."""
     table = read_config(folder)
     try:
         model = model_config(table, max_seq_len)
     except ConfigError as error:
         raise ConvertError(f"{str(folder / 'config.json')!r}: {error}") from None
-    tokenizer = _tokenizer(folder, table)
-    _check_vocabulary(folder, tokenizer, model)
+    tokenizer_dir = named if (named / TOKENIZER_FILE).exists() else folder
+    tokenizer = _tokenizer(tokenizer_dir, table)
+    if tokenizer.vocab_size > model.vocab_size:
+        raise ConvertError(f"{str(tokenizer_dir)!r}: the tokenizer has ids up to {tokenizer.vocab_size - 1} but "
+                           f"vocab_size in config.json is {model.vocab_size}; remove the added tokens, or give the "
+                           "model rows for them")
     wanted = list(rules(model, table["model_type"]))
     expected = {name: list(part.shape) for rule in wanted
                 for name, part in rule.split(torch.empty(rule.shape, device="meta")).items()}
@@ -350,16 +350,9 @@ def _read_model(folder: Path, max_seq_len: int | None) -> HuggingFaceModel:
                            "again")
     if isinstance(table.get(OURS), dict):
         model = _without_zero_biases(model, table[OURS], wanted, parts)
-    return HuggingFaceModel(folder, model, table.get("max_position_embeddings", model.max_seq_len), tokenizer, folder,
-                            _chat_template(folder), _generation(folder, table, tokenizer), folder,
-                            [rule for rule in wanted if _has(model, rule)])
-
-
-def _check_vocabulary(folder: Path, tokenizer: Tokenizer, model: ModelConfig) -> None:
-    if tokenizer.vocab_size > model.vocab_size:
-        raise ConvertError(f"{str(folder)!r}: the tokenizer has ids up to {tokenizer.vocab_size - 1} but vocab_size in "
-                           f"config.json is {model.vocab_size}; remove the added tokens, or give the model rows for "
-                           "them")
+    return HuggingFaceModel(named, folder, model, table.get("max_position_embeddings", model.max_seq_len), tokenizer,
+                            tokenizer_dir, _chat_template(named) or _chat_template(folder),
+                            _generation(folder, table, tokenizer), [rule for rule in wanted if _has(model, rule)])
 
 
 def _generation(folder: Path, table: dict, tokenizer: Tokenizer) -> dict:
@@ -534,6 +527,8 @@ def from_hf(folder: Path, run: Path, *, max_seq_len: int | None = None, base: Pa
     hf = read_hf(folder, max_seq_len=max_seq_len, base=base)
     if hf.adapter is not None:
         note(f"adapters: {len(hf.adapter.pairs)} of {str(folder)!r}, merged into {str(hf.base)!r}")
+    if words := set(listed_ends(load_generation(hf.base))) - hf.tokenizer.added_ids:
+        note(f"{GENERATION_FILE}: eos_token_id {sorted(words)} are plain words or no ids: they end no text")
     T = hf.model.max_seq_len
     if T < hf.known_seq_len and max_seq_len is None:
         note(f"context: {T:,} of the {hf.known_seq_len:,} tokens that the model knows; --max-seq-len "

@@ -30,8 +30,7 @@ FAMILIES = {
 PEFT_PREFIX = "base_model.model."
 # Values of adapter_config.json under which the weights are the base's plus scale x B A; the first is the default
 KNOWN = {"peft_type": ("LORA",), "use_dora": (False,), "lora_bias": (False,), "use_qalora": (False,),
-         "layer_replication": (None,),
-         "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva")}
+         "layer_replication": (None,), "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva")}
 
 
 class LoRALinear(Linear):

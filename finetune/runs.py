@@ -70,6 +70,7 @@ def load_generation(folder: Path) -> dict:
         if not isinstance(table, dict):
             raise ValueError(f"it holds a {type(table).__name__}, not a table")
         listed_ends(table)
+        table.pop("_from_model_config", None)  # under which older transformers go by config.json instead
     except (OSError, ValueError) as error:
         raise ConfigError(f"{str(path)!r} cannot be read: {error}; copy it again") from None
     return table

@@ -525,8 +525,10 @@ def test_all_ends_of_generation_of_a_model_survive_there_and_back(tmp_path, conf
     add_specials(folder, "<|eot_id|>")
     (folder / "generation_config.json").unlink()
     if generation is not None:
-        (folder / "generation_config.json").write_text(json.dumps(generation))
-    from_hf(folder, tmp_path / "run")
+        (folder / "generation_config.json").write_text(json.dumps(generation | {"_from_model_config": True}))
+    notes = []
+    from_hf(folder, tmp_path / "run", note=notes.append)
+    assert ("eos_token_id [5] are plain words" in notes[0]) == (generation is not None and "top_k" in generation)
     assert read_run(tmp_path / "run", pytest.fail).end_ids == set(expected if isinstance(expected, list) else [298])
     to_hf(tmp_path / "run", tmp_path / "again")
     table = json.loads((tmp_path / "again" / "generation_config.json").read_text())
