@@ -4,6 +4,7 @@ import json
 import os
 import resource
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -55,7 +56,8 @@ def test_a_file_that_cannot_grow_leaves_the_old_one_and_one_line(tmp_path):
 def run_files(run: Path, generation: int) -> None:
     """All that a run writes beside checkpoints and logs."""
     config = Config(train=TrainConfig(out_dir=str(run), seed=generation))
-    train.write_run_files(config, load_tokenizer("bytes"), f"{{# {generation} #}}")
+    parent = SimpleNamespace(generation={"eos_token_id": [256, generation]})
+    train.write_run_files(config, load_tokenizer("bytes"), f"{{# {generation} #}}", parent)
     save_base(run, {"weight": torch.full((3,), float(generation))})
 
 
@@ -73,7 +75,8 @@ def test_after_a_crash_at_any_change_each_file_of_a_run_is_old_or_new(tmp_path, 
         run_files(run_files_in, generation)
         wholes.append({name: content.replace(str(run_files_in).encode(), b"RUN")
                        for name, content in contents(run_files_in).items()})
-    assert sorted(wholes[0]) == ["base/model.safetensors", "chat_template.jinja", "config.toml", "tokenizer.json"]
+    assert sorted(wholes[0]) == ["base/model.safetensors", "chat_template.jinja", "config.toml",
+                                 "generation_config.json", "tokenizer.json"]
     for crash_at in range(1, 100):
         run = tmp_path / f"crash_{crash_at}"
         run.mkdir()
