@@ -85,13 +85,16 @@ def text_batches(ids: np.ndarray, *, eot: int, seq_len: int, batch_size: int, de
     windows = max(0, -(-(len(ids) - seq_len) // stride)) + 1
     tokens = np.full((windows - 1) * stride + seq_len + 1, eot, dtype=np.int64)
     tokens[1:len(ids) + 1] = ids
-    targets = np.where(np.arange(1, len(tokens)) <= len(ids), tokens[1:], IGNORED)
+    targets = tokens[1:].copy()
+    targets[len(ids):] = IGNORED
     parts = [np.lib.stride_tricks.sliding_window_view(part, seq_len)[::stride] for part in (tokens[:-1], targets)]
     for first in range(0, windows, batch_size):
         inputs, next_tokens = (torch.from_numpy(part[first:first + batch_size].copy()).to(device) for part in parts)
         next_tokens[int(first == 0):, :seq_len - stride] = IGNORED
-        ends = inputs == document_end
-        document_ids = None if document_end is None else ends.cumsum(dim=1, dtype=torch.int32) - ends.int()
+        document_ids = None
+        if document_end is not None:  # as in data/loader.py: an end-of-text belongs to the document it ends
+            ends = inputs == document_end
+            document_ids = ends.cumsum(dim=1, dtype=torch.int32) - ends.int()
         yield MicroBatch(inputs, next_tokens, document_ids, first_window=first)
 
 
