@@ -198,7 +198,7 @@ def best_of(run_dir: Path) -> Path | None:
     losses = {}
     for path in _candidates(Path(run_dir) / "checkpoints", replaced=False):
         with suppress(OSError, ValueError, KeyError, TypeError):  # unreadable: newest() will say so
-            loss = json.loads((path / STATE).read_bytes())["val_loss"]
+            loss = files.parse_json((path / STATE).read_bytes())["val_loss"]
             if isinstance(loss, int | float) and math.isfinite(loss):
                 losses[path] = loss
     return min(losses, key=losses.get, default=None)
@@ -218,7 +218,7 @@ def _problem(checkpoint: Path, unread: tuple[str, ...] = ()) -> str | None:
     """What is wrong with a checkpoint, naming the file; None if everything is as its manifest says. The bytes of
     unread files are left unread, only their size is looked at."""
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_bytes())
+        manifest = files.parse_json((checkpoint / MANIFEST).read_bytes())
         entries = {str(name): (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
         if manifest["format"] != FORMAT:
             return f"{MANIFEST} has format {manifest['format']!r}, expected {FORMAT}"
@@ -295,7 +295,7 @@ def resolve(run: str | Path, note: Callable[[str], None], *, weights_only: bool 
     if candidates:
         raise CheckpointError(f"run {str(run)!r} has no valid checkpoint: {len(candidates)} damaged; put a copy back "
                               "or train again")
-    if (path / "config.json").exists():
+    if (path / "config.json").exists() or (path / "adapter_config.json").exists():
         raise CheckpointError(f"{str(run)!r} is a Hugging Face folder, not a run; convert it first: python convert.py "
                               f"from-hf {run} RUN")
     if not (path / "config.toml").exists():
@@ -317,7 +317,7 @@ def load_state(checkpoint: Path, name: str = "state") -> dict:
     """state.json of a checkpoint, or another of its JSON files. Raises CheckpointError."""
     path = Path(checkpoint) / f"{name}.json"
     try:
-        return json.loads(path.read_bytes())
+        return files.parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{str(path)!r} cannot be read: {error}; use another checkpoint") from None
 

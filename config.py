@@ -204,8 +204,8 @@ class TrainConfig:
                                 "run without them",
                         choices=("auto", "triton", "torch"))
     activation_checkpointing: bool = knob(False, "recompute blocks in the backward: less memory, a third more work")
-    init_from: str | None = knob(None, "run folder, checkpoint or Hugging Face folder whose weights and tokenizer "
-                                       "start this run")
+    init_from: str | None = knob(None, "run folder, checkpoint, Hugging Face folder or one of peft's adapters, whose "
+                                       "weights and tokenizer start this run")
     fork_from: str | None = knob(None, "run folder or checkpoint to continue as a new run, with its moments and step")
     eval_every: int = knob(250, "steps between evaluations; 0 = only at the end", minimum=0)
     eval_tokens: int = knob(1_048_576, "validation tokens per evaluation, at most all of them", minimum=1)

@@ -3,8 +3,9 @@
     python convert.py from-hf HF_DIR RUN        python convert.py to-hf RUN HF_DIR
 
 Families: GPT-2, Llama (2 and 3), Qwen2 and Qwen3 (docs/CONVERT.md has the switches). Weights are read from safetensors
-alone, one tensor at a time, and widened to float32, which is exact; what is written is the same numbers. A folder is
-written under another name and renamed when it is whole. What maps to no family is refused with the switch's name.
+alone, one tensor at a time, and widened to float32, which is exact; what is written is the same numbers. A folder of
+peft's adapters is read as its base with them merged. A folder is written under another name and renamed when it is
+whole. What maps to no family is refused with the switch's name.
 
 Dims: C width, D head dim, V vocabulary (rows without padding).
 """
@@ -29,7 +30,15 @@ from config import Config, ConfigError, ModelConfig, TrainConfig, UserError, exi
 from data.chat import load_template, save_template
 from data.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Tokenizer, from_vocab_and_merges, load_tokenizer
 from finetune import lora
-from finetune.runs import read_run
+from finetune.runs import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    GENERATION_FILE,
+    listed_ends,
+    load_generation,
+    read_run,
+    save_generation,
+)
 from model import GPT, padded_vocab_size
 
 FAMILIES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM",
@@ -156,7 +165,7 @@ def read_config(folder: Path) -> dict:
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
         raise ConvertError(f"{str(path)!r}: rope_scaling or rope_parameters = {rope!r} cannot be converted, only one "
                            "flat table for all layers")
-    rope = {"rope_type": rope.get("type", "default")} | rope
+    rope = {"rope_type": rope.get("type", None if "factor" in rope else "default")} | rope
     table = DEFAULTS[family] | table | rope | {"model_type": family}
     for key, allowed in ALLOWED.items():
         if key in table and table[key] not in allowed:
@@ -184,7 +193,7 @@ def _refuse_pickle(folder: Path) -> None:
 
 def _read_json(path: Path) -> dict:
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
+        table = files.parse_json(path.read_text(encoding="utf-8"))
         if not isinstance(table, dict):
             raise ValueError(f"it holds a {type(table).__name__}, not a table")
         return table
@@ -249,42 +258,84 @@ class HuggingFaceModel:
     """A Hugging Face folder in our terms. Weights are read when they are asked for."""
 
     dir: Path
+    base: Path  # where config and weights are: dir, or what the adapters there belong to
     model: ModelConfig
     known_seq_len: int  # tokens of context that the model knows; model.max_seq_len may be fewer
     tokenizer: Tokenizer
+    tokenizer_dir: Path
     chat_template: str | None
+    generation: dict  # generation_config.json, or {"eos_token_id"}; the ids of tokens that end a text, as a list
     rules: list[Rule]  # of all tensors of model
+    adapter: lora.PeftAdapter | None = None  # what weights() merges into them
 
     def weights(self) -> dict[str, Tensor]:
         """The model's tensors, float32, by our names, tables padded; in memory once. Raises ConvertError."""
         name = next(iter(self.rules[0].theirs))
-        parts = _open_parts(self.dir, name)
+        parts = _open_parts(self.base, name)
         if self.model.tie_embeddings and HEAD in parts:
             table, head = parts.setdefault(name, parts[HEAD]), parts[HEAD]  # the head may stand for both
             if table.get_dtype() != head.get_dtype() or not torch.equal(table[:], head[:]):
-                raise ConvertError(f"{str(self.dir)!r}: config.json ties the embeddings but {HEAD} differs from "
+                raise ConvertError(f"{str(self.base)!r}: config.json ties the embeddings but {HEAD} differs from "
                                    f"{name}; set tie_word_embeddings to false if the head is its own, or remove {HEAD}")
         tensors = {}
         for rule in self.rules:
             tensors[rule.ours] = torch.zeros(rule.shape)
             for name, part in rule.split(tensors[rule.ours]).items():
                 part.copy_(parts[name][:])  # in place: nothing exists twice but pages of the file
+                if self.adapter is not None:
+                    self.adapter.merge_into(part.T if rule.transposed else part, name)
         return tensors
 
 
-def read_hf(folder: Path, *, max_seq_len: int | None = None) -> HuggingFaceModel:
-    """A Hugging Face folder without its weights: of safetensors the headers alone are read, and of our own exports the
-    biases that may be left out. max_seq_len as in model_config. Raises ConvertError, TokenizerError and ChatError."""
+def is_hugging_face(folder: Path) -> bool:
+    """Whether a folder holds a Hugging Face model or peft's adapters, and no run or checkpoint of ours."""
+    return any((folder / name).exists() for name in ("config.json", f"{ADAPTER_CONFIG}.json")) and not any(
+        (folder / name).exists() for name in ("config.toml", checkpoint.MANIFEST))
+
+
+def read_hf(folder: Path, *, max_seq_len: int | None = None, base: Path | None = None) -> HuggingFaceModel:
+    """A Hugging Face folder without its weights, of adapters their base's with the adapters: base, else the folder that
+    adapter_config.json names. Raises ConvertError, ConfigError, TokenizerError and ChatError."""
+    if (folder / "config.json").exists() or not (folder / f"{ADAPTER_CONFIG}.json").exists():
+        if base is not None:
+            raise ConvertError(f"--base {str(base)!r} is for a folder of adapters ({ADAPTER_CONFIG}.json), and "
+                               f"{str(folder)!r} is none; leave it out")
+        return _read_model(folder, folder, max_seq_len)
+    table, weights = _read_json(folder / f"{ADAPTER_CONFIG}.json"), folder / f"{ADAPTER}.safetensors"
+    named = table.get("base_model_name_or_path")
+    places = [path for path in (Path(str(named)), folder / str(named)) if named and (path / "config.json").exists()]
+    if base is None and not places:
+        raise ConvertError(f"{str(folder)!r} holds adapters to {named!r}, which is no folder here with a config.json; "
+                           f"name a copy: python convert.py from-hf {folder} RUN --base DIR, then use RUN")
+    hf = _read_model(base or places[0], folder, max_seq_len)
+    if not weights.exists():
+        _refuse_pickle(folder)
+        raise ConvertError(f"{str(folder)!r} holds no {weights.name}; copy the folder again")
+    try:
+        adapter = lora.PeftAdapter(_slices(weights), table)
+        adapter.check({name: list(part.T.shape if rule.transposed else part.shape) for rule in hf.rules
+                       for name, part in rule.split(torch.empty(rule.shape, device="meta")).items()})
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConvertError(f"the adapters in {str(folder)!r} cannot be merged into {str(hf.base)!r}: {error}; merge "
+                           "them where peft is installed (merge_and_unload) and convert the result") from None
+    return replace(hf, adapter=adapter)
+
+
+def _read_model(folder: Path, named: Path, max_seq_len: int | None) -> HuggingFaceModel:
+    """A folder with config.json: of safetensors the headers alone are read, and of our own exports the biases that may
+    be left out. named: what the user named, itself or adapters, whose tokenizer and template count if they have one;
+    max_seq_len as in model_config."""
     table = read_config(folder)
     try:
         model = model_config(table, max_seq_len)
     except ConfigError as error:
         raise ConvertError(f"{str(folder / 'config.json')!r}: {error}") from None
-    tokenizer = _tokenizer(folder, table)
+    tokenizer_dir = named if (named / TOKENIZER_FILE).exists() else folder
+    tokenizer = _tokenizer(tokenizer_dir, table)
     if tokenizer.vocab_size > model.vocab_size:
-        raise ConvertError(f"{str(folder)!r}: the tokenizer has ids up to {tokenizer.vocab_size - 1} but vocab_size in "
-                           f"config.json is {model.vocab_size}; remove the added tokens, or give the model rows for "
-                           "them")
+        raise ConvertError(f"{str(tokenizer_dir)!r}: the tokenizer has ids up to {tokenizer.vocab_size - 1} but "
+                           f"vocab_size in config.json is {model.vocab_size}; remove the added tokens, or give the "
+                           "model rows for them")
     wanted = list(rules(model, table["model_type"]))
     expected = {name: list(part.shape) for rule in wanted
                 for name, part in rule.split(torch.empty(rule.shape, device="meta")).items()}
@@ -297,14 +348,23 @@ def read_hf(folder: Path, *, max_seq_len: int | None = None) -> HuggingFaceModel
     if problems:
         raise ConvertError(f"the weights in {str(folder)!r} do not fit its config.json: {problems}; copy the folder "
                            "again")
-    for name, part in parts.items():
-        if part.get_dtype() not in WEIGHT_DTYPES:
-            raise ConvertError(f"the weights in {str(folder)!r} are not all float32, bfloat16 or float16: {name} "
-                               f"{part.get_dtype()}; use the model's original")
     if isinstance(table.get(OURS), dict):
         model = _without_zero_biases(model, table[OURS], wanted, parts)
-    return HuggingFaceModel(folder, model, table.get("max_position_embeddings", model.max_seq_len), tokenizer,
-                            _chat_template(folder), [rule for rule in wanted if _has(model, rule)])
+    return HuggingFaceModel(named, folder, model, table.get("max_position_embeddings", model.max_seq_len), tokenizer,
+                            tokenizer_dir, _chat_template(named) or _chat_template(folder),
+                            _generation(folder, table, tokenizer), [rule for rule in wanted if _has(model, rule)])
+
+
+def _generation(folder: Path, table: dict, tokenizer: Tokenizer) -> dict:
+    """generation_config.json with all ids that it, or else config.json, lets end a text; empty if it says no more than
+    the tokenizer. Ids of plain words are left out: configs are careless with them."""
+    generation = load_generation(folder)
+    try:
+        listed = listed_ends(generation if "eos_token_id" in generation else table)
+    except ValueError as error:
+        raise ConvertError(f"{str(folder / 'config.json')!r}: {error}; copy it again") from None
+    ends = [i for i in dict.fromkeys(listed) if i in tokenizer.added_ids]
+    return generation | {"eos_token_id": ends} if generation or set(ends) - {tokenizer.eot} else {}
 
 
 def _tokenizer(folder: Path, table: dict) -> Tokenizer:
@@ -342,8 +402,9 @@ def _open_parts(folder: Path, table: str) -> dict:
             _refuse_pickle(folder)
             raise ConvertError(f"{str(folder)!r} holds neither {WEIGHTS_FILE} nor {index.name}; copy the folder again")
         names = _read_json(index).get("weight_map")
-        if not isinstance(names, dict) or not all(isinstance(n, str) and Path(n).name == n for n in names.values()):
-            raise ConvertError(f"{str(index)!r} has no weight_map of file names in its folder; copy it again")
+        if not isinstance(names, dict) or not all(isinstance(n, str) and Path(n).name == n
+                                                  and n.endswith(".safetensors") for n in names.values()):
+            raise ConvertError(f"{str(index)!r} has no weight_map of .safetensors files in its folder; copy it again")
         paths = [folder / name for name in sorted(set(names.values()))]
         missing = [path.name for path in paths if not path.exists()]
         if missing or not paths:
@@ -351,14 +412,27 @@ def _open_parts(folder: Path, table: str) -> dict:
                                f"({', '.join(missing[:3])}); copy them too")
     prefix, parts = table.split(".")[0] + ".", {}
     for path in paths:
-        try:
-            file = safe_open(path, framework="pt")  # reads the header and maps the file into memory
-        except (OSError, SafetensorError) as error:
-            raise ConvertError(f"{str(path)!r} cannot be read as safetensors: {error}; copy it again") from None
-        for name in file.keys():
+        for name, part in _slices(path).items():
             if not BUFFER.search(name):
                 full_name = name if name.startswith((prefix, "lm_head.")) else prefix + name
-                parts[full_name] = file.get_slice(name)
+                if full_name in parts:
+                    raise ConvertError(f"{str(path)!r}: {full_name} is there twice, here and before; remove the copy")
+                parts[full_name] = part
+    return parts
+
+
+def _slices(path: Path) -> dict:
+    """The tensors of a safetensors file by name, unread. Raises ConvertError, also for dtypes that float32 cannot hold.
+    """
+    try:
+        file = safe_open(path, framework="pt")  # reads the header and maps the file into memory
+        parts = {name: file.get_slice(name) for name in file.keys()}
+    except (OSError, SafetensorError) as error:
+        raise ConvertError(f"{str(path)!r} cannot be read as safetensors: {error}; copy it again") from None
+    for name, part in parts.items():
+        if part.get_dtype() not in WEIGHT_DTYPES and not BUFFER.search(name):
+            raise ConvertError(f"the weights in {str(path)!r} are not all float32, bfloat16 or float16: {name} "
+                               f"{part.get_dtype()}; use the model's original")
     return parts
 
 
@@ -446,11 +520,15 @@ def hf_config(config: ModelConfig, family: str, *, bos: int, eos: int, dtype: st
 
 # ---- The two commands ------------------------------------------------------------------------------------------------
 
-def from_hf(folder: Path, run: Path, *, max_seq_len: int | None = None,
+def from_hf(folder: Path, run: Path, *, max_seq_len: int | None = None, base: Path | None = None,
             note: Callable[[str], None] = lambda line: None) -> None:
     """Write the run folder of a Hugging Face folder, whole or not at all. Raises UserError and MachineError."""
     _refuse_full(run, "run folder")
-    hf = read_hf(folder, max_seq_len=max_seq_len)
+    hf = read_hf(folder, max_seq_len=max_seq_len, base=base)
+    if hf.adapter is not None:
+        note(f"adapters: {len(hf.adapter.pairs)} of {str(folder)!r}, merged into {str(hf.base)!r}")
+    if words := set(listed_ends(load_generation(hf.base))) - hf.tokenizer.added_ids:
+        note(f"{GENERATION_FILE}: eos_token_id {sorted(words)} are plain words or no ids: they end no text")
     T = hf.model.max_seq_len
     if T < hf.known_seq_len and max_seq_len is None:
         note(f"context: {T:,} of the {hf.known_seq_len:,} tokens that the model knows; --max-seq-len "
@@ -461,8 +539,8 @@ def from_hf(folder: Path, run: Path, *, max_seq_len: int | None = None,
     with _new_folder(run) as temporary:
         checkpoint.save(temporary, 0, tensors={"model": weights}, state={"val_loss": None}, keep=1)
         hf.tokenizer.save(temporary / TOKENIZER_FILE)
-        if hf.chat_template is not None:
-            save_template(temporary, hf.chat_template)
+        save_template(temporary, hf.chat_template)
+        save_generation(temporary, hf.generation)
         files.write_whole(temporary / "config.toml", configuration.to_toml(config))
     with torch.device("meta"):
         parameters = GPT(hf.model).parameter_count()
@@ -471,8 +549,8 @@ def from_hf(folder: Path, run: Path, *, max_seq_len: int | None = None,
 
 
 def to_hf(run: Path, folder: Path, *, dtype: str = "float32", note: Callable[[str], None] = lambda line: None) -> None:
-    """Write the Hugging Face folder of a run or of one checkpoint, whole or not at all. dtype: float32 or bfloat16.
-    Raises UserError and MachineError."""
+    """Write the Hugging Face folder of a run or of one checkpoint, whole or not at all. dtype: float32, bfloat16 or
+    float16. Raises UserError and MachineError."""
     _refuse_full(folder, "model folder")
     saved = read_run(run, note)
     config, tokenizer, bos, eos = saved.config.model, saved.tokenizer, saved.tokenizer.start, saved.tokenizer.eot
@@ -486,9 +564,14 @@ def to_hf(run: Path, folder: Path, *, dtype: str = "float32", note: Callable[[st
     for rule in wanted:  # views where that is possible; biases that the family has and the model lacks are 0
         tensor = ours[rule.ours] if rule.ours in ours else torch.zeros(rule.shape)
         theirs |= {name: part.to(getattr(torch, dtype)) for name, part in rule.split(tensor).items()}
+        if dtype == "float16" and tensor.abs().max() > torch.finfo(torch.float16).max:
+            raise ConvertError(f"{rule.ours} of {str(saved.checkpoint)!r} has values beyond float16's 65,504; use "
+                               "--dtype bfloat16")
+    more_ends = sorted(saved.end_ids - {eos})
     tables = {
         "config.json": hf_config(config, family, bos=bos, eos=eos, dtype=dtype),
-        "generation_config.json": {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": eos},
+        GENERATION_FILE: {"pad_token_id": eos} | saved.generation | {
+            "bos_token_id": bos, "eos_token_id": [eos, *more_ends] if more_ends else eos},
         TOKENIZER_CONFIG_FILE: {
             "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": tokenizer.bos_token or tokenizer.eot_token,
             "eos_token": tokenizer.eot_token, "model_max_length": config.max_seq_len,
@@ -498,8 +581,7 @@ def to_hf(run: Path, folder: Path, *, dtype: str = "float32", note: Callable[[st
         tokenizer.save(temporary / TOKENIZER_FILE)  # may write a tokenizer_config.json, of which ours says more
         for name, table in tables.items():
             files.write_whole(temporary / name, json.dumps(table, indent=2, ensure_ascii=False) + "\n")
-        if saved.chat_template is not None:
-            save_template(temporary, saved.chat_template)
+        save_template(temporary, saved.chat_template)
     note(f"model {str(folder)!r}: {FAMILIES[family]}, {dtype}, of {str(saved.checkpoint)!r}")
 
 
@@ -534,14 +616,16 @@ def main(argv: list[str]) -> None:
     add("run", type=Path, metavar="RUN", help="new run folder: to sample from, evaluate, and for train.init_from")
     add("--max-seq-len", type=int, metavar="N",
         help=f"context of the run; left out = the model's, with RoPE at most {DEFAULT_CONTEXT}")
+    add("--base", type=Path, metavar="DIR", help="of a folder of peft's adapters: the model that they belong to; left "
+        "out = the folder that their adapter_config.json names")
     add = commands.add_parser("to-hf", help="make a Hugging Face folder of a run").add_argument
     add("run", type=Path, metavar="RUN", help="run folder (its newest checkpoint) or one checkpoint inside it")
     add("folder", type=Path, metavar="HF_DIR", help="new folder, for from_pretrained and what reads its like")
-    add("--dtype", default="float32", choices=("float32", "bfloat16"),
+    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"),
         help="of the weights; default float32, the run's own")
     args = parser.parse_args(argv)
     if args.command == "from-hf":
-        from_hf(args.folder, args.run, max_seq_len=args.max_seq_len, note=cli.note)
+        from_hf(args.folder, args.run, max_seq_len=args.max_seq_len, base=args.base, note=cli.note)
     else:
         to_hf(args.run, args.folder, dtype=args.dtype, note=cli.note)
 

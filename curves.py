@@ -68,7 +68,7 @@ def parse_row(line: bytes) -> dict:
     """One line of metrics.jsonl. Raises ValueError saying what is wrong with it."""
     try:
         row = json.loads(line, parse_constant=int)  # int refuses NaN and Infinity, which Python's json would read
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError("it is not valid JSON") from None
     if not isinstance(row, dict) or row.get("kind") not in ROW_FIELDS:
         raise ValueError("its kind is neither 'train' nor 'val'")

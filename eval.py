@@ -20,12 +20,12 @@ import torch
 import cli
 import files
 import sample
-from config import DataConfig, UserError, exit_cleanly
+from config import UserError, exit_cleanly
 from data.dataset import open_dataset, open_split
 from data.loader import IGNORED, MicroBatch, ValLoader
-from data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
+from data.tokenizer import TOKENIZER_FILE, load_tokenizer
 from distributed import World, choose_device, sum_over_ranks
-from finetune.runs import read_run
+from finetune.runs import SavedRun, read_run
 from kernels import self_check
 from kernels.cpu import pack_for_decoding
 from model import GPT
@@ -36,52 +36,66 @@ from tasks import scores, tasks
 class Score:
     loss: float  # nats per token, over all scored targets
     perplexity: float
-    bits_per_byte: float | None  # nats of non-special targets / (ln 2 x their bytes); None without such targets
+    bits_per_byte: float | None  # nats of non-special targets / (ln 2 x their bytes); None if these are not known
     tokens: int
     bytes: int
+    unknown: int  # targets that the tokenizer could not spell
 
 
 @torch.no_grad()
 def evaluate(model: GPT, batches: Iterable[MicroBatch], *, token_bytes: np.ndarray, device: torch.device,
              world: World = World(), should_stop: Callable[[], bool] = lambda: False) -> Score | None:  # noqa: B008
     """The score over all ranks' batches; None if should_stop() on any rank. token_bytes (V,): bytes per id, 0 =
-    special. The model is left in the mode (train or eval) it came in. Ranks may have different numbers of batches.
+    special, -1 = unknown text, one of which makes bits per byte unknown (Tokenizer.scored_bytes). The model is left in
+    the mode (train or eval) it came in. Ranks may have different numbers of batches.
     """
     bytes_of_id = torch.from_numpy(token_bytes).to(torch.float64)
-    sums = torch.zeros(5, dtype=torch.float64)  # nats, targets, nats and bytes of text, ranks that stopped
+    sums = torch.zeros(6, dtype=torch.float64)  # nats, targets, nats and bytes of text, unknown, ranks that stopped
     was_training = model.training
     model.eval()
     for batch in batches:
         if should_stop():
-            sums[4] = 1.0
+            sums[5] = 1.0
             break
         losses = model(batch.tokens, batch.targets, document_ids=batch.document_ids, reduction="none").cpu().double()
         targets = batch.targets.flatten().cpu()
         lengths = bytes_of_id[targets.clamp(min=0)] * (targets != IGNORED)
-        sums[:4] += torch.stack((losses.sum(), (targets != IGNORED).sum().double(), losses[lengths > 0].sum(),
-                                 lengths.sum()))
+        sums[:5] += torch.stack((losses.sum(), (targets != IGNORED).sum(), losses[lengths > 0].sum(),
+                                 lengths.clamp(min=0).sum(), (lengths < 0).sum()))
     model.train(was_training)
     sums = sums.to(device, torch.float32 if device.type == "mps" else torch.float64)  # MPS has no float64
-    nats, scored, text_nats, text_bytes, stopped = sum_over_ranks(sums, world).tolist()
+    nats, scored, text_nats, text_bytes, unknown, stopped = sum_over_ranks(sums, world).tolist()
     if stopped:
         return None
     loss = nats / max(scored, 1.0)  # a loss mask may leave nothing
     return Score(loss=loss, perplexity=math.exp(loss) if loss < 700 else math.inf,
-                 bits_per_byte=text_nats / (math.log(2) * text_bytes) if text_bytes else None,
-                 tokens=int(scored), bytes=int(text_bytes))
+                 bits_per_byte=text_nats / (math.log(2) * text_bytes) if text_bytes and not unknown else None,
+                 tokens=int(scored), bytes=int(text_bytes), unknown=int(unknown))
 
 
-def text_batches(ids: np.ndarray, *, eot: int, seq_len: int, batch_size: int,
-                 device: torch.device) -> Iterator[MicroBatch]:
-    """All of a text in windows that do not overlap; its first token is predicted from end-of-text. ids (n,), n >= 1."""
-    windows = -(-len(ids) // seq_len)
-    tokens = np.full(windows * seq_len + 1, eot, dtype=np.int64)
+def text_batches(ids: np.ndarray, *, eot: int, seq_len: int, batch_size: int, device: torch.device,
+                 stride: int | None = None, document_end: int | None = None) -> Iterator[MicroBatch]:
+    """All of a text in windows, each token scored once; the first is predicted from end-of-text. ids (n,), n >= 1.
+
+    A window begins `stride` tokens after the one before it and scores what that one did not: all but the first window's
+    tokens have a context of at least seq_len - stride + 1 (Hugging Face's perplexity of fixed-length models). stride
+    None = seq_len: windows do not overlap. document_end: the id between documents, if these do not see each other.
+    """
+    stride = stride or seq_len
+    windows = max(0, -(-(len(ids) - seq_len) // stride)) + 1
+    tokens = np.full((windows - 1) * stride + seq_len + 1, eot, dtype=np.int64)
     tokens[1:len(ids) + 1] = ids
-    inputs, targets = torch.from_numpy(tokens[:-1]), torch.from_numpy(tokens[1:].copy())
+    targets = tokens[1:].copy()
     targets[len(ids):] = IGNORED
-    inputs, targets = (part.view(windows, seq_len).to(device) for part in (inputs, targets))
-    for i, (tokens, next_tokens) in enumerate(zip(inputs.split(batch_size), targets.split(batch_size), strict=True)):
-        yield MicroBatch(tokens, next_tokens, None, first_window=i * batch_size)
+    parts = [np.lib.stride_tricks.sliding_window_view(part, seq_len)[::stride] for part in (tokens[:-1], targets)]
+    for first in range(0, windows, batch_size):
+        inputs, next_tokens = (torch.from_numpy(part[first:first + batch_size].copy()).to(device) for part in parts)
+        next_tokens[int(first == 0):, :seq_len - stride] = IGNORED
+        document_ids = None
+        if document_end is not None:  # as in data/loader.py: an end-of-text belongs to the document it ends
+            ends = inputs == document_end
+            document_ids = ends.cumsum(dim=1, dtype=torch.int32) - ends.int()
+        yield MicroBatch(inputs, next_tokens, document_ids, first_window=first)
 
 
 def compressed_bits_per_byte(text: bytes) -> dict[str, float]:
@@ -107,9 +121,7 @@ def main(argv: list[str]) -> None:
                                    dtype=model.compute_dtype, device=device))
     result = {"run": args.run}
     if task is None or args.data is not None:
-        batches = _batches(args, saved.config.data, model, tokenizer, device)
-        score = evaluate(model, batches, token_bytes=tokenizer.token_bytes(), device=device)
-        result |= {"data": str(args.data), **asdict(score)}
+        result |= _score_data(args, saved, model, device)
     if task is not None:
         task = replace(task, examples=task.examples[:args.limit], parse_special=bool(args.parse_special))
         if kind == "multiple choice":
@@ -120,10 +132,13 @@ def main(argv: list[str]) -> None:
             cli.note(scores.confusion_table(labels, np.array(found["confusion"])))
         else:
             cli.note(pack_for_decoding(model))
-            found, rows = tasks.generation(model, tokenizer, task, saved.chat_template, metrics=metrics,
-                                           max_new_tokens=args.max_new_tokens or 256,
+            found, rows = tasks.generation(model, tokenizer, task, saved.chat_template, ends=saved.end_ids,
+                                           metrics=metrics, max_new_tokens=args.max_new_tokens or 256,
                                            stop=tuple(args.stop or ()), batch_size=args.batch_size,
                                            too_long=saved.config.data.too_long)
+            if found.get("bleu") == 0:
+                cli.note("bleu is 0: no answer shares a word with its reference, or none has the four in a row that it "
+                         "counts; chrf also tells short texts apart")
         result |= {"task": str(args.task), "kind": kind, "examples": len(task.examples), **found}
         if args.plot is not None:
             with files.disk_errors(args.plot):
@@ -142,6 +157,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "out = the run's own, or none beside --task")
     add("--task", type=Path, metavar="FILE.jsonl", help="examples to score: lines of query, choices, gold (or "
         "HellaSwag's ctx, endings, label); of text, label; of prompt, reference; or of messages")
+    add("--stride", type=int, metavar="N", help="perplexity of a sliding window that moves by N tokens and scores "
+        "those, each with max_seq_len - N tokens or more before it; left out = windows that do not overlap")
     add("--batch-size", type=int, default=8, metavar="N", help="rows per forward pass; default 8")
     add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
     add("--dtype", default="float32", choices=sample.DTYPES)
@@ -158,9 +175,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--metrics", metavar="NAMES", help=f"generation: of {','.join(scores.TEXT_METRICS)}; default all installed")
     args = parser.parse_args(argv)
     args.stop = args.stop and sample.stop_texts(args.stop, cli.note)
-    for name in ("batch_size", "limit", "max_new_tokens"):
+    for name in ("batch_size", "limit", "max_new_tokens", "stride"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} should be at least 1")
+    if args.stride is not None and args.task is not None and args.data is None:
+        raise UserError(f"--stride {args.stride} is for text, and a task is scored alone; name text with --data too")
     return args
 
 
@@ -179,32 +198,70 @@ def _check_files(args: argparse.Namespace, task: tasks.Task | None) -> None:
         cli.require("--plot", "matplotlib")
 
 
-def _batches(args: argparse.Namespace, config: DataConfig, model: GPT, tokenizer: Tokenizer,
-             device: torch.device) -> Iterator[MicroBatch]:
-    """What --data names, else the run's own validation split. args.data becomes its name. Raises UserError."""
-    data = args.data = args.data or config.dir and Path(config.dir)
+def _score_data(args: argparse.Namespace, saved: SavedRun, model: GPT, device: torch.device) -> dict:
+    """The score of what --data names, else of the run's own validation split, as the result's fields. Raises UserError.
+    """
+    config, tokenizer, seq_len = saved.config, saved.tokenizer, model.config.max_seq_len
+    data = args.data or config.data.dir and Path(config.data.dir)
     if data is None or not data.exists():  # a run converted from Hugging Face has none
         problem = f"run {args.run!r} has no data of its own" if data is None else f"data {str(data)!r} does not exist"
         raise UserError(f"{problem}; name a folder of shards or a text file with --data")
-    seq_len, own = model.config.max_seq_len, data / TOKENIZER_FILE
+    if args.stride is not None and args.stride > seq_len:
+        raise UserError(f"--stride {args.stride} is more than the context of {seq_len} tokens: some would not be "
+                        f"scored; give 1 to {seq_len}")
+    common = {"seq_len": seq_len, "batch_size": args.batch_size, "device": device, "stride": args.stride}
+    fields = {"data": str(data)} | ({} if args.stride is None else {"stride": args.stride})
     if data.is_dir():
-        dataset = open_dataset(data)
-        if own.exists() and load_tokenizer(own).fingerprint != tokenizer.fingerprint:
-            raise UserError(f"data {str(data)!r} was made with tokenizer {dataset.index['tokenizer']!r}, the run with "
-                            "another; prepare the text again with --tokenizer RUN")
-        if dataset.raw_files:
-            cli.note(f"no header in {', '.join(dataset.raw_files)}: read as bare uint16 ids")
-        stream = open_split(dataset, "val")
-        return ValLoader(stream, seq_len=seq_len, eval_tokens=stream.tokens, micro_batch=args.batch_size, device=device,
-                         eot=tokenizer.eot if config.document_mask else None,
-                         vocab_size=tokenizer.vocab_size).micro_batches()
+        batches = _shard_batches(data, saved, common)
+        score = evaluate(model, batches, token_bytes=tokenizer.scored_bytes(), device=device)
+        if score.bits_per_byte is None:
+            cli.note(f"bits_per_byte is null: the run's tokenizer does not keep all of a text ({score.unknown:,} of "
+                     f"{score.tokens:,} tokens are unknown to it), or nothing of it is scored")
+        return fields | asdict(score)
     if data.suffix in (".jsonl", ".gz", ".zst", ".parquet"):
         raise UserError(f"--data {str(data)!r} is not plain text; prepare it first (python -m data.prepare {data} "
                         "--out DIR --tokenizer RUN, then --data DIR), or use --task for examples with right answers")
-    ids = tokenizer.encode(data.read_bytes().decode("utf-8", errors="replace"))
+    try:
+        text = (content := data.read_bytes()).decode()
+    except OSError as error:
+        raise UserError(f"text {str(data)!r} cannot be read: {error.strerror}; name another") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"text {str(data)!r} is not UTF-8 at byte {error.start}; convert it first") from None
+    ids = tokenizer.encode(text)
     if len(ids) == 0:
         raise UserError(f"text {str(data)!r} is empty; name a file with text in it")
-    return text_batches(ids, eot=tokenizer.start, seq_len=seq_len, batch_size=args.batch_size, device=device)
+    score = evaluate(model, text_batches(ids, eot=tokenizer.start, **common), token_bytes=tokenizer.scored_bytes(),
+                     device=device)
+    bits = score.loss * score.tokens / (math.log(2) * len(content))  # of the file's real bytes: all tokens are text
+    if not tokenizer.spells(ids, text):
+        bits = None
+        cli.note(f"bits_per_byte is null: the run's tokenizer loses some of the text ({score.unknown:,} of "
+                 f"{score.tokens:,} tokens are unknown to it), so that its loss is that of another text")
+    return fields | asdict(replace(score, bits_per_byte=bits, bytes=len(content)))
+
+
+def _shard_batches(data: Path, saved: SavedRun, common: dict) -> Iterator[MicroBatch]:
+    """The validation split of a folder of shards. common: options of text_batches."""
+    dataset, own, tokenizer, config = open_dataset(data), data / TOKENIZER_FILE, saved.tokenizer, saved.config
+    if own.exists() and load_tokenizer(own).fingerprint != tokenizer.fingerprint:
+        raise UserError(f"data {str(data)!r} was made with tokenizer {dataset.index['tokenizer']!r}, the run with "
+                        "another; prepare the text again with --tokenizer RUN")
+    if dataset.raw_files:
+        cli.note(f"no header in {', '.join(dataset.raw_files)}: read as bare uint16 ids")
+    stream, document_end = open_split(dataset, "val"), tokenizer.eot if config.data.document_mask else None
+    loader = ValLoader(stream, seq_len=common["seq_len"], eval_tokens=stream.tokens, micro_batch=common["batch_size"],
+                       device=common["device"], eot=document_end, vocab_size=tokenizer.vocab_size)
+    trained = max(1, config.train.eval_tokens // loader.seq_len)  # windows of the run's own evaluations
+    if config.data.dir is not None and data.resolve() == Path(config.data.dir).resolve() and loader.windows > trained:
+        cli.note(f"all {loader.windows * loader.seq_len:,} validation tokens are scored, the run's own evaluations "
+                 f"scored the first {trained * loader.seq_len:,} (train.eval_tokens): the figures differ")
+    if common["stride"] is None:
+        return loader.micro_batches()
+    if stream.row_tokens is not None:
+        raise UserError(f"--stride {common['stride']}: the rows of {str(data)!r} are examples, which do not continue "
+                        "each other; leave it out")
+    tokens = stream.windows(np.zeros(1), stream.tokens)[0]
+    return text_batches(tokens[1:], eot=tokens[0], document_end=document_end, **common)
 
 
 if __name__ == "__main__":

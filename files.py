@@ -8,6 +8,7 @@ All raise OSError.
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import shutil
 import socket
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from config import MachineError
 
@@ -86,6 +88,21 @@ def sha256(path: Path, pause: Callable[[float], None] | None = None) -> str:
                 pause(time.perf_counter() - started)
                 started = time.perf_counter()
     return digest.hexdigest()
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What a JSON text holds. Raises ValueError for what is none, also if it is nested too deeply to be read or gives
+    one name two values, of which Python would take the last."""
+    def table(pairs: list[tuple[str, Any]]) -> dict:
+        found = dict(pairs)
+        if len(found) < len(pairs) and (twice := [name for name, value in pairs if found[name] != value]):
+            raise ValueError(f"it gives {twice[0]!r} two values")
+        return found
+
+    try:
+        return json.loads(text, object_pairs_hook=table)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 @contextmanager

@@ -26,7 +26,6 @@ import checkpoint
 import cli
 import distributed
 from config import ModelConfig, UserError, exit_cleanly
-from data.chat import turn_end
 from data.prompts import answer_room, encode_prompt, fit_chat, fit_prompt
 from data.tokenizer import Tokenizer
 from finetune.runs import SavedRun, read_run
@@ -190,13 +189,12 @@ def generate_text(model: GPT, tokenizer: Tokenizer, prompts: list[str], *, max_n
                   sampling: Sampling = Sampling(), stop: tuple[str, ...] = (),  # noqa: B008
                   ends: frozenset[int] = frozenset(), chat_template: str | None = None,
                   parse_special: bool = False) -> Iterator[Piece]:
-    """Continue each prompt as text, piece by piece, until end-of-text or a token of ends, a stop text (none is emitted)
-    or the length; the last piece of a row has its finish set. With a chat_template each prompt is what the user says,
-    and the end of the assistant's turn is the end; parse_special: see fit_context. Raises SampleError, ChatError, at
-    once."""
+    """Continue each prompt as text, piece by piece, until end-of-text or a token of ends (a run's end_ids), a stop text
+    (none is emitted) or the length; the last piece of a row has its finish set. chat_template and parse_special: see
+    fit_context. Raises SampleError, ChatError, at once."""
     contexts = [fit_context(tokenizer, prompt, model.config, max_new_tokens=max_new_tokens,
                             chat_template=chat_template, parse_special=parse_special)[0] for prompt in prompts]
-    ends |= end_tokens(tokenizer, chat_template)
+    ends |= {tokenizer.eot}
     streams = {row: TextStream(tokenizer, context, stop, ends) for row, context in enumerate(contexts)}
     steps = generate(model, contexts, max_new_tokens=max_new_tokens, sampling=sampling)
 
@@ -246,11 +244,6 @@ def known_ids(ids: np.ndarray, vocab_size: int) -> list[int]:
         raise SampleError(f"the prompt has token {ids.max()} but the model knows {vocab_size} ids; the run's "
                           "tokenizer.json belongs to another model")
     return ids.tolist()
-
-
-def end_tokens(tokenizer: Tokenizer, chat_template: str | None) -> frozenset[int]:
-    """The tokens that end a text: end-of-text, and in a chat what ends the assistant's turns. Raises ChatError."""
-    return frozenset({tokenizer.eot} if chat_template is None else {tokenizer.eot, turn_end(tokenizer, chat_template)})
 
 
 class TextStream:

@@ -18,7 +18,7 @@ import config as configuration
 import distributed
 from checkpoint import CheckpointError
 from config import Config, ConfigError, MachineError
-from convert import HuggingFaceModel, read_hf
+from convert import HuggingFaceModel, is_hugging_face, read_hf
 from data.chat import DEFAULT_TEMPLATE, read_template
 from data.dataset import Dataset
 from data.tokenizer import Tokenizer
@@ -161,7 +161,7 @@ def read_parent(config: Config) -> Parent | None:
     if named is None:
         return None
     path = Path(config.train.out_dir) if has_checkpoint(config) else Path(named)
-    if (path / "config.json").exists() and not (path / "config.toml").exists():
+    if is_hugging_face(path):
         if knob == "fork_from":
             raise ConfigError(f"train.fork_from = {named!r} is a Hugging Face folder, which has no moments to go on "
                               "with; use train.init_from")

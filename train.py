@@ -44,11 +44,11 @@ from data.prepared import ensure_prepared
 from data.tokenizer import Tokenizer, load_tokenizer
 from data.verify_shards import BackgroundVerifier
 from distributed import Machine, World
-from finetune.runs import files_to_save
+from finetune.runs import files_to_save, save_generation
 from kernels import self_check
 from model import GPT, flops_per_token, padded_vocab_size
 from optim import LossScale, Optimizer, clip_gradients, learning_rate
-from start import Progress, Resume
+from start import Parent, Progress, Resume
 
 DEMO = Path(__file__).parent / "configs" / "demo.toml"
 MAX_SKIPS_IN_A_ROW = 10
@@ -235,7 +235,7 @@ def evaluate(run: Training) -> bool:
     """Score the validation windows and log it; False if a stop signal cut it short."""
     score = evaluation.evaluate(
         run.model, run.val_data.micro_batches(run.world.rank, run.world.size),
-        token_bytes=run.tokenizer.token_bytes(), device=run.machine.device, world=run.world, should_stop=run.stop)
+        token_bytes=run.tokenizer.scored_bytes(), device=run.machine.device, world=run.world, should_stop=run.stop)
     if score is None:
         return False
     run.progress.val_loss, run.progress.val_due = score.loss, False
@@ -333,7 +333,7 @@ def train(config: Config, given: set[str], *, world: World, stop: StopRequest) -
             model, optimizer, progress = starting.build(start, config, parent, machine, world)
         with distributed.raise_on_all_ranks(world):
             if world.is_main:
-                write_run_files(config, tokenizer, load_template(data_dir))
+                write_run_files(config, tokenizer, load_template(data_dir), parent)
             log = metrics.RunLog(Path(config.train.out_dir), resume_step=start.step, enabled=world.is_main,
                                  tracker=config.train.tracker, config=dataclasses.asdict(config))
         stack.callback(log.close)
@@ -348,14 +348,14 @@ def train(config: Config, given: set[str], *, world: World, stop: StopRequest) -
                 report(run)
 
 
-def write_run_files(config: Config, tokenizer: Tokenizer, chat_template: str | None) -> None:
-    """config.toml, tokenizer.json and the template of a chat into the run folder, each whole and durably; a STOPPED
-    left behind goes away."""
+def write_run_files(config: Config, tokenizer: Tokenizer, chat_template: str | None, parent: Parent | None) -> None:
+    """config.toml, tokenizer.json, the template of a chat and the parent's generation_config.json into the run folder,
+    each whole and durably; a STOPPED left behind goes away."""
     out_dir = Path(config.train.out_dir)
     with files.disk_errors(out_dir):
         tokenizer.save(out_dir / "tokenizer.json")
-        if chat_template is not None:
-            save_template(out_dir, chat_template)
+        save_template(out_dir, chat_template)
+        save_generation(out_dir, {} if parent is None else parent.generation)
         files.write_whole(out_dir / "config.toml", configuration.to_toml(config))
         (out_dir / "STOPPED").unlink(missing_ok=True)
 

@@ -60,9 +60,10 @@ def read_template(path: Path | str) -> str:
     return template
 
 
-def save_template(folder: Path, template: str) -> None:
-    """Write FOLDER/chat_template.jinja, whole or not at all."""
-    files.write_whole(Path(folder) / TEMPLATE_FILE, template)
+def save_template(folder: Path, template: str | None) -> None:
+    """Write FOLDER/chat_template.jinja, whole or not at all; nothing for None."""
+    if template is not None:
+        files.write_whole(Path(folder) / TEMPLATE_FILE, template)
 
 
 def render(template: str, messages: list[dict], *, add_generation_prompt: bool, bos_token: str = "",

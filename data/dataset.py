@@ -11,6 +11,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import files
 from data.shards import REDO, TRACKS, ShardError, ShardHeader, TokenStream, read_header, track_path
 
 INDEX_FILE = "index.json"
@@ -53,7 +54,7 @@ def load_index(data_dir: Path) -> dict | None:
     """The index of a data folder, its shape checked; None if the folder has none. Raises ShardError."""
     path = Path(data_dir) / INDEX_FILE
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = files.parse_json(path.read_text(encoding="utf-8"))
         problem = _index_problem(index)
     except FileNotFoundError:
         return None

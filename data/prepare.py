@@ -230,7 +230,7 @@ class OutputFolder:
         names = {entry.name for entry in self.path.iterdir()} - {LOCK_FILE, f".{PROGRESS_FILE}.tmp"}
         if PROGRESS_FILE in names:
             try:
-                self.progress = json.loads((self.path / PROGRESS_FILE).read_text(encoding="utf-8"))
+                self.progress = files.parse_json((self.path / PROGRESS_FILE).read_text(encoding="utf-8"))
             except ValueError:
                 raise UserError(f"output folder {str(self.path)!r}: {PROGRESS_FILE} is damaged; remove the folder and "
                                 "start again") from None

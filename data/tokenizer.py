@@ -17,6 +17,7 @@ import json
 import os
 import re
 import tempfile
+import unicodedata
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,14 +27,14 @@ import numpy as np
 import files
 from config import UserError
 from data.tokenizer_file import (
-    BYTE_OF_CHAR,
     BYTE_RANKS,
     CL100K_PATTERN,
     GPT2_PATTERN,
     O200K_PATTERN,
+    Decoding,
     byte_level_file,
-    bytes_of_token,
     bytes_of_word,
+    decoding_of,
     pair_of,
     ranks_and_pattern,
     recovered_merges,
@@ -58,6 +59,7 @@ DOWNLOAD_TIMEOUT_S = 5.0  # to find out that there is no network; tiktoken itsel
 CUT = re.compile(r"(?<=[^\W\d_])(?= [^\W\d_])|(?<=\S\n)(?=[^\W_])")
 PIECE_CHARS = 1 << 18  # longer texts are cut; 2^18 blanks stay far below the regex engine's limit
 TRAINING_CHARS = 1 << 16  # longer texts are cut to train a tokenizer, for the library holds 256 at a time
+PROBE = "Ab  É\n\tß\uff0c日本 1.5 e\u0301 🙂 an end\n"  # what a tokenizer that loses text does not give back
 WINDOW_CHARS = 1 << 14  # of a stretch without a cut; BPE's time per character grows with the length of a pre-token
 
 
@@ -73,26 +75,31 @@ class Tokenizer:
     vocab_size, the highest id + 1; special_ids, the special tokens and their ids; eot, eot_token: end-of-text's id and
     spelling; bos_token: what the tokenizer.json puts before every text, or None; start: the id before a text with
     nothing before it, bos_token's or else eot; byte_level: any ids, decoded with decode_bytes, give the bytes of their
-    text, one id after the other; cuttable: the ids of a text are those of its parts when it is cut at a CUT.
+    text, one id after the other; cuttable: the ids of a text are those of its parts when it is cut at a CUT; unknown:
+    the id of text that the vocabulary cannot spell, or None; added_ids: those of special and other added tokens.
     """
 
     def __init__(self, name: str, specials: dict[str, int], *, ranks: dict[bytes, int] | None = None,
-                 pattern: str | None = None, hf=None, file_text: str | None = None, bos_token: str | None = None,
-                 end_of_text: str | int | None = None):
+                 pattern: str | None = None, hf=None, decoding: Decoding | None = None, file_text: str | None = None,
+                 bos_token: str | None = None, end_of_text: str | int | None = None):
         self.name, self.special_ids, self.bos_token = name, specials, bos_token
         self.eot_token = _end_of_text(name, specials, end_of_text)
         self.eot = specials[self.eot_token]
+        self.added_ids = frozenset(specials.values())
         self.start = specials.get(bos_token, self.eot)
-        self.byte_level = self.cuttable = hf is None  # all the patterns may be cut
+        self.cuttable = hf is None  # all the patterns may be cut
+        self.byte_level, self.unknown = hf is None or decoding.byte_level, None
         self._ranks, self._pattern, self._hf = ranks, pattern, hf
         self._file_text = file_text  # a tokenizer.json that was read is written back as it was
         if hf is not None:
             hf.encode_special_tokens = True  # text that spells a special token is plain text
             hf.no_truncation()
             hf.no_padding()
-            vocab = hf.get_vocab(with_added_tokens=True)
-            spells_bytes = vocab.keys() >= BYTE_OF_CHAR.keys()
-            spelled = [(bytes_of_token(token, spells_bytes), i) for token, i in vocab.items()]
+            spelled = [(decoding.spelling(word), i) for word, i in hf.get_vocab(with_added_tokens=False).items()]
+            added = hf.get_added_tokens_decoder()
+            spelled += [(token.content.encode(), i) for i, token in added.items()]
+            self.added_ids |= added.keys()
+            self.unknown = hf.token_to_id(decoding.unknown) if isinstance(decoding.unknown, str) else decoding.unknown
         else:
             spelled = list(ranks.items())
             if pattern is not None:
@@ -109,7 +116,7 @@ class Tokenizer:
 
     def encodes_like(self, other: "Tokenizer") -> bool:
         """Whether both give every text the same ids; files of other spelling may still hold the same tokenizer."""
-        ours, theirs = ((t._ranks, t._pattern, t.special_ids, t.eot) if t.byte_level else (t.fingerprint, t.eot)
+        ours, theirs = ((t._ranks, t._pattern, t.special_ids, t.eot) if t._hf is None else (t.fingerprint, t.eot)
                         for t in (self, other))
         return ours == theirs
 
@@ -158,7 +165,7 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; special tokens as they are spelled, bytes that are no UTF-8 as U+FFFD."""
         ids = self._known(ids)
-        if self._hf is not None:
+        if not self.byte_level:
             return self._hf.decode(ids, skip_special_tokens=False)
         return b"".join(self._spellings[i] for i in ids).decode("utf-8", errors="replace")
 
@@ -166,7 +173,7 @@ class Tokenizer:
         """The bytes of the text that ids stand for, special tokens left out. Unless byte_level, the UTF-8 of the text:
         the bytes of a part of the ids need not be a part of the bytes."""
         ids = self._known(ids)
-        if self._hf is not None:
+        if not self.byte_level:
             return self._hf.decode(ids, skip_special_tokens=True).encode()
         return b"".join(self._spellings[i] for i in ids if self._token_bytes[i])
 
@@ -186,6 +193,24 @@ class Tokenizer:
     def token_bytes(self) -> np.ndarray:
         """Bytes of text that each id stands for (its spelling's), int32 (vocab_size,); 0 for special and unused ids."""
         return self._token_bytes.copy()
+
+    def scored_bytes(self) -> np.ndarray:
+        """token_bytes() for bits per byte, which mean something where the ids hold the whole text: -1 for the id of
+        text that is unknown, and 0 for all others of a tokenizer that loses some (case, accents, blanks, ...)."""
+        lengths = self._token_bytes * self._keeps_text
+        if self.unknown is not None:
+            lengths[self.unknown] = -1
+        return lengths
+
+    def spells(self, ids: np.ndarray, text: str) -> bool:
+        """Whether ids hold all of a text: they give it back, up to Unicode's canonical equivalence (a normalizer NFC)
+        and one space before it (a mark before the first word)."""
+        ours, theirs = (unicodedata.normalize("NFC", t).removeprefix(" ") for t in (self.decode(ids), text))
+        return ours == theirs
+
+    @functools.cached_property
+    def _keeps_text(self) -> bool:
+        return self._hf is None or self.spells(self.encode(PROBE), PROBE)
 
     @functools.cached_property
     def file_text(self) -> str:
@@ -364,7 +389,7 @@ def _configured_end(path: Path) -> str | None:
     if path.name != TOKENIZER_FILE or not config.exists():
         return None
     with _reading(config, "cannot be read as Hugging Face's", "copy it again"):
-        token = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
+        token = files.parse_json(config.read_text(encoding="utf-8")).get("eos_token")
         token = token["content"] if isinstance(token, dict) else token
     return token if isinstance(token, str) else None
 
@@ -380,8 +405,8 @@ def from_vocab_and_merges(folder: Path, *, end_of_text: int | None = None) -> To
     with _reading(folder / "vocab.json", "and merges.txt are not those of a byte-level BPE such as GPT-2's",
                   f"put a {TOKENIZER_FILE} beside them"):
         added = folder / "added_tokens.json"
-        specials = json.loads(added.read_text(encoding="utf-8")) if added.exists() else {}
-        vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+        specials = files.parse_json(added.read_text(encoding="utf-8")) if added.exists() else {}
+        vocab = files.parse_json((folder / "vocab.json").read_text(encoding="utf-8"))
         lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
         merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
         specials = {token: i for token, i in vocab.items() if token == END_OF_TEXT} | specials
@@ -394,7 +419,7 @@ def from_vocab_and_merges(folder: Path, *, end_of_text: int | None = None) -> To
 
 def _from_file_text(text: str, name: str, *, end_of_text: str | int | None = None) -> Tokenizer:
     """The tokenizer of a tokenizer.json: encoded by tiktoken if that gives the same ids, else by `tokenizers`."""
-    file = json.loads(text)
+    file = files.parse_json(text)
     specials = {t["content"]: t["id"] for t in file["added_tokens"] if t["special"]}
     options = {"file_text": text, "bos_token": token_before_text(file.get("post_processor")),
                "end_of_text": end_of_text}
@@ -406,5 +431,9 @@ def _from_file_text(text: str, name: str, *, end_of_text: str | int | None = Non
             hf = HuggingFace.from_str(text)
         except Exception as error:  # the library raises nothing more special
             raise ValueError(str(error)) from None
-        return Tokenizer(name, specials, hf=hf, **options)
+        for token in file["added_tokens"]:  # the library numbers them anew where ids before them are missing
+            if (found := hf.token_to_id(token["content"])) != token["id"]:
+                raise ValueError(f"added token {token['content']!r} has id {token['id']}, but the library makes it "
+                                 f"{found}: ids before it are missing") from None
+        return Tokenizer(name, specials, hf=hf, decoding=decoding_of(file), **options)
     return Tokenizer(name, specials, ranks=ranks, pattern=pattern, **options)

@@ -7,7 +7,8 @@ for is a table here; tests compare its ids with those of the `tokenizers` librar
 import itertools
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 # The splits into words, in the form that tiktoken runs fastest; bpe:N is trained with GPT-2's.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
@@ -42,14 +43,58 @@ def word_of_bytes(token: bytes) -> str:
     return "".join([CHAR_OF_BYTE[byte] for byte in token])
 
 
-def bytes_of_token(token: str, spells_bytes: bool) -> bytes:
-    """The text of a token of the `tokenizers` library. Where the vocabulary does not spell bytes, SentencePiece's mark
-    is a space, <0xE4> a byte, ## a continuation."""
-    if spells_bytes and BYTE_OF_CHAR.keys() >= set(token):
-        return bytes_of_word(token)
-    if re.fullmatch(r"<0x[0-9A-F]{2}>", token):
-        return bytes([int(token[3:5], 16)])
-    return token.removeprefix("##").replace("\u2581", " ").encode()
+@dataclass(frozen=True)
+class Decoding:
+    """How the words of a tokenizer.json spell text: what its decoder does to one word, and its model's byte_fallback.
+    Without a decoder that is what the pre_tokenizer did to the text, undone."""
+
+    steps: tuple[dict, ...]  # of the decoder; those that only look at neighbouring words change nothing here
+    byte_fallback: bool  # <0xE4> is a byte
+    unknown: str | int | None  # the word, or id, of all text that the vocabulary cannot spell
+
+    @property
+    def byte_level(self) -> bool:
+        """Whether each word is the bytes that its characters stand for, wherever it stands."""
+        return any(step["type"] == "ByteLevel" for step in self.steps)
+
+    def spelling(self, word: str) -> bytes:
+        """The text of one word, a mark at its start or end as a space; not of an added token, which is what it is."""
+        if self.byte_level and BYTE_OF_CHAR.keys() >= set(word):
+            return bytes_of_word(word)
+        if self.byte_fallback and re.fullmatch(r"<0x[0-9A-F]{2}>", word):
+            return bytes([int(word[3:5], 16)])
+        for step in self.steps:
+            match step:
+                case {"type": "Metaspace", "replacement": mark}:
+                    word = word.replace(mark, " ")
+                case {"type": "Replace", "pattern": {"String": old}, "content": new}:
+                    word = word.replace(old, new)
+                case {"type": "WordPiece", "prefix": prefix}:
+                    word = word.removeprefix(prefix)
+                case {"type": "BPEDecoder", "suffix": suffix} if word.endswith(suffix):
+                    word = word.removesuffix(suffix) + " "
+        return word.encode()
+
+
+def decoding_of(file: dict) -> Decoding:
+    """The Decoding of a tokenizer.json. Raises KeyError, TypeError or AttributeError if it is none."""
+    steps = tuple(_steps(file.get("decoder"), "decoders"))
+    if not steps:
+        steps = tuple(step for step in _steps(file.get("pre_tokenizer"), "pretokenizers")
+                      if step["type"] in ("ByteLevel", "Metaspace"))
+    model = file["model"]
+    unknown = model.get("unk_token") if model.get("type") != "Unigram" else model.get("unk_id")
+    return Decoding(steps, bool(model.get("byte_fallback")) or any(step["type"] == "ByteFallback" for step in steps),
+                    unknown)
+
+
+def _steps(part: dict | None, name: str) -> Iterator[dict]:
+    """The steps of a part of the file, those of its Sequences one after the other."""
+    if part is not None and part["type"] == "Sequence":
+        for step in part[name]:
+            yield from _steps(step, name)
+    elif part is not None:
+        yield part
 
 
 def pair_of(merge: str | list[str]) -> list[str]:

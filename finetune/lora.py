@@ -28,6 +28,9 @@ FAMILIES = {
     "flatgpt": ("blocks.", {target: (target,) for target in LORA_TARGETS}),
 }
 PEFT_PREFIX = "base_model.model."
+# Values of adapter_config.json under which the weights are the base's plus scale x B A; the first is the default
+KNOWN = {"peft_type": ("LORA",), "use_dora": (False,), "lora_bias": (False,), "use_qalora": (False,),
+         "layer_replication": (None,), "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva")}
 
 
 class LoRALinear(Linear):
@@ -68,8 +71,9 @@ def adapters(model: GPT) -> dict[str, LoRALinear]:
 
 def family_of(model: ModelConfig) -> str:
     """Whose module names the adapters' names are made of."""
-    return {("layernorm", "learned", "gelu"): "gpt2", ("layernorm", "learned", "gelu_exact"): "gpt2",
-            ("rmsnorm", "rope", "swiglu"): "llama"}.get((model.norm, model.position, model.mlp), "flatgpt")
+    if (model.norm, model.position) == ("layernorm", "learned") and model.mlp != "swiglu":
+        return "gpt2"
+    return "llama" if (model.norm, model.position, model.mlp) == ("rmsnorm", "rope", "swiglu") else "flatgpt"
 
 
 def peft_tensors(model: GPT) -> dict[str, Tensor]:
@@ -130,3 +134,48 @@ def merge(base: dict[str, Tensor], tensors: dict[str, Tensor], config: dict) -> 
     scale = config["lora_alpha"] / config["r"]
     return base | {f"{name}.weight": torch.addmm(base[f"{name}.weight"].float(), B.float(), A.float(), alpha=scale)
                    for name, (A, B) in pairs_of(tensors).items()}
+
+
+# ---- Adapters that peft made -----------------------------------------------------------------------------------------
+
+class PeftAdapter:
+    """peft's adapter_model.safetensors and adapter_config.json, to be merged into the weights of a Hugging Face model:
+    plain LoRA, also with ranks and alphas by layer, rslora, trained biases and whole matrices (modules_to_save).
+
+    tensors: name -> tensor, or what gives one with [:] and knows get_shape(). pairs: weight's name -> (A, B, scale).
+    replaced: weight's name -> its new value. Raises ValueError for another method, KeyError for half a pair.
+    """
+
+    def __init__(self, tensors: dict, config: dict):
+        for key, known in KNOWN.items():
+            if config.get(key, known[0]) not in known:
+                raise ValueError(f"{key} = {config[key]!r} is not plain LoRA")
+        self.pairs, self.replaced = {}, {}
+        for name, tensor in tensors.items():
+            stem = name.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")
+            if name.endswith(".lora_A.weight"):
+                module, B = stem.removesuffix(".lora_A.weight"), tensors[name.replace(".lora_A.", ".lora_B.")]
+                rank = tensor.get_shape()[0]
+                alpha = next((value for pattern, value in (config.get("alpha_pattern") or {}).items()
+                              if re.fullmatch(rf"(.*\.)?({pattern})", module)), config["lora_alpha"])
+                scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+                self.pairs[f"{module}.weight"] = tensor, B, scale
+            elif not name.endswith(".lora_B.weight"):
+                self.replaced[stem] = tensor
+
+    def check(self, shapes: dict[str, list[int]]) -> None:
+        """Raises ValueError if not all belongs to weights of these names and shapes, as (outputs, inputs)."""
+        found = {name: [B.get_shape()[0], A.get_shape()[1]] for name, (A, B, _) in self.pairs.items()
+                 if A.get_shape()[0] == B.get_shape()[1]}
+        found |= {name: tensor.get_shape() for name, tensor in self.replaced.items()}
+        wrong = [f"{name} {shape}" for name, shape in found.items() if shapes.get(name) != shape]
+        if wrong or not self.pairs or len(found) < len(self.pairs.keys() | self.replaced.keys()):
+            raise ValueError(f"{', '.join(wrong[:3]) or 'no pair of matrices'} has no place there")
+
+    def merge_into(self, weight: Tensor, name: str) -> None:
+        """Add what the adapters have for a weight, float32 (outputs, inputs), in place, in float32."""
+        if name in self.replaced:
+            weight.copy_(self.replaced[name][:])
+        if name in self.pairs:
+            A, B, scale = self.pairs[name]
+            weight.addmm_(B[:].float(), A[:].float(), alpha=scale)

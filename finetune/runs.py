@@ -1,9 +1,11 @@
 """A saved run, read: config, tokenizer, chat template and weights, adapters merged. The one way from RUN to a model.
 
 A checkpoint of a run with adapters (lora.py) holds adapter_model.safetensors and adapter_config.json instead of the
-model; what they are added to is kept once, in RUN/base/model.safetensors, and state.json has its sha256.
+model; what they are added to is kept once, in RUN/base/model.safetensors, and state.json has its sha256. A run that
+comes from a Hugging Face model keeps its generation_config.json, for exports and for the tokens that end its texts.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,12 +16,13 @@ import checkpoint
 import files
 from checkpoint import CheckpointError
 from config import Config, ConfigError, LoraConfig, ModelConfig, differences, load_run_config
-from data.chat import load_template
+from data.chat import load_template, turn_end
 from data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from finetune import lora
 from model import GPT
 
 ADAPTER, ADAPTER_CONFIG = "adapter_model", "adapter_config"
+GENERATION_FILE = "generation_config.json"
 
 
 @dataclass(frozen=True)
@@ -31,15 +34,22 @@ class SavedRun:
     tokenizer: Tokenizer
     chat_template: str | None  # None: it was not trained on conversations
     checkpoint: Path | None  # None: none was chosen
+    generation: dict  # RUN/generation_config.json; empty if there is none
 
     @property
     def model(self) -> ModelConfig:
         return self.config.model
 
     @property
+    def tokenizer_dir(self) -> Path:
+        return self.dir
+
+    @property
     def end_ids(self) -> frozenset[int]:
-        """The tokens that end what the model writes."""
-        return frozenset({self.tokenizer.eot})
+        """The tokens that end what the model writes: end-of-text, what the chat template puts behind the assistant's
+        turns, and those that the model it comes from names."""
+        ends = {self.tokenizer.eot, *listed_ends(self.generation)}
+        return frozenset(ends if self.chat_template is None else ends | {turn_end(self.tokenizer, self.chat_template)})
 
     def weights(self) -> dict[str, Tensor]:
         """The chosen checkpoint's model on the CPU, adapters merged. Raises CheckpointError."""
@@ -49,15 +59,43 @@ class SavedRun:
 def read_folder(run_dir: Path) -> SavedRun:
     """A run folder without its checkpoints. Raises ConfigError, TokenizerError, ChatError."""
     return SavedRun(run_dir, load_run_config(run_dir), load_tokenizer(str(run_dir / TOKENIZER_FILE)),
-                    load_template(run_dir), None)
+                    load_template(run_dir), None, load_generation(run_dir))
+
+
+def load_generation(folder: Path) -> dict:
+    """generation_config.json of a run or of a Hugging Face folder; empty if there is none. Raises ConfigError."""
+    path = folder / GENERATION_FILE
+    try:
+        table = files.parse_json(path.read_bytes()) if path.exists() else {}
+        if not isinstance(table, dict):
+            raise ValueError(f"it holds a {type(table).__name__}, not a table")
+        listed_ends(table)
+        table.pop("_from_model_config", None)  # under which older transformers go by config.json instead
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{str(path)!r} cannot be read: {error}; copy it again") from None
+    return table
+
+
+def save_generation(folder: Path, table: dict) -> None:
+    """Write FOLDER/generation_config.json, whole or not at all; none for an empty table."""
+    if table:
+        files.write_whole(folder / GENERATION_FILE, json.dumps(table, indent=2, ensure_ascii=False) + "\n")
+
+
+def listed_ends(table: dict) -> list[int]:
+    """The ids that generation_config.json or config.json says end a text. Raises ValueError."""
+    value = table.get("eos_token_id")
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if any(type(i) is not int for i in ids):
+        raise ValueError(f"eos_token_id = {value!r} should be an id or a list of ids")
+    return ids
 
 
 def read_run(run: str | Path, note: Callable[[str], None]) -> SavedRun:
     """RUN, a run folder (its newest valid checkpoint) or one checkpoint inside it, verified but for the moments. note
     receives lines for the user. Raises CheckpointError, ConfigError, TokenizerError, ChatError."""
     chosen = checkpoint.resolve(run, note, weights_only=True)
-    read = read_folder(checkpoint.run_dir_of(chosen))
-    return SavedRun(read.dir, read.config, read.tokenizer, read.chat_template, chosen)
+    return replace(read_folder(checkpoint.run_dir_of(chosen)), checkpoint=chosen)
 
 
 def weights_of(path: Path) -> dict[str, Tensor]:
@@ -121,8 +159,12 @@ def take_over(config: Config, given: set[str], parent) -> Config:
         elif value != theirs:
             raise ConfigError(f"model.{key} = {value} but the run it starts from has {theirs}; of [model] only dropout "
                               "and a smaller max_seq_len may be given beside init_from and fork_from")
-    if data.tokenizer is None and (parent.dir / TOKENIZER_FILE).exists():
-        data = replace(data, tokenizer=str(parent.dir / TOKENIZER_FILE))  # the file: a run may be called gpt2
+    tokenizer = parent.tokenizer_dir / TOKENIZER_FILE
+    if data.tokenizer is None and data.dir is None and not tokenizer.exists():  # GPT-2's older files
+        raise ConfigError(f"train.init_from = {str(parent.dir)!r} has no {TOKENIZER_FILE} to prepare text with; "
+                          f"convert it first: python convert.py from-hf {parent.dir} RUN, then train.init_from=RUN")
+    if data.tokenizer is None and tokenizer.exists():
+        data = replace(data, tokenizer=str(tokenizer))  # the file: a run may be called gpt2
     if config.train.fork_from is not None:  # its moments are those of its adapters
         changes = [line for line in differences(config.lora, parent.config.lora, "lora")
                    if line.partition(":")[0] in given]

@@ -16,13 +16,13 @@ import time
 import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import cached_property, partial, partialmethod
+from functools import partial, partialmethod
 
 from config import ModelConfig
 from data import chat
 from data.prompts import answer_room, encode_prompt, fit_chat
 from data.tokenizer import Tokenizer, replace_surrogates
-from sample import SampleError, Sampling, TextStream, end_tokens
+from sample import SampleError, Sampling, TextStream
 from serving.batching import Part, Row, Scored
 
 MAX_STOPS, MAX_STOP_CHARS = 64, 1000
@@ -70,16 +70,8 @@ class Served:
     too_long: str = "cut"  # what becomes of a chat longer than the context; "error": it is refused
     max_rows: int = 256  # texts of one request
     time_limit_s: float = 600.0
-    ends: frozenset[int] = frozenset()  # tokens that end a text, beside end-of-text and in a chat the end of a turn
+    ends: frozenset[int] = frozenset()  # the run's end_ids; end-of-text ends a text without being told
     created: int = field(default_factory=lambda: int(time.time()))
-
-    @cached_property
-    def chat_ends(self) -> frozenset[int]:
-        """The tokens that end an answer in a chat."""
-        try:
-            return end_tokens(self.tokenizer, self.template)
-        except chat.ChatError:  # a template that wants other messages
-            return end_tokens(self.tokenizer, None)
 
     def as_json(self) -> dict:
         return {"id": self.name, "object": "model", "created": self.created, "owned_by": "flatgpt",
@@ -227,8 +219,7 @@ def parse(body: dict, served: Served, deliver: Callable[[int, Part], None], *, i
     else:
         top_logprobs = fields.whole("logprobs", None, low=0, high=MAX_TOP_LOGPROBS)
 
-    ends = served.ends | (served.chat_ends if is_chat else end_tokens(served.tokenizer, None))
-    ends = frozenset() if fields.flag("ignore_eos") else ends
+    ends = frozenset() if fields.flag("ignore_eos") else served.ends | {served.tokenizer.eot}
     settings = {
         "sampling": _sampling(fields), "stop": _stops(fields.take("stop", [])), "top_logprobs": top_logprobs,
         "stop_tokens": ends | _token_ids(fields.take("stop_token_ids", []), served.config.vocab_size),
@@ -271,7 +262,7 @@ def _prompt(value: object, served: Served, *, is_whole: bool, add_start: bool, p
     if isinstance(value, str):
         text = replace_surrogates(value)
         most = served.config.max_seq_len * int(tokenizer.token_bytes().max())  # bytes that could fit
-        if tokenizer.byte_level and not parse_special and len(text) > most:  # far too long: it is not encoded first
+        if tokenizer.cuttable and not parse_special and len(text) > most:  # far too long: it is not encoded first
             raise _too_long(f"at least {-(-len(text) * served.config.max_seq_len // most)}", served, "prompt")
         value = encode_prompt(tokenizer, text, parse_special=parse_special, add_start=add_start).tolist()
         if not value:

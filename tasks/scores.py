@@ -1,14 +1,16 @@
 """Scores of predictions against references: the field's definitions, on plain numbers and texts. No model, no files.
 
-Answers: exact match and token F1 as in SQuAD's evaluation script (arXiv:1606.05250). Summaries: ROUGE-L (Lin 2004) as
-the package rouge-score computes it, without stemming. Translations: BLEU and chrF by sacrebleu (arXiv:1804.08771).
-Classes: confusion matrix, precision, recall, F1. Of several references the best counts.
+Answers: exact match and token F1 as in SQuAD's evaluation script (arXiv:1606.05250), and equality to the character.
+Summaries: ROUGE-L (Lin 2004), on ASCII text as the package rouge-score computes it without stemming. Translations: BLEU
+and chrF by sacrebleu (arXiv:1804.08771). Classes: confusion matrix, precision, recall, F1. Of several references the
+best counts. A signature says of each score of texts what was compared.
 """
 
 import io
 import math
 import re
 import string
+import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from itertools import zip_longest
@@ -18,7 +20,7 @@ import numpy as np
 import cli
 from config import UserError
 
-TEXT_METRICS = ("exact_match", "f1", "rouge_l", "bleu", "chrf")
+TEXT_METRICS = ("exact_match", "strict_match", "f1", "rouge_l", "bleu", "chrf")
 CORPUS_METRICS = ("bleu", "chrf")  # of all texts together, 0 to 100, by sacrebleu; the others are means over examples
 
 
@@ -33,11 +35,20 @@ def mean_and_stderr(values: list[float]) -> tuple[float, float | None]:
 # ---- Texts, one prediction at a time: 0 to 1 -------------------------------------------------------------------------
 
 PUNCTUATION = str.maketrans("", "", string.punctuation)
+# Thai, Lao, Myanmar, Khmer; kana and iteration marks; Han characters
+UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf"
+                      "\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
+HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
 
 
 def normalized_answer(text: str) -> str:
     """SQuAD's: lower case, no ASCII punctuation, no articles, single spaces."""
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(PUNCTUATION)).split())
+
+
+def strict_match(prediction: str, reference: str) -> float:
+    """1 if both are the same characters but for blanks at their ends: -5 is not 5, and A is not nothing."""
+    return float(prediction.strip() == reference.strip())
 
 
 def exact_match(prediction: str, reference: str) -> float:
@@ -53,9 +64,18 @@ def answer_f1(prediction: str, reference: str) -> float:
 
 
 def rouge_l(prediction: str, reference: str) -> float:
-    """F-measure of the longest common subsequence of lower-case words of [a-z0-9]."""
-    predicted, expected = (re.findall("[a-z0-9]+", text.lower()) for text in (prediction, reference))
+    """F-measure of the longest common subsequence of words."""
+    predicted, expected = words(prediction), words(reference)
     return _f1_of_overlap(common_subsequence(predicted, expected), len(predicted), len(expected))
+
+
+def words(text: str) -> list[str]:
+    """The lower-case words of a text in any script: letters, marks and digits (of ASCII text rouge-score's, [a-z0-9]+);
+    each character by itself of a script that puts no blanks between words."""
+    text = unicodedata.normalize("NFC", text.lower())
+    marked = (f" {char} " if UNSPACED.match(char) else char if unicodedata.category(char)[0] in "LMN" else " "
+              for char in text)
+    return "".join(marked).split()
 
 
 def common_subsequence(one: list[str], other: list[str]) -> int:
@@ -76,6 +96,14 @@ def _f1_of_overlap(overlap: int, predicted: int, expected: int) -> float:
         return 0.0
     precision, recall = overlap / predicted, overlap / expected
     return 2 * precision * recall / (precision + recall)
+
+
+SIGNATURES = {
+    "exact_match": "SQuAD's: lower case, without ASCII punctuation and a, an, the",
+    "strict_match": "all characters, without blanks at the ends",
+    "f1": "SQuAD's: words between blanks, lower case, without ASCII punctuation and a, an, the",
+    "rouge_l": "lower-case words of letters, marks and digits (on ASCII text rouge-score's), each character of scripts "
+               "without blanks between words"}
 
 
 # ---- Texts, all together ---------------------------------------------------------------------------------------------
@@ -100,7 +128,7 @@ def choose_metrics(names: str | None, note: Callable[[str], None]) -> tuple[str,
 def text_scores(predictions: list[str], references: list[tuple[str, ...]],
                 metrics: tuple[str, ...]) -> tuple[dict, list[dict]]:
     """The scores of all texts, and of each one those that are means over examples (with their standard error)."""
-    functions = {"exact_match": exact_match, "f1": answer_f1, "rouge_l": rouge_l}
+    functions = {"exact_match": exact_match, "strict_match": strict_match, "f1": answer_f1, "rouge_l": rouge_l}
     rows = [{name: max(functions[name](prediction, reference) for reference in expected)
              for name in metrics if name in functions}
             for prediction, expected in zip(predictions, references, strict=True)]
@@ -108,15 +136,20 @@ def text_scores(predictions: list[str], references: list[tuple[str, ...]],
     for name in metrics:
         if name in functions:
             total[name], total[f"{name}_stderr"] = mean_and_stderr([row[name] for row in rows])
+            total[f"{name}_signature"] = SIGNATURES[name]
         else:
             total[name], total[f"{name}_signature"] = corpus_score(name, predictions, references)
     return total, rows
 
 
 def corpus_score(name: str, predictions: list[str], references: list[tuple[str, ...]]) -> tuple[float, str]:
-    """BLEU or chrF, 0 to 100, and sacrebleu's signature of how it was computed."""
+    """BLEU or chrF, 0 to 100, and sacrebleu's signature of how it was computed. BLEU's words are sacrebleu's default,
+    13a, unless most letters are of scripts without blanks between words: then its `zh` (Han), or each character."""
     from sacrebleu.metrics import BLEU, CHRF
-    metric = BLEU() if name == "bleu" else CHRF()
+    letters = [char for texts in references for text in texts for char in text if char.isalpha()]
+    unspaced, han = (sum(map(bool, map(script.match, letters))) for script in (UNSPACED, HAN))
+    tokenize = "13a" if 2 * unspaced <= len(letters) else "zh" if han == unspaced else "char"
+    metric = BLEU(tokenize=tokenize) if name == "bleu" else CHRF()
     streams = list(zip_longest(*references))  # the first reference of each, the second where there is one, ...
     return metric.corpus_score(predictions, streams).score, metric.get_signature().format()
 

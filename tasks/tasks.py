@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import files
 import kernels
 import sample
 from config import UserError
@@ -118,12 +119,12 @@ def read_task(path: Path) -> Task:
             continue
         wrong = functools.partial(task.wrong, number)
         try:
-            row = json.loads(line.decode().rstrip())
+            row = files.parse_json(line.decode().rstrip())
         except UnicodeDecodeError as error:
             raise wrong(f"is not UTF-8 at byte {error.start}; convert the file first") from None
         except json.JSONDecodeError as error:
             raise wrong(f"is not JSON: {error.msg} at column {error.colno}") from None
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise wrong(f"is not JSON: {error}") from None
         if not isinstance(row, dict):
             raise wrong(f"holds {_shown(row)}, not an object with fields")
@@ -421,21 +422,21 @@ def encode_labels(tokenizer: Tokenizer, labels: list[str], vocab_size: int) -> t
     return [(*ids, tokenizer.eot) if needs_end else ids for ids in spelled], needs_end
 
 
-def generation(model: GPT, tokenizer: Tokenizer, task: Task, template: str | None, *, metrics: tuple[str, ...],
-               max_new_tokens: int, stop: tuple[str, ...], batch_size: int,
+def generation(model: GPT, tokenizer: Tokenizer, task: Task, template: str | None, *, ends: frozenset[int],
+               metrics: tuple[str, ...], max_new_tokens: int, stop: tuple[str, ...], batch_size: int,
                too_long: str = "cut") -> tuple[dict, list[dict]]:
     """The scores of the greedy continuations of the prompts, and of each example the prediction. template: the run's,
-    for a chat; too_long: the run's, "error" cuts no prompt. A continuation ends with end-of-text (in a chat also with
-    what ends a turn there), before a stop text, or unfinished: at max_new_tokens, or where the context is full, since a
-    model that no longer sees its prompt answers nothing."""
+    for a chat; ends: the run's end_ids; too_long: the run's, "error" cuts no prompt. A continuation ends with one of
+    ends, before a stop text, or unfinished: at max_new_tokens, or where the context is full, since a model that no
+    longer sees its prompt answers nothing."""
     if task.kind != "chat":
         template = None
     elif template is None:
         raise TaskError(f"task {str(task.path)!r} holds messages, but the run has no chat template: it was not "
                         "trained on chats; give the task as lines of prompt, reference")
     prompts, cut = encode_asked(model, tokenizer, task, template, too_long=too_long, max_new_tokens=max_new_tokens)
-    texts, finished = continue_greedily(model, tokenizer, prompts, ends=sample.end_tokens(tokenizer, template),
-                                        max_new_tokens=max_new_tokens, stop=stop, batch_size=batch_size)
+    texts, finished = continue_greedily(model, tokenizer, prompts, ends=ends, max_new_tokens=max_new_tokens, stop=stop,
+                                        batch_size=batch_size)
     result, each = scores.text_scores(texts, [example.references for example in task.examples], metrics)
     rows = [{**asdict(example), "prediction": text, "finished": is_finished, **score}
             for example, text, is_finished, score in zip(task.examples, texts, finished, each, strict=True)]

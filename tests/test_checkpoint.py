@@ -257,6 +257,17 @@ def test_leftovers_and_unknown_names_are_never_picked_and_leftovers_go(tmp_path)
     assert names(tmp_path) == ["step_00000003", "step_00000010_backup", "step_00000011.damaged", "step_00000012"]
 
 
+def test_a_manifest_nested_too_deeply_is_damage(tmp_path):
+    save_step(tmp_path, 1)
+    bad = save_step(tmp_path, 2)
+    (bad / "manifest.json").write_text("[" * 100_000)
+    notes = []
+    assert content(newest(tmp_path, notes.append)) == 1.0 and "manifest.json is not a manifest" in notes[0]
+    (tmp_path / "checkpoints" / "step_00000001" / "state.json").write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match="state.json' cannot be read: it is nested too deeply; use another"):
+        checkpoint.load_state(tmp_path / "checkpoints" / "step_00000001")
+
+
 def test_a_run_without_checkpoints_has_no_newest(tmp_path):
     assert newest(tmp_path / "nowhere", pytest.fail) is None
     (tmp_path / "checkpoints").mkdir()

@@ -4,6 +4,7 @@ import errno
 import importlib.util
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -38,6 +39,7 @@ from convert import ConvertError, from_hf, model_config, read_config, read_hf, t
 from data.chat import load_template, save_template
 from data.prompts import encode_prompt
 from data.tokenizer import load_tokenizer, train_bpe
+from finetune.runs import read_folder, read_run, take_over
 from model import GPT
 
 F32 = {"rtol": 0, "atol": 1e-5}  # the promise; logits are of size 1
@@ -164,9 +166,66 @@ def bench(tmp_path_factory) -> Iterator[Bench]:
             to_hf(folder / f"run_{name}" / "run", folder / f"run_{name}" / "exported")
             tokens = torch.randint(config.vocab_size, (2, 50), generator=torch.Generator().manual_seed(1))
             save_file({"tokens": tokens}, folder / f"run_{name}" / "tokens.safetensors")
+        make_ending_run(folder / "run_ending")
+        for name in ADAPTED:
+            make_adapted(folder / name / "exported", folder / f"adapted_{name}")
         _, errors = process.communicate("go\n")
     assert process.returncode == 0, errors
     return Bench(folder)
+
+
+def make_ending_run(folder: Path) -> None:
+    """A run whose generation_config.json ends a text with the third token that it writes greedily."""
+    tokens = torch.randint(301, (2, 50), generator=torch.Generator().manual_seed(1))
+    make_run(folder / "run", MODERN, small_tokenizer())
+    (folder / "run" / "generation_config.json").write_text(json.dumps(
+        {"eos_token_id": [298, greedy(folder / "run", tokens[:1, :5])[2]], "temperature": 0.6, "top_p": 0.9}))
+    to_hf(folder / "run", folder / "exported")
+    save_file({"tokens": tokens}, folder / "tokens.safetensors")
+
+
+ADAPTED = {  # of HF_CASES: what its adapters are on, and keys of adapter_config.json
+    "gpt2": (("attn.c_attn", "mlp.c_proj"), {"fan_in_fan_out": True, "use_rslora": True}),
+    "llama3": (("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj"),
+               {"rank_pattern": {"down_proj": 2}, "alpha_pattern": {"layers.1.mlp.down_proj": 10, "v_proj": 1}}),
+}
+
+
+def make_adapted(base: Path, folder: Path) -> None:
+    """folder/adapter as peft writes it, for the model in base; exported: that model with the formula's weights, worked
+    in float64 by Hugging Face's names; run: what from-hf makes of the adapter."""
+    targets, config = ADAPTED[base.parent.name]
+    is_gpt2, pick = "fan_in_fan_out" in config, torch.Generator().manual_seed(0)
+    weights, adapters = hf_tensors(base), {}
+    norm = "transformer.ln_f.weight" if is_gpt2 else "model.norm.weight"
+    adapters[f"base_model.model.{norm}"] = torch.rand(weights[norm].shape, generator=pick) + 0.5  # modules_to_save
+    weights[norm] = adapters[f"base_model.model.{norm}"]
+    for layer in range(2):
+        for target in targets:
+            module = f"transformer.h.{layer}.{target}" if is_gpt2 else f"model.layers.{layer}.{target}"
+            W, r = weights[f"{module}.weight"], 2 if "down" in target else 3
+            outputs, inputs = W.T.shape if is_gpt2 else W.shape
+            A, B = torch.randn(r, inputs, generator=pick) / 4, torch.randn(outputs, r, generator=pick) / 4
+            adapters |= {f"base_model.model.{module}.lora_{x}.weight": t for x, t in (("A", A), ("B", B))}
+            alpha = 10 if module == "model.layers.1.mlp.down_proj" else 1 if "v_proj" in target else 6
+            delta = alpha / (r ** 0.5 if is_gpt2 else r) * (B.double() @ A.double())
+            weights[f"{module}.weight"] = (W.double() + (delta.T if is_gpt2 else delta)).float()
+    shutil.copytree(base, folder / "exported")
+    save_file(weights, folder / "exported" / "model.safetensors", {"format": "pt"})
+    (folder / "adapter").mkdir()
+    save_file(adapters, folder / "adapter" / "adapter_model.safetensors")
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(
+        {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "base_model_name_or_path": str(base), "bias": "none",
+         "target_modules": list(targets), "use_dora": False, "init_lora_weights": True, "lora_dropout": 0.1} | config))
+    from_hf(folder / "adapter", folder / "run")
+    save_file({"tokens": load_file(base.parent / "tokens.safetensors")["tokens"]}, folder / "tokens.safetensors")
+
+
+def greedy(run: Path, prompt: Tensor) -> list[int]:
+    """The tokens that follow a prompt (1, T), 8 of them."""
+    model, _ = sample.load_model(run, device=torch.device("cpu"), dtype="float32", note=lambda line: None)
+    steps = sample.generate(model, prompt.tolist(), max_new_tokens=8, sampling=sample.Sampling(temperature=0))
+    return [token for token, in steps]
 
 
 def our_logits(run: Path, tokens: Tensor) -> Tensor:
@@ -250,11 +309,30 @@ def test_a_prompt_begins_as_transformers_begins_it(name, bench):
 def test_greedy_generation_is_transformers(bench):
     for name in ("gpt2", "llama3", "run_demo"):
         prompt = load_file(bench.path(name, "tokens.safetensors"))["tokens"][:1, :5]
-        model, _ = sample.load_model(bench.path(name, "run"), device=torch.device("cpu"), dtype="float32",
-                                     note=lambda line: None)
-        steps = sample.generate(model, prompt.tolist(), max_new_tokens=8, sampling=sample.Sampling(temperature=0))
-        assert prompt[0].tolist() + [token for token, in steps] == \
+        assert prompt[0].tolist() + greedy(bench.path(name, "run"), prompt) == \
             load_file(bench.path(name, "theirs.safetensors"))["generated"][0].tolist()
+
+
+def test_transformers_stops_an_export_where_the_run_stops(bench):
+    ours, ends = [], read_run(bench.path("run_ending", "run"), pytest.fail).end_ids
+    prompt = load_file(bench.path("run_ending", "tokens.safetensors"))["tokens"][:1, :5]
+    for token in greedy(bench.path("run_ending", "run"), prompt):
+        ours.append(token)
+        if token in ends:
+            break
+    theirs = load_file(bench.path("run_ending", "theirs.safetensors"))["generated"][0].tolist()
+    assert theirs == prompt[0].tolist() + ours and len(ours) <= 3
+
+
+@pytest.mark.parametrize("name", ADAPTED)
+def test_merged_adapters_give_the_formulas_weights_and_transformers_logits(name, bench):
+    tokens = load_file(bench.path(name, "tokens.safetensors"))["tokens"]
+    theirs = load_file(bench.path(f"adapted_{name}", "theirs.safetensors"))["logits"]
+    torch.testing.assert_close(our_logits(bench.path(f"adapted_{name}", "run"), tokens), theirs, **F32)
+    assert (theirs - our_logits(bench.path(name, "run"), tokens)).std() > 0.1
+    exported = read_hf(bench.path(f"adapted_{name}", "exported")).weights()
+    for weight, ours in run_tensors(bench.path(f"adapted_{name}", "run")).items():
+        torch.testing.assert_close(ours, exported[weight], rtol=1e-6, atol=1e-6)  # float32 products
 
 
 def test_the_sharded_case_has_shards(bench):
@@ -427,6 +505,47 @@ def test_end_of_text_is_what_the_folder_says(tmp_path):
         read_hf(folder)
 
 
+def add_specials(folder: Path, *tokens: str) -> None:
+    """Special tokens from id 299 on."""
+    file = json.loads((folder / "tokenizer.json").read_text())
+    file["added_tokens"] += [file["added_tokens"][0] | {"id": 299 + n, "content": t} for n, t in enumerate(tokens)]
+    (folder / "tokenizer.json").write_text(json.dumps(file))
+
+
+CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+
+@pytest.mark.parametrize(("config", "generation", "expected"), [
+    (298, {"eos_token_id": [299, 298, 5], "top_k": 20}, [298, 299]),  # 5 is a word: configs are careless
+    ([298, 299], None, [298, 299]), (299, {"eos_token_id": 298}, 298), (None, {"eos_token_id": None}, 298),
+    (50256, None, 298), ([298, 299], {"temperature": 0.6}, [298, 299])])
+def test_all_ends_of_generation_of_a_model_survive_there_and_back(tmp_path, config, generation, expected):
+    folder = change_config(make_hf(tmp_path / "hf"), eos_token_id=config)
+    add_specials(folder, "<|eot_id|>")
+    (folder / "generation_config.json").unlink()
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation | {"_from_model_config": True}))
+    notes = []
+    from_hf(folder, tmp_path / "run", note=notes.append)
+    assert ("eos_token_id [5] are plain words" in notes[0]) == (generation is not None and "top_k" in generation)
+    assert read_run(tmp_path / "run", pytest.fail).end_ids == set(expected if isinstance(expected, list) else [298])
+    to_hf(tmp_path / "run", tmp_path / "again")
+    table = json.loads((tmp_path / "again" / "generation_config.json").read_text())
+    assert table == {"pad_token_id": 298, **(generation or {}), "bos_token_id": 298, "eos_token_id": expected}
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["eos_token_id"] == 298
+
+
+def test_what_ends_a_turn_in_the_template_ends_the_generation_of_an_export(tmp_path):
+    folder = make_hf(tmp_path / "hf")
+    add_specials(folder, "<|im_start|>", "<|im_end|>")
+    (folder / "chat_template.jinja").write_text(CHATML)
+    from_hf(folder, tmp_path / "run")
+    assert read_run(tmp_path / "run", pytest.fail).end_ids == {298, 300}
+    to_hf(tmp_path / "run", tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "generation_config.json").read_text())["eos_token_id"] == [298, 300]
+
+
 def test_vocab_and_merges_alone_make_gpt2s_tokenizer(tmp_path):
     folder = make_hf(tmp_path / "hf")
     expected = read_hf(folder).tokenizer
@@ -435,6 +554,11 @@ def test_vocab_and_merges_alone_make_gpt2s_tokenizer(tmp_path):
         (folder / name).unlink()
     (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(model["merges"]) + "\n")
+    with pytest.raises(ConfigError, match="has no tokenizer.json to prepare text with; convert it first.*from-hf"):
+        take_over(Config(train=TrainConfig(init_from=str(folder))), set(), read_hf(folder))
+    from_hf(folder, tmp_path / "run")  # what the line says
+    config = take_over(Config(train=TrainConfig(init_from="run")), set(), read_folder(tmp_path / "run"))
+    assert load_tokenizer(config.data.tokenizer).eot == 298
     ours = read_hf(folder).tokenizer
     assert (ours.encode(TEXT) == expected.encode(TEXT)).all() and (ours.eot, ours.vocab_size) == (298, 299)
 
@@ -458,13 +582,27 @@ def test_zero_biases_added_by_an_export_stay_if_training_moved_them(tmp_path):
     assert hf.model.bias is True and (hf.weights()["blocks.1.mlp.fc.bias"] == 1e-3).all()
 
 
-def test_bfloat16_exports_are_the_rounded_weights_and_say_so(tmp_path):
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_shorter_exports_are_the_rounded_weights_say_so_and_are_read_back_equal(tmp_path, dtype):
     run = make_run(tmp_path / "run", MODERN, small_tokenizer())
-    to_hf(run, tmp_path / "hf", dtype="bfloat16")
+    to_hf(run, tmp_path / "hf", dtype=dtype)
     table = json.loads((tmp_path / "hf" / "config.json").read_text())
-    assert table["dtype"] == table["torch_dtype"] == "bfloat16"
+    assert table["dtype"] == table["torch_dtype"] == dtype
     theirs = load_file(tmp_path / "hf" / "model.safetensors")["model.norm.weight"]
-    assert torch.equal(theirs, run_tensors(run)["final_norm.weight"].bfloat16())
+    assert theirs.dtype == getattr(torch, dtype)
+    from_hf(tmp_path / "hf", tmp_path / "again")
+    assert_same(run_tensors(tmp_path / "again"), {name: tensor.to(theirs.dtype).float()
+                                                  for name, tensor in run_tensors(run).items()})
+
+
+def test_weights_beyond_float16_are_refused_in_it(tmp_path, capsys):
+    tensors = random_tensors(MODERN)
+    tensors["blocks.1.mlp.fc.weight"][0, 0] = 7e4
+    run = make_run(tmp_path / "run", MODERN, small_tokenizer())
+    checkpoint.save(run, 4, tensors={"model": tensors}, state={"val_loss": None}, keep=1)
+    error = refused(capsys, "to-hf", run, tmp_path / "hf", "--dtype", "float16")
+    assert "blocks.1.mlp.fc.weight" in error and "use --dtype bfloat16" in error
+    to_hf(run, tmp_path / "hf", dtype="bfloat16")
 
 
 # ---- What cannot be converted ----------------------------------------------------------------------------------------
@@ -499,6 +637,9 @@ def refused(capsys, *argv: object) -> str:
     ("llama", {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
     ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type = 'yarn'.*'default' or 'linear'"),
     ("llama", {"rope_scaling": {"rope_type": "linear"}}, "has no 'factor'"),
+    ("llama", {"rope_scaling": {"factor": 8.0}}, "rope_type = None.*'default' or 'linear'"),
+    ("llama", {"rope_scaling": {"type": "dynamic", "factor": 8.0}}, "rope_type = 'dynamic'"),
+    ("llama", {"rope_scaling": {"rope_type": "longrope", "long_factor": [1.0]}}, "rope_type = 'longrope'"),
     ("llama", {"rope_scaling": {"type": "linear", "factor": 0.5}}, "factor = 0.5 should be at least 1"),
     ("llama", {"rope_scaling": "linear"}, "'linear' cannot be converted"),
     ("llama", {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "one flat table"),
@@ -538,6 +679,11 @@ def make_index(folder: Path, weight_map: object) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
+def with_header(header: object) -> bytes:
+    text = (header if isinstance(header, str) else json.dumps(header)).encode()
+    return len(text).to_bytes(8, "little") + text + b"\0"
+
+
 def only(folder: Path, *names: str) -> None:
     for path in folder.iterdir():
         if path.name not in names:
@@ -553,7 +699,26 @@ def only(folder: Path, *names: str) -> None:
     (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "pytorch_model.bin' is a pickle.*CONVERT.md"),
     (lambda f: (only(f), (f / "ckpt.pt").write_bytes(b"")), "ckpt.pt' is a pickle.*CONVERT.md"),
     (lambda f: make_index(f, {"a": "model-00002-of-00002.safetensors"}), "1 files.*model-00002"),
-    (lambda f: make_index(f, {"a": "../hf_of/checkpoints/step_00000003/model.safetensors"}), "no weight_map of file"),
+    (lambda f: make_index(f, {"a": "../hf_of/checkpoints/step_00000003/model.safetensors"}), "no weight_map of .safet"),
+    (lambda f: make_index(f, {"a": ".."}), "no weight_map of .safetensors"),
+    (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-1]), "safetensors: .*"),
+    (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 7 + b"\0" + b"{"), "safetensors: .*eader"),
+    (lambda f: (f / "model.safetensors").write_bytes(with_header({"a": {"dtype": "F3", "shape": [], "data_offsets": [
+        0, 1]}})), "safetensors: .*F3"),
+    (lambda f: (f / "model.safetensors").write_bytes(with_header("[" * 100_000)), "cannot be read as safetensors"),
+    (lambda f: (f / "config.json").write_text("[" * 100_000), "config.json' cannot be read as JSON: it is nested too"),
+    (lambda f: (f / "tokenizer.json").write_text("[" * 100_000), "tokenizer.json' .*nested too deeply"),
+    (lambda f: (f / "tokenizer_config.json").write_text("[" * 100_000), "tokenizer_config.json' .*nested too deeply"),
+    (lambda f: (f / "generation_config.json").write_text("[" * 100_000), "generation_config.json' .*nested too"),
+    (lambda f: (f / "generation_config.json").write_text('{"eos_token_id": [298, "x"]}'), "eos_token_id = .298, 'x'"),
+    (lambda f: (f / "generation_config.json").write_text("[]"), "generation_config.json' cannot be read"),
+    (lambda f: (only(f, "config.json", "tokenizer.json", "model.safetensors"), change_config(f, eos_token_id=1.5)),
+     "config.json': eos_token_id = 1.5 should be an id"),
+    (lambda f: (make_index(f, {"a": "model-00001-of-00002.safetensors", "b": "b.safetensors"}), save_file(
+        {"transformer.ln_f.bias": torch.ones(24)}, f / "b.safetensors")), "transformer.ln_f.bias is there twice"),
+    (lambda f: (make_index(f, {}), (f / "model.safetensors.index.json").write_text("[" * 100_000)), "nested too deep"),
+    (lambda f: (f / "config.json").write_text('{"n_embd": 24, ' + (f / "config.json").read_text()[1:].replace(
+        '"n_embd": 24', '"n_embd": 48')), "gives 'n_embd' two values"),
     (lambda f: make_index(f, None), "no weight_map"),
     (lambda f: (f / "tokenizer.json").unlink(), "holds no tokenizer.json.*save_pretrained"),
     (lambda f: (f / "tokenizer.json").rename(f / "tokenizer.model"), "holds tokenizer.model but no.*save_pretrained"),
@@ -567,6 +732,54 @@ def test_a_damaged_folder_is_refused_and_nothing_is_written(tmp_path, capsys, da
     assert not (tmp_path / "run").exists()
 
 
+def make_adapter(folder: Path, tensors: dict[str, Tensor] | None = None, **config: object) -> Path:
+    """A folder as peft's, by default of rank 2 on one matrix of make_hf's."""
+    stem = "base_model.model.transformer.h.0.attn.c_proj"
+    folder.mkdir()
+    save_file({f"{stem}.lora_A.weight": torch.ones(2, 24), f"{stem}.lora_B.weight": torch.ones(24, 2)}
+              | (tensors or {}), folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(
+        {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": "hf"} | config))
+    return folder
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"peft_type": "IA3"}, "peft_type = 'IA3' is not plain LoRA; merge them where peft is installed"),
+    ({"use_dora": True}, "use_dora = True"), ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa'"),
+    ({"tensors": {"base_model.model.lm_head.weight": torch.ones(1037, 24)}}, r"lm_head.weight \[1037, 24\] has no "),
+    ({"tensors": {"base_model.model.transformer.h.2.attn.c_proj.lora_A.weight": torch.ones(2, 24)}}, "h.2.*lora_B"),
+    ({"tensors": {"base_model.model.transformer.h.0.attn.c_proj.lora_A.weight": torch.ones(2, 25)}}, r"\[24, 25\]"),
+    ({"tensors": {"base_model.model.transformer.h.0.attn.c_proj.lora_A.weight": torch.ones(3, 24)}}, "no place there"),
+    ({"tensors": {"x": torch.ones(1, dtype=torch.int8)}}, "not all float32, bfloat16 or float16: x I8"),
+    ({"lora_alpha": None}, "cannot be merged"), ({"base_model_name_or_path": "meta/ll"}, "adapters to 'meta/ll', "),
+    ({"base_model_name_or_path": None}, "adapters to None, which is no folder here.*--base DIR")])
+def test_adapters_that_cannot_be_merged_are_refused(tmp_path, capsys, monkeypatch, change, message):
+    monkeypatch.chdir(tmp_path)
+    make_hf(Path("hf"))
+    make_adapter(Path("adapter"), **change)
+    error = refused(capsys, "from-hf", "adapter", "run")
+    assert re.search(message, error), error
+    assert not Path("run").exists()
+
+
+def test_an_adapters_base_may_be_named_and_its_own_tokenizer_and_template_count(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder, notes = make_adapter(tmp_path / "adapter", base_model_name_or_path="openai-community/gpt2"), []
+    make_hf(Path("hf"))
+    assert "from-hf adapter RUN --base DIR" in refused(capsys, "from-hf", "adapter", "run")
+    assert "is for a folder of adapters" in refused(capsys, "from-hf", "hf", "run", "--base", "hf")
+    shutil.copy("hf/tokenizer.json", folder)
+    add_specials(folder, "<|im_start|>", "<|im_end|>")
+    (folder / "chat_template.jinja").write_text(CHATML)
+    from_hf(Path("adapter"), Path("run"), base=Path("hf"), note=notes.append)
+    assert notes[0] == "adapters: 1 of 'adapter', merged into 'hf'"
+    assert read_run("run", pytest.fail).end_ids == {298, 300} and load_template(Path("run")) == CHATML
+    ours, base = run_tensors(Path("run")), run_tensors(Path("hf_of"))
+    assert torch.equal(ours["blocks.0.attn.proj.weight"], base["blocks.0.attn.proj.weight"] + 4)  # 4/2 x (1 + 1)
+    shutil.move("adapter/adapter_model.safetensors", "adapter/adapter_model.bin")
+    assert "adapter_model.bin' is a pickle" in refused(capsys, "from-hf", "adapter", "new", "--base", "hf")
+
+
 def test_what_is_no_model_folder_and_what_is_no_new_folder_is_refused(tmp_path, capsys):
     folder, run = make_hf(tmp_path / "hf"), tmp_path / "hf_of"
     (tmp_path / "ckpt.pt").write_bytes(b"")
@@ -578,6 +791,9 @@ def test_what_is_no_model_folder_and_what_is_no_new_folder_is_refused(tmp_path, 
     assert "is not empty" in refused(capsys, "from-hf", folder, folder)
     assert "is not empty" in refused(capsys, "to-hf", run, folder)
     assert "is a Hugging Face folder, not a run" in refused(capsys, "to-hf", folder, tmp_path / "new")
+    adapter = make_adapter(tmp_path / "adapter")
+    assert f"python convert.py from-hf {adapter} RUN" in refused(capsys, "to-hf", adapter, tmp_path / "new")
+    shutil.rmtree(adapter)
     assert "convert.py to-hf --help" in refused(capsys, "to-hf", run)
     assert "--max-seq-len 12" in refused(capsys, "from-hf", folder, tmp_path / "new", "--max-seq-len", 12)
     assert sorted(tmp_path.rglob("*")) == before
@@ -643,7 +859,10 @@ def test_a_converted_run_starts_another_but_cannot_go_on(tmp_path):
 
 
 def test_fine_tuning_starts_from_the_converted_weights(tmp_path):
-    from_hf(make_hf(tmp_path / "hf"), tmp_path / "gpt2")  # also the name of a tokenizer
+    folder = make_hf(tmp_path / "hf")
+    add_specials(folder, "<|eot_id|>")
+    (folder / "generation_config.json").write_text('{"eos_token_id": [298, 299], "temperature": 0.6}')
+    from_hf(folder, tmp_path / "gpt2")  # also the name of a tokenizer
     (tmp_path / "text.txt").write_text("Hello there, it's a quarter past one. " * 300)
     words = ["train.init_from=gpt2", f"data.source={tmp_path / 'text.txt'}", "data.val_fraction=0.2",
              f"data.dir={tmp_path / 'shards'}", f"train.out_dir={tmp_path / 'tuned'}", "train.tokens_per_step=120",
@@ -657,6 +876,8 @@ def test_fine_tuning_starts_from_the_converted_weights(tmp_path):
     for name in ours:
         torch.testing.assert_close(tuned[name], ours[name], rtol=0, atol=1e-7)  # one step of 1e-9
     to_hf(tmp_path / "tuned", tmp_path / "tuned_hf")
+    generation = json.loads((tmp_path / "tuned_hf" / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == [298, 299] and generation["temperature"] == 0.6
 
 
 NANOGPT = """

@@ -101,6 +101,7 @@ def test_a_first_fall_does_not_set_the_plot_s_limits():
 
 
 @pytest.mark.parametrize("content, problem", [
+    pytest.param("[" * 100_000 + "\n", "line 1 is not a metrics row: it is not valid JSON", id="nested too deeply"),
     ('{"kind": "train", "step": 1}\n{"kind": "tra\n', "line 2 is not a metrics row: it is not valid JSON"),
     ('{"kind": "val", "step": 1, "loss": NaN}\n', "line 1 is not a metrics row: it is not valid JSON"),
     ('{"kind": "test", "step": 1}\n', "line 1 is not a metrics row: its kind is neither 'train' nor 'val'"),

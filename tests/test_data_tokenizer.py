@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -412,7 +413,7 @@ QWEN2 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{
 def test_any_other_tokenizer_file_is_left_to_the_library(parts, tmp_path):
     hf = library_file(tmp_path / "tokenizer.json", **parts)
     tokenizer = load_tokenizer(str(tmp_path))
-    assert not tokenizer.byte_level and not tokenizer.cuttable
+    assert not tokenizer.cuttable
     assert_same_ids(tokenizer, hf, [HARD, "1234567 12345678", *fuzz(300, seed=9)])
     tokenizer.save(tmp_path / "copy.json")
     assert (tmp_path / "copy.json").read_bytes() == (tmp_path / "tokenizer.json").read_bytes()
@@ -454,7 +455,7 @@ def test_a_model_goes_to_tiktoken_only_if_its_merges_are_in_the_order_of_ids(cha
     (tmp_path / "tokenizer.json").write_text(json.dumps(file))
     hf = HuggingFace.from_file(str(tmp_path / "tokenizer.json"))
     tokenizer = load_tokenizer(str(tmp_path))
-    assert tokenizer.byte_level == by_tiktoken
+    assert tokenizer.cuttable == by_tiktoken
     hf.encode_special_tokens = True
     assert_same_ids(tokenizer, hf, [HARD, *CORPUS, *fuzz(300, seed=11)])
 
@@ -480,30 +481,129 @@ def test_dropout_and_added_words_are_the_librarys(tmp_path):
                        ("added_tokens", [*file["added_tokens"], file["added_tokens"][0] | {
                            "id": 600, "content": "fuse", "special": False}])):
         (tmp_path / "tokenizer.json").write_text(json.dumps(file | {key: value}))
-        assert not load_tokenizer(str(tmp_path)).byte_level
+        assert not load_tokenizer(str(tmp_path)).cuttable
     assert load_tokenizer(str(tmp_path)).encode("a fuse").tolist()[-1] == 600
 
 
-def test_bytes_are_counted_where_the_library_encodes_a_vocabulary_that_spells_them(tmp_path):
-    library_file(tmp_path / "tokenizer.json", pre_tokenizer=split(QWEN2), decoder=decoders.ByteLevel())
-    tokenizer = load_tokenizer(str(tmp_path))
-    for text in [HARD, *fuzz(100, seed=12)]:
-        ids = tokenizer.encode(text)
-        assert tokenizer.token_bytes()[ids].sum() == len(text.encode())
+def with_file(path: Path, change) -> module.Tokenizer:
+    """The tokenizer of a file after a change to its JSON."""
+    file = json.loads(path.read_text())
+    change(file)
+    path.write_text(json.dumps(file))
+    return load_tokenizer(str(path))
+
+
+def like_qwen(file: dict) -> None:
+    """A byte that no text has is no word, and one added token is not special: as in Qwen's files."""
+    file["model"]["vocab"]["unused"] = file["model"]["vocab"].pop("\u0102")
+    file["added_tokens"].append(file["added_tokens"][0] | {"id": 600, "content": "<tool é>", "special": False})
+
+
+@pytest.mark.parametrize("parts", [
+    {"normalizer": normalizers.NFC(), "decoder": decoders.ByteLevel()}, {"decoder": decoders.ByteLevel()},
+    {"decoder": decoders.Sequence([decoders.ByteLevel()])}, {"normalizer": normalizers.NFC()}],
+    ids=["NFC", "added token alone", "sequence", "no decoder"])
+def test_bytes_are_those_of_the_text_whatever_stands_beside_a_byte_level_decoder(parts, tmp_path):
+    library_file(tmp_path / "tokenizer.json", pre_tokenizer=split(QWEN2), **parts)
+    tokenizer = with_file(tmp_path / "tokenizer.json", like_qwen)
+    assert tokenizer.byte_level and not tokenizer.cuttable
+    for text in [HARD, "then <tool é> the house", "## <0x41> \u2581", *fuzz(100, seed=12)]:
+        ids, text = tokenizer.encode(text), unicodedata.normalize("NFC", text) if "normalizer" in parts else text
+        assert tokenizer.token_bytes()[ids].sum() == len(text.encode()) == tokenizer.scored_bytes()[ids].sum()
         assert b"".join(map(tokenizer.spelling, ids)) == text.encode() == tokenizer.decode_bytes(ids)
+        assert tokenizer.decode(ids) == text and tokenizer.spells(ids, text)
+    assert b" the" in map(tokenizer.spelling, tokenizer.encode("then the house"))
+    assert tokenizer.added_ids == {tokenizer.eot, 600}
 
 
-def test_a_tokenizer_that_is_not_byte_level_decodes_and_counts_its_text(tmp_path):
-    library_file(tmp_path / "tokenizer.json", pre_tokenizer=pre_tokenizers.Metaspace(), decoder=decoders.Metaspace())
+def test_an_added_token_that_the_library_would_give_another_id_is_refused(tmp_path):
+    library_file(tmp_path / "tokenizer.json", pre_tokenizer=split(QWEN2), decoder=decoders.ByteLevel())
+    with pytest.raises(TokenizerError, match="added token '<new>' has id 777, but the library makes it 600"):
+        with_file(tmp_path / "tokenizer.json", lambda file: file["added_tokens"].append(
+            file["added_tokens"][0] | {"id": 777, "content": "<new>", "special": False}))
+
+
+METASPACE = {"pre_tokenizer": pre_tokenizers.Metaspace(), "decoder": decoders.Metaspace()}
+LLAMA2 = {"normalizer": normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]),
+          "decoder": decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
+                                        decoders.Strip(" ", 1, 0)])}
+
+
+@pytest.mark.parametrize("parts", [METASPACE, LLAMA2], ids=["metaspace", "llama2"])
+def test_a_tokenizer_that_is_not_byte_level_decodes_and_counts_its_text(parts, tmp_path):
+    library_file(tmp_path / "tokenizer.json", **parts)
     tokenizer = load_tokenizer(str(tmp_path))
-    ids = tokenizer.encode("The house is a tree")
-    assert tokenizer.decode(ids) == "The house is a tree" and tokenizer.decode_bytes(ids) == b"The house is a tree"
-    assert tokenizer.token_bytes()[ids].sum() == len(" The house is a tree")  # the mark before the first word counts
-    assert tokenizer.token_bytes()[tokenizer.eot] == 0 and not tokenizer.cuttable
+    for text in ("The house is a tree", "# The ## house"):  # Markdown's marks are no WordPiece's
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text and tokenizer.decode_bytes(ids) == text.encode()
+        assert tokenizer.token_bytes()[ids].sum() == len(text) + 1  # the mark before the first word counts
+        assert tokenizer.spells(ids, text)
+    assert tokenizer.token_bytes()[tokenizer.eot] == 0 and not tokenizer.cuttable and not tokenizer.byte_level
+
+
+def test_byte_fallback_spells_bytes_and_only_where_the_file_has_it(tmp_path):
+    library_file(tmp_path / "tokenizer.json", **LLAMA2)
+
+    def with_bytes(file: dict) -> None:
+        file["model"]["vocab"] |= {f"<0x{byte:02X}>": 600 + byte for byte in range(256)}
+        file["model"]["byte_fallback"] = True
+
+    tokenizer = with_file(tmp_path / "tokenizer.json", with_bytes)
+    ids = tokenizer.encode("a 日é\n")
+    assert b"".join(map(tokenizer.spelling, ids)) == " a 日é\n".encode() and tokenizer.decode(ids) == "a 日é\n"
+    assert tokenizer.spelling(600 + 0xE6) == b"\xe6" and (tokenizer.scored_bytes()[ids] > 0).all()
+
+    def without(file: dict) -> None:
+        file["model"]["byte_fallback"] = False
+        file["decoder"]["decoders"].pop(1)
+
+    tokenizer = with_file(tmp_path / "tokenizer.json", without)
+    assert tokenizer.spelling(600 + 0xE6) == b"<0xE6>"
+    assert tokenizer.scored_bytes().max() == 0  # characters that it does not know vanish
+
+
+def word_pieces(path: Path) -> None:
+    hf = HuggingFace(models.WordPiece(unk_token="[UNK]"))
+    hf.normalizer, hf.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    hf.decoder = decoders.WordPiece()
+    hf.train_from_iterator(CORPUS, trainers.WordPieceTrainer(vocab_size=300, special_tokens=["[UNK]", "[SEP]"],
+                                                             show_progress=False))
+    hf.save(str(path))
+
+
+def words_alone(path: Path) -> None:
+    hf = HuggingFace(models.WordLevel(unk_token="[UNK]"))
+    hf.pre_tokenizer = pre_tokenizers.Whitespace()
+    hf.train_from_iterator(CORPUS, trainers.WordLevelTrainer(special_tokens=["[UNK]", "[SEP]"], show_progress=False))
+    hf.save(str(path))
+
+
+@pytest.mark.parametrize("make", [word_pieces, words_alone, lambda path: library_file(
+    path, pre_tokenizer=byte_level(), decoder=decoders.ByteLevel(), normalizer=normalizers.Lowercase()) and None,
+    lambda path: library_file(path, pre_tokenizer=byte_level(), decoder=decoders.ByteLevel(),
+                              normalizer=normalizers.NFKC()) and None], ids=["WordPiece", "WordLevel", "lower", "NFKC"])
+def test_a_tokenizer_that_loses_text_has_no_bytes_to_score(make, tmp_path):
+    make(tmp_path / "tokenizer.json")
+    tokenizer = load_tokenizer(str(tmp_path))
+    unknown = tokenizer.unknown
+    assert set(np.delete(tokenizer.scored_bytes(), [] if unknown is None else unknown).tolist()) == {0}
+    text = "The House\uff0c  and 日本"
+    ids = tokenizer.encode(text)
+    assert not tokenizer.spells(ids, text)
+    if unknown is not None:
+        assert unknown in ids and tokenizer.scored_bytes()[unknown] == -1 and tokenizer.spelling(unknown) == b"[UNK]"
+
+
+def test_a_word_piece_that_continues_is_spelled_without_its_mark(tmp_path):
+    word_pieces(tmp_path / "tokenizer.json")
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert b"".join(map(tokenizer.spelling, tokenizer.encode("thexe"))) == b"thexe"
 
 
 @pytest.mark.parametrize(("content", "message"), [
     ("not json", "is not a Hugging Face tokenizer.json"),
+    pytest.param("[" * 100_000, "is not a Hugging Face tokenizer.json: ValueError it is nested too deeply", id="deep"),
+    ('{"model": 1, "model": 2}', "it gives 'model' two values"),
     ("{}", "is not a Hugging Face tokenizer.json: KeyError"),
     ('{"added_tokens": [], "normalizer": null, "pre_tokenizer": null, "model": {"type": "Odd"}}', "is not a Hugging"),
 ])

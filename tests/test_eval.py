@@ -8,13 +8,28 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer as HuggingFace
+from tokenizers import decoders, normalizers
 
+import checkpoint
 import config as configuration
 import eval as evaluation
+import sample
 from config import MachineError, UserError
+from data.dataset import open_dataset, open_split
 from data.loader import MicroBatch
 from data.tokenizer import load_tokenizer
 from model import GPT
+from tests.test_data_tokenizer import (
+    METASPACE,
+    QWEN2,
+    library_file,
+    like_qwen,
+    split,
+    with_file,
+    word_pieces,
+    words_alone,
+)
 from tests.test_train import run, settings  # noqa: F401  (settings is a fixture)
 
 CPU = torch.device("cpu")
@@ -69,6 +84,44 @@ def test_a_text_is_predicted_from_end_of_text_in_windows(model):
     assert batch.targets.tolist() == [[10, 20, 30, evaluation.IGNORED]]
 
 
+@pytest.mark.parametrize("length, stride", [(50, 1), (50, 5), (50, 16), (33, 7), (17, 16), (16, 3), (3, 2)])
+def test_a_sliding_window_scores_each_token_once_as_hugging_face_defines_it(model, length, stride):
+    """huggingface.co/docs/transformers/perplexity, in float64, one window at a time; end-of-text stands first."""
+    T, ids = 16, np.random.default_rng(0).integers(0, 256, length)
+    windows = evaluation.text_batches(ids, eot=256, seq_len=T, batch_size=3, device=CPU, stride=stride)
+    score = evaluation.evaluate(model, windows, token_bytes=np.ones(257, dtype=np.int32), device=CPU)
+    text, nats, previous, scored = torch.tensor([256, *ids]), 0.0, 0, 0
+    exact = model.double()
+    for begin in range(0, length, stride):
+        end = min(begin + T, length)
+        target_len = end - previous
+        logits = exact(text[begin:end][None])[0].double()
+        losses = torch.nn.functional.cross_entropy(logits, text[begin + 1:end + 1], reduction="none")
+        assert begin == 0 or (end - begin) - target_len >= T - stride or end == length
+        nats, scored, previous = nats + losses[-target_len:].sum().item(), scored + target_len, end
+        if end == length:
+            break
+    assert score.tokens == scored == length
+    assert score.loss == pytest.approx(nats / length, rel=1e-5)
+
+
+def test_documents_stay_apart_in_sliding_windows(model):
+    ids = np.array([1, 2, 256, 3, 4, 5, 256, 6], dtype=np.uint16)
+    [batch] = evaluation.text_batches(ids, eot=256, seq_len=4, batch_size=9, device=CPU, stride=2, document_end=256)
+    assert batch.tokens.tolist() == [[256, 1, 2, 256], [2, 256, 3, 4], [3, 4, 5, 256]]
+    assert batch.document_ids.tolist() == [[0, 1, 1, 1], [0, 0, 1, 1], [0, 0, 0, 0]]
+    assert batch.targets.tolist() == [[1, 2, 256, 3], [-100, -100, 4, 5], [-100, -100, 256, 6]]
+
+
+def test_one_target_of_unknown_text_makes_bits_per_byte_unknown(model):
+    token_bytes = np.ones(257, dtype=np.int32)
+    token_bytes[int(batches(1)[0].targets[0, 0])] = -1
+    score = evaluation.evaluate(model, batches(2), token_bytes=token_bytes, device=CPU)
+    targets = torch.cat([batch.targets for batch in batches(2)]).flatten()
+    assert score.bits_per_byte is None and score.unknown == int((targets == batches(1)[0].targets[0, 0]).sum()) >= 1
+    assert score.tokens == len(targets) and score.bytes == len(targets) - score.unknown
+
+
 def test_evaluation_leaves_the_mode_of_the_model_alone(model):
     for training in (True, False):
         model.train(training)
@@ -102,6 +155,85 @@ def test_the_command_line_prints_one_json_object_that_repeats_the_val_row(settin
     assert printed["bytes"] == Path("text.txt").stat().st_size
 
 
+def test_a_run_that_evaluated_less_text_is_told_so(settings, capsys):  # noqa: F811
+    run_dir = run(settings, "scored", "train.max_steps=1", "train.eval_tokens=48")
+    row = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()][-1]
+    capsys.readouterr()
+    evaluation.main(["scored"])
+    printed, err = capsys.readouterr()
+    printed = json.loads(printed)
+    assert printed["tokens"] > 48 and printed["loss"] != pytest.approx(row["loss"], rel=1e-6)
+    assert f"all {printed['tokens']:,} validation tokens are scored" in err and "first 48 (train.eval_tokens)" in err
+    run(settings, "whole", "train.max_steps=1")
+    capsys.readouterr()
+    evaluation.main(["whole"])
+    assert "eval_tokens" not in capsys.readouterr().err
+
+
+def test_shards_are_scored_in_sliding_windows_as_their_text_is(settings, capsys):  # noqa: F811
+    """With --stride the tail counts too: a stream's tokens but the first, which nothing precedes."""
+    config = configuration.load_config(run(settings, "scored", "train.max_steps=1") / "config.toml")
+    stream = open_split(open_dataset(Path(config.data.dir)), "val")
+    capsys.readouterr()
+    losses = {}
+    for stride in ([], ["--stride", "16"], ["--stride", "4"], ["--stride", "1"]):
+        evaluation.main(["scored", *stride])
+        printed = json.loads(capsys.readouterr().out)
+        losses[printed.get("stride")] = printed["loss"], printed["tokens"]
+    assert losses[None][1] == (stream.tokens - 1) // 16 * 16
+    assert {tokens for name, (_, tokens) in losses.items() if name} == {stream.tokens - 1}
+    model, _ = sample.load_model("scored", device=CPU, dtype="float32", note=lambda line: None)
+    ids = torch.from_numpy(stream.windows(np.zeros(1), stream.tokens)[0].astype(np.int64))
+    with torch.no_grad():  # stride 1: the window before each token, by itself
+        nats = [-model(ids[None, max(0, i - 16):i])[0, -1].double().log_softmax(0)[ids[i]].item()
+                for i in range(1, len(ids))]
+    assert losses[1][0] == pytest.approx(math.fsum(nats) / len(nats), rel=1e-5)
+
+
+def lossy_run(run_dir: Path, tokenizer_json: Path) -> GPT:
+    """A run around a tokenizer.json with a random model."""
+    tokenizer = load_tokenizer(tokenizer_json)
+    config = configuration.ModelConfig(n_layer=1, n_head=2, n_embd=32, max_seq_len=64, vocab_size=tokenizer.vocab_size)
+    torch.manual_seed(0)
+    model = GPT(config)
+    checkpoint.save(run_dir, 1, tensors={"model": model.state_dict()}, state={"val_loss": None}, keep=1)
+    tokenizer.save(run_dir / "tokenizer.json")
+    (run_dir / "config.toml").write_text(configuration.to_toml(configuration.Config(
+        model=config, train=configuration.TrainConfig(tokens_per_step=64))))
+    return model
+
+
+@pytest.mark.parametrize("kind, text, is_known", [
+    ("qwen", "the house of the naïve cat <tool é>", True), ("qwen", "cafe\u0301 the house", True),
+    ("metaspace", "the house of trees", True), ("pieces", "the house", True),
+    ("pieces", "The house", False), ("words", "the Zzz", False)])
+def test_bits_per_byte_of_a_text_are_of_its_real_bytes_or_null(tmp_path, capsys, kind, text, is_known):
+    path = tmp_path / "tokenizer.json"
+    if kind == "qwen":
+        library_file(path, pre_tokenizer=split(QWEN2), decoder=decoders.ByteLevel(), normalizer=normalizers.NFC())
+        with_file(path, like_qwen)
+    elif kind == "metaspace":
+        library_file(path, **METASPACE)
+    else:
+        {"pieces": word_pieces, "words": words_alone}[kind](path)
+    model = lossy_run(tmp_path / "run", path)
+    (tmp_path / "text.txt").write_text(text)
+    evaluation.main([str(tmp_path / "run"), "--data", str(tmp_path / "text.txt"), "--device", "cpu"])
+    out, err = capsys.readouterr()
+    printed, hf = json.loads(out), HuggingFace.from_file(str(path))
+    ids = torch.tensor([load_tokenizer(path).start, *hf.encode(text, add_special_tokens=False).ids])
+    logits = model.double()(ids[None, :-1])[0]
+    nats = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="sum").item()
+    size = len(text.encode())
+    assert printed["bytes"] == size and printed["tokens"] == len(ids) - 1 <= 64
+    if is_known:
+        assert printed["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5) and "null" not in err
+    else:
+        unknown = hf.encode(text, add_special_tokens=False).ids.count(hf.token_to_id("[UNK]"))
+        assert printed["bits_per_byte"] is None and printed["unknown"] == unknown
+        assert f"bits_per_byte is null: the run's tokenizer loses some of the text ({unknown} of" in err
+
+
 def test_the_command_line_keeps_documents_apart_as_training_did(settings, capsys):  # noqa: F811
     Path("many.jsonl").write_text("".join(json.dumps({"text": f"a row of text number {i}"}) + "\n" for i in range(300)))
     run_dir = run([settings[0], "data.source=many.jsonl"], "apart", "data.document_mask=true")
@@ -116,6 +248,10 @@ def test_the_command_line_keeps_documents_apart_as_training_did(settings, capsys
     (["scored", "--data", "missing.txt"], "missing.txt"),
     (["scored", "--data", "empty.txt"], "empty"),
     (["scored", "--data", "rows.jsonl"], "'rows.jsonl' is not plain text; prepare it first"),
+    (["scored", "--data", "latin1.txt"], "text 'latin1.txt' is not UTF-8 at byte 3; convert it first"),
+    (["scored", "--stride", "0"], "--stride 0 should be at least 1"),
+    (["scored", "--stride", "17"], "--stride 17 is more than the context of 16 tokens.*give 1 to 16"),
+    (["scored", "--stride", "8", "--task", "choices.jsonl"], "--stride 8 is for text.*--data too"),
     (["scored", "--batch-size", "0"], "--batch-size 0"),
     (["scored", "--device", "tpu"], "tpu"),
     (["scored", "--data", "other"], "tokenizer"),
@@ -123,6 +259,8 @@ def test_the_command_line_keeps_documents_apart_as_training_did(settings, capsys
 def test_mistakes_are_one_line(settings, words, message):  # noqa: F811
     run(settings, "scored", "train.max_steps=1")
     Path("empty.txt").write_text("")
+    Path("latin1.txt").write_bytes(b"caf\xe9")
+    write_task("choices.jsonl", *CHOICES)
     Path("rows.jsonl").write_text('{"text": "a"}\n')
     if "other" in words:
         run(settings, "unused", "train.max_steps=1", "data.tokenizer=bpe:257", "data.dir=other")
@@ -168,6 +306,15 @@ def test_a_task_is_scored_into_json_and_its_predictions_into_a_file(settings, ca
         assert not printed.keys() & {"bleu", "chrf", "exact_match"}
         assert printed["f1"] == pytest.approx(sum(row["f1"] for row in made) / len(made))
     assert sorted(path.name for path in Path().glob("*made*")) == ["made.jsonl"]
+
+
+def test_a_bleu_of_0_is_explained(settings, capsys):  # noqa: F811
+    pytest.importorskip("sacrebleu", reason="sacrebleu is not installed: BLEU stays unchecked")
+    run(settings, "scored", "train.max_steps=1")
+    write_task("task.jsonl", *ANSWERED)
+    evaluation.main(["scored", "--task", "task.jsonl", "--max-new-tokens", "2", "--metrics", "bleu"])
+    out, err = capsys.readouterr()
+    assert json.loads(out.splitlines()[-1])["bleu"] == 0.0 and "bleu is 0: " in err and "chrf" in err
 
 
 def test_a_classification_shows_its_table_on_stderr_and_its_image_in_a_file(settings, capsys):  # noqa: F811

@@ -1,8 +1,10 @@
 """files.py: what a run depends on is old or new after any crash, never half; full disks leave the old content."""
 
+import json
 import os
 import resource
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +17,20 @@ from finetune.runs import save_base
 from tests.crashing_disk import CRASHED, CrashingDisk, in_child
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # the children run this file's code only
+
+
+@pytest.mark.parametrize("text, message", [
+    pytest.param("[" * 100_000, "nested too deeply", id="lists"), ("", "Expecting value"), (b"\xff{}", "codec|invalid"),
+    pytest.param('{"a": ' * 100_000, "nested too deeply", id="tables"), ('{"a": 1, "a": 2}', "gives 'a' two values"),
+    ('{"b": {"a": [1], "a": [1, 2]}}', "gives 'a' two values")])
+def test_json_that_cannot_be_read_or_has_two_meanings_is_a_value_error(text, message):
+    with pytest.raises(ValueError, match=message):
+        files.parse_json(text)
+
+
+def test_json_is_read_as_python_reads_it():
+    for text in ('{"a": [1, 2.5, null, {"b": "é"}], "c": {}}', b'{"a": 1, "b": 2, "a": 1}', "[]", "1e400"):
+        assert files.parse_json(text) == json.loads(text)
 
 
 def test_a_file_is_replaced_whole_and_nothing_is_left_beside_it(tmp_path):
@@ -40,7 +56,8 @@ def test_a_file_that_cannot_grow_leaves_the_old_one_and_one_line(tmp_path):
 def run_files(run: Path, generation: int) -> None:
     """All that a run writes beside checkpoints and logs."""
     config = Config(train=TrainConfig(out_dir=str(run), seed=generation))
-    train.write_run_files(config, load_tokenizer("bytes"), f"{{# {generation} #}}")
+    parent = SimpleNamespace(generation={"eos_token_id": [256, generation]})
+    train.write_run_files(config, load_tokenizer("bytes"), f"{{# {generation} #}}", parent)
     save_base(run, {"weight": torch.full((3,), float(generation))})
 
 
@@ -58,7 +75,8 @@ def test_after_a_crash_at_any_change_each_file_of_a_run_is_old_or_new(tmp_path, 
         run_files(run_files_in, generation)
         wholes.append({name: content.replace(str(run_files_in).encode(), b"RUN")
                        for name, content in contents(run_files_in).items()})
-    assert sorted(wholes[0]) == ["base/model.safetensors", "chat_template.jinja", "config.toml", "tokenizer.json"]
+    assert sorted(wholes[0]) == ["base/model.safetensors", "chat_template.jinja", "config.toml",
+                                 "generation_config.json", "tokenizer.json"]
     for crash_at in range(1, 100):
         run = tmp_path / f"crash_{crash_at}"
         run.mkdir()

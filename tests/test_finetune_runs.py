@@ -1,5 +1,7 @@
 """finetune/runs.py and start.py: a run is read once, and only what is needed of it is read and verified."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import convert
 import files
 import start as starting
 from checkpoint import CheckpointError
-from config import load_config
+from config import UserError, load_config
 from distributed import Machine, World
 from finetune.runs import read_run
 from tests.test_train import run, settings  # noqa: F401
@@ -69,6 +71,44 @@ def test_weights_of_adapters_are_the_base_with_their_product(settings):  # noqa:
     expected = base["blocks.0.mlp.fc.weight"].double() + 6 / 2 * product
     torch.testing.assert_close(merged["blocks.0.mlp.fc.weight"].double(), expected, rtol=0, atol=1e-7)
     assert product.abs().max() > 1e-4 and torch.equal(merged["wte.weight"], base["wte.weight"])
+
+
+@pytest.mark.parametrize("mlp", ["gelu", "relu2"])
+def test_adapters_are_taken_from_their_folder_and_the_exported_base(settings, mlp):  # noqa: F811
+    """As peft has them: adapter_model.safetensors and adapter_config.json, which names the base."""
+    convert.to_hf(run(settings, "base", "train.max_steps=1", f"model.mlp={mlp}"), Path("hf"))
+    run(settings, "tuned", "train.init_from=base", "lora.rank=2", "lora.alpha=6", "train.max_steps=3")
+    Path("adapter").mkdir()
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        shutil.copy(f"tuned/checkpoints/step_00000003/{name}", "adapter")
+    config = json.loads(Path("adapter/adapter_config.json").read_text()) | {"base_model_name_or_path": "hf"}
+    Path("adapter/adapter_config.json").write_text(json.dumps(config))
+    merged, base = read_run("tuned", pytest.fail).weights(), read_run("base", pytest.fail).weights()
+    run(settings, "again", "train.init_from=adapter", "train.max_steps=1", "optim.lr=1e-9", "optim.warmup_steps=0")
+    for name, tensor in read_run("again", pytest.fail).weights().items():
+        torch.testing.assert_close(tensor, merged[name], rtol=0, atol=1e-6)  # and a step of 1e-9
+    run(settings, "more", "train.init_from=adapter", "train.max_steps=1", "lora.rank=3")  # new ones on the sum
+    torch.testing.assert_close(checkpoint.load_tensors(Path("more/base"), "model"), merged, rtol=0, atol=1e-6)
+    assert (merged["blocks.1.mlp.fc.weight"] - base["blocks.1.mlp.fc.weight"]).abs().max() > 1e-4
+
+
+def test_a_run_folder_has_the_ends_of_its_parents_generation(settings):  # noqa: F811
+    """Its own end-of-text, its template's and those of the parent, after a copy too; resumed from itself alone."""
+    convert.to_hf(run(settings, "parent", "train.max_steps=1"), Path("hf"))
+    Path("hf/generation_config.json").write_text('{"eos_token_id": [256, 10], "temperature": 0.5}')
+    Path("parent/generation_config.json").write_text('{"eos_token_id": [10, 256], "temperature": 0.5}')
+    words = ("train.init_from=parent", "train.max_steps=2")
+    run(settings, "tuned", *words)
+    shutil.rmtree("parent")
+    Path("tuned").rename("copied")
+    run(settings, "copied", *words[:1], "train.max_steps=3")
+    saved = read_run("copied", pytest.fail)
+    assert saved.end_ids == {256, 10} and saved.generation["temperature"] == 0.5
+    for text, message in (("[" * 100_000, "nested too deeply"), ('{"eos_token_id": true}', "True should be an id"),
+                          ("[1]", "holds a list")):
+        Path("copied/generation_config.json").write_text(text)
+        with pytest.raises(UserError, match=f"copied/generation_config.json' cannot be read: .*{message}"):
+            read_run("copied", pytest.fail)
 
 
 def test_adapters_are_on_the_machines_device_as_the_weights_are(settings):  # noqa: F811

@@ -324,18 +324,6 @@ def test_a_run_without_a_template_says_so():
     assert (error.status, error.code) == (400, "no_chat_template") and "/v1/completions" in error.message
 
 
-@pytest.mark.parametrize("template, expected", [
-    ("{% for m in messages %}<|user|>{{ m.content }}<|turn|>\n{% endfor %}<|user|>", {256, 257}),
-    (chat.DEFAULT_TEMPLATE, {EOT}), ("{{ raise_exception('no') }}", {EOT})])
-def test_end_of_text_and_the_token_behind_the_assistants_turn_end_an_answer(tmp_path, template, expected):
-    file = json.loads(BYTES.file_text)
-    file["added_tokens"] += [file["added_tokens"][0] | {"id": 257 + i, "content": token}
-                             for i, token in enumerate(("<|turn|>", "<|user|>"))]
-    (tmp_path / "tokenizer.json").write_text(json.dumps(file))
-    served = replace(CHATTING, tokenizer=load_tokenizer(tmp_path), template=template)
-    assert served.chat_ends == expected
-
-
 # ---- Answers ---------------------------------------------------------------------------------------------------------
 
 def test_a_completion_has_openais_shape():

@@ -3,6 +3,7 @@
 import importlib.util
 import math
 import random
+import re
 
 import numpy as np
 import pytest
@@ -59,13 +60,54 @@ def test_exact_match_and_f1_have_their_values_worked_by_hand(prediction, referen
     ("The cat sat on the mat.", "the cat is on the mat", 0.8333333333333334),
     ("police kill the gunman", "police killed the gunman", 0.75),
     ("the gunman kill police", "police killed the gunman", 0.5),
-    ("don't x_1 naïve", "Don t X 1 na ve", 1.0),
-    ("日本 3.14", "3 14 pi", 0.8),
+    ("don't x_1 fine", "Don t X 1 FINE", 1.0),
+    ("3.14", "3 14 pi", 0.8),
     ("", "something", 0.0),
     ("!!!", "???", 0.0),
 ])
 def test_rouge_l_has_the_values_of_the_package_rouge_score(prediction, reference, value):
     assert scores.rouge_l(prediction, reference) == pytest.approx(value, abs=1e-12)
+
+
+@pytest.mark.parametrize("text, words", [
+    ("Привет, МИР", ["привет", "мир"]),
+    ("今天天气", ["今", "天", "天", "气"]),
+    ("日本のiPhone 15", ["日", "本", "の", "iphone", "15"]),
+    ("हिन्दी में", ["हिन्दी", "में"]),  # vowel signs are marks, no letters
+    ("안녕하세요 세계", ["안녕하세요", "세계"]),
+    ("cafe\u0301 x_1", ["café", "x", "1"]),
+])
+def test_words_of_other_scripts_are_kept(text, words):
+    assert scores.words(text) == words
+    assert scores.rouge_l(text, text) == 1.0 and scores.rouge_l(text, f"{text} {text}") == pytest.approx(2 / 3)
+
+
+def test_on_ascii_text_words_are_those_of_the_package_rouge_score():
+    text = "".join(map(chr, range(128))) + "Don't U.S.A. 3.14 x_y -5"
+    assert scores.words(text) == re.sub("[^a-z0-9]+", " ", text.lower()).split()  # rouge_score/tokenize.py
+
+
+@pytest.mark.parametrize("prediction, reference, squad, strict", [
+    ("-5", "5", 1.0, 0.0), ("", "A", 1.0, 0.0), ("The cat", "cat", 1.0, 0.0), (" -5\n", "-5", 1.0, 1.0),
+    ("Paris", "paris", 1.0, 0.0), ("-5", "-5", 1.0, 1.0)])
+def test_the_strict_match_tells_apart_what_squads_normalization_makes_alike(prediction, reference, squad, strict):
+    total, _ = scores.text_scores([prediction], [(reference,)], ("exact_match", "strict_match", "f1", "rouge_l"))
+    assert (total["exact_match"], total["strict_match"]) == (squad, strict)
+    for name, words in (("exact_match", "SQuAD's.*without ASCII punctuation and a, an, the"), ("strict_match", "all"),
+                        ("f1", "SQuAD's: words between blanks"), ("rouge_l", "rouge-score's.*each character")):
+        assert re.match(f".*{words}", total[f"{name}_signature"])
+
+
+@pytest.mark.parametrize("text, other, tokenize", [
+    ("今天天气很好", "昨天天气很好", "zh"), ("今日はいい天気です", "明日はいい天気です", "char"),
+    ("сегодня очень хорошая погода", "вчера была очень хорошая погода", "13a"),
+    ("the word 天 is here today", "a word 天 was here today", "13a")])
+def test_bleus_words_are_those_of_the_references_script(text, other, tokenize):
+    sacrebleu = pytest.importorskip("sacrebleu", reason="sacrebleu is not installed: BLEU and chrF stay unchecked")
+    assert scores.corpus_score("bleu", [text], [(text,)])[0] == pytest.approx(100)
+    score, signature = scores.corpus_score("bleu", [text], [(other,)])
+    assert score == pytest.approx(sacrebleu.corpus_bleu([text], [[other]], tokenize=tokenize).score, rel=1e-12)
+    assert f"tok:{tokenize}|" in signature
 
 
 def test_the_common_subsequence_has_the_length_that_the_table_gives():
@@ -109,7 +151,7 @@ def test_examples_may_have_different_numbers_of_references():
 def test_without_sacrebleu_its_metrics_are_left_out_with_a_note_or_refused_by_name(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     notes = []
-    assert scores.choose_metrics(None, notes.append) == ("exact_match", "f1", "rouge_l")
+    assert scores.choose_metrics(None, notes.append) == ("exact_match", "strict_match", "f1", "rouge_l")
     assert "pip install sacrebleu" in notes[0]
     assert scores.choose_metrics("rouge_l, f1", notes.append) == ("rouge_l", "f1")
     with pytest.raises(UserError, match="--metrics chrf needs the package sacrebleu.*pip install sacrebleu"):
@@ -117,7 +159,7 @@ def test_without_sacrebleu_its_metrics_are_left_out_with_a_note_or_refused_by_na
 
 
 def test_an_unknown_metric_is_named():
-    with pytest.raises(UserError, match="'rouge'; there are exact_match, f1, rouge_l, bleu, chrf"):
+    with pytest.raises(UserError, match="'rouge'; there are exact_match, strict_match, f1, rouge_l, bleu, chrf"):
         scores.choose_metrics("f1,rouge", print)
 
 

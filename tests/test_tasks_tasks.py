@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from config import ModelConfig
-from data.chat import DEFAULT_TEMPLATE
+from data.chat import DEFAULT_TEMPLATE, turn_end
 from data.tokenizer import load_tokenizer, train_bpe
 from model import GPT
 from tasks import tasks
@@ -19,6 +19,7 @@ from tasks.tasks import Answer, Chat, Choice, Labelled, Task, TaskError, read_ta
 from tests.test_data_prompts import with_bos
 
 BYTES = load_tokenizer("bytes")
+ENDS = frozenset({BYTES.eot})
 EOT = BYTES.eot
 
 
@@ -320,8 +321,8 @@ PROMPTS = ["", "a", "what?", "0123456789" * 3, "ab cd", "é" * 5, "x" * 31, "zzz
 def test_an_answer_is_the_greedy_continuation_to_end_of_text_or_to_the_end_of_the_context(batch_size):
     model = talkative_model()
     examples = [Answer(i + 1, prompt, ("ab",)) for i, prompt in enumerate(PROMPTS)]
-    result, rows = tasks.generation(model, BYTES, Task(Path("f"), examples), None, metrics=("exact_match",),
-                                    max_new_tokens=12, stop=(), batch_size=batch_size)
+    result, rows = tasks.generation(model, BYTES, Task(Path("f"), examples), None, ends=ENDS,
+                                    metrics=("exact_match",), max_new_tokens=12, stop=(), batch_size=batch_size)
     expected = [greedy(model, prompt, 12) for prompt in PROMPTS]
     assert [(row["prediction"], row["finished"]) for row in rows] == [
         (text.decode(errors="replace"), finished) for text, finished in expected]
@@ -330,7 +331,8 @@ def test_an_answer_is_the_greedy_continuation_to_end_of_text_or_to_the_end_of_th
 
 
 def test_special_tokens_of_a_prompt_are_read_as_such_on_request():
-    model, arguments = talkative_model(), {"metrics": ("f1",), "max_new_tokens": 12, "stop": (), "batch_size": 1}
+    arguments = {"ends": ENDS, "metrics": ("f1",), "max_new_tokens": 12, "stop": (), "batch_size": 1}
+    model = talkative_model()
     said = {}
     for prompt, parse in itertools.product(("", "<|endoftext|>"), (False, True)):
         task = Task(Path("f"), [Answer(1, prompt, ("x",))], parse_special=parse)
@@ -344,8 +346,8 @@ def test_a_stop_text_ends_an_answer_and_is_no_part_of_it():
     text = greedy(model, "abc", 12)[0]
     stop = next(chr(byte) for byte in text[1:] if byte < 128)
     task = Task(Path("f"), [Answer(1, "abc", ("x",))])
-    _, [row] = tasks.generation(model, BYTES, task, None, metrics=("f1",), max_new_tokens=12, stop=(stop,),
-                                batch_size=1)
+    _, [row] = tasks.generation(model, BYTES, task, None, ends=ENDS, metrics=("f1",), max_new_tokens=12,
+                                stop=(stop,), batch_size=1)
     assert row["finished"] and row["prediction"] == text[:text.index(stop.encode())].decode(errors="replace")
 
 
@@ -354,15 +356,16 @@ def test_the_scores_are_those_of_the_answers():
     text = next(text for text in (greedy(model, prompt, 12)[0].decode(errors="replace") for prompt in PROMPTS)
                 if any(map(str.isalnum, text)))
     examples = [Answer(i + 1, prompt, (text, "zz")) for i, prompt in enumerate(PROMPTS)]
-    result, rows = tasks.generation(model, BYTES, Task(Path("f"), examples), None, metrics=("exact_match",),
-                                    max_new_tokens=12, stop=(), batch_size=4)
+    result, rows = tasks.generation(model, BYTES, Task(Path("f"), examples), None, ends=ENDS,
+                                    metrics=("exact_match",), max_new_tokens=12, stop=(), batch_size=4)
     hits = [row["prediction"] == text for row in rows]
     assert result["exact_match"] == pytest.approx(np.mean(hits)) and any(hits)
     assert all(row["exact_match"] == 1.0 for row, hit in zip(rows, hits, strict=True) if hit)
 
 
 def test_a_prompt_longer_than_the_context_loses_its_front_or_is_refused_with_its_line():
-    model, arguments = talkative_model(), dict(metrics=("f1",), max_new_tokens=5, stop=(), batch_size=2)
+    model, arguments = talkative_model(), dict(
+        ends=ENDS, metrics=("f1",), max_new_tokens=5, stop=(), batch_size=2)
     task = Task(Path("f"), [Answer(1, "x" * 32, ("a",)), Answer(9, "ab" * 20, ("a",))])
     result, rows = tasks.generation(model, BYTES, task, None, **arguments)
     expected = [greedy(model, prompt, 5) for prompt in ("x" * 32, "ab" * 14)]  # 28 + 5 = max_seq_len + 1
@@ -385,15 +388,16 @@ def test_a_chat_is_answered_behind_what_the_template_makes_of_it():
     expected = [greedy(model, "User:\nhi\n\nAssistant:\n", 9)]
     [head, tail] = ["User:\na\n\nAssistant:\nb", "\n\nUser:\nc <|endoftext|>\n\nAssistant:\n"]
     expected.append(greedy(model, [*head.encode(), EOT, *tail.encode()], 9))
-    _, rows = tasks.generation(model, BYTES, Task(Path("f"), examples), DEFAULT_TEMPLATE, metrics=("f1",),
-                               max_new_tokens=9, stop=(), batch_size=2)
+    _, rows = tasks.generation(model, BYTES, Task(Path("f"), examples), DEFAULT_TEMPLATE, ends=ENDS,
+                               metrics=("f1",), max_new_tokens=9, stop=(), batch_size=2)
     assert [row["prediction"] for row in rows] == [text.decode(errors="replace") for text, _ in expected]
     assert [row["finished"] for row in rows] == [finished for _, finished in expected]
     assert rows[0]["messages"] == examples[0].messages
 
 
 def test_a_chat_longer_than_the_context_loses_its_oldest_turns_or_is_refused_with_its_line():
-    model, arguments = talkative_model(max_seq_len=64), dict(metrics=("f1",), max_new_tokens=9, stop=(), batch_size=2)
+    model, arguments = talkative_model(max_seq_len=64), dict(
+        ends=ENDS, metrics=("f1",), max_new_tokens=9, stop=(), batch_size=2)
     task = Task(Path("f"), [chat("b" * 40, "c", "hi"), chat("hi")])
     result, rows = tasks.generation(model, BYTES, task, DEFAULT_TEMPLATE, **arguments)
     text, finished = greedy(model, "User:\nhi\n\nAssistant:\n", 9)
@@ -412,14 +416,16 @@ def test_an_answer_in_a_chat_ends_with_what_ends_a_turn_there_and_with_no_other_
             return getattr(BYTES, name)
         special_ids = BYTES.special_ids | {"<|end|>": end, "<|other|>": text[0]}
     template = "{% for m in messages %}{{ m.content + ('<|end|>' if m.role == 'assistant' else '') }}{% endfor %}"
-    _, [row] = tasks.generation(model, Tokenizer(), Task(Path("f"), [chat("abc")]), template, metrics=("f1",),
-                                max_new_tokens=9, stop=(), batch_size=1)
+    ends = ENDS | {turn_end(Tokenizer(), template)}
+    _, [row] = tasks.generation(model, Tokenizer(), Task(Path("f"), [chat("abc")]), template, ends=ends,
+                                metrics=("f1",), max_new_tokens=9, stop=(), batch_size=1)
     assert row["finished"] and row["prediction"] == text[:text.index(end)].decode(errors="replace") != ""
 
 
 def test_a_chat_that_the_template_refuses_or_a_run_without_one_is_an_error():
     model, bad = talkative_model(), Chat(3, ({"role": "robot", "content": "beep"},), ("yes",))
-    arguments = dict(metrics=("f1",), max_new_tokens=9, stop=(), batch_size=2)
+    arguments = dict(
+        ends=ENDS, metrics=("f1",), max_new_tokens=9, stop=(), batch_size=2)
     with pytest.raises(TaskError, match="task 'f' line 3: .*robot"):
         tasks.generation(model, BYTES, Task(Path("f"), [chat("a"), bad]), DEFAULT_TEMPLATE, **arguments)
     with pytest.raises(TaskError, match="task 'f' holds messages, but the run has no chat template"):
