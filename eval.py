@@ -23,6 +23,7 @@ import sample
 from config import DataConfig, UserError, exit_cleanly
 from data.dataset import open_dataset, open_split
 from data.loader import IGNORED, MicroBatch, ValLoader
+from data.text import read_text
 from data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from distributed import World, choose_device, sum_over_ranks
 from finetune.runs import read_run
@@ -148,7 +149,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument_group("with --task").add_argument
     add("--limit", type=int, metavar="N", help="score the first N examples only")
     add("--predictions", type=Path, metavar="FILE.jsonl", help="write each example's prediction")
-    add("--labels", metavar="A,B,C", help="classification: all labels; left out = those of the file, sorted")
+    add("--labels", action="append", metavar="A,B,C", help="classification: all labels, or given twice or more, one "
+        "label each (which may hold a comma); left out = those of the file, sorted")
     add("--plot", type=Path, metavar="FILE.png", help="classification: write the confusion matrix")
     add("--max-new-tokens", type=int, metavar="N", help="generation: default 256")
     add("--stop", nargs="+", action="extend", metavar="TEXT",
@@ -198,7 +200,10 @@ def _batches(args: argparse.Namespace, config: DataConfig, model: GPT, tokenizer
     if data.suffix in (".jsonl", ".gz", ".zst", ".parquet"):
         raise UserError(f"--data {str(data)!r} is not plain text; prepare it first (python -m data.prepare {data} "
                         "--out DIR --tokenizer RUN, then --data DIR), or use --task for examples with right answers")
-    ids = tokenizer.encode(data.read_bytes().decode("utf-8", errors="replace"))
+    text, invalid = read_text(str(data), f"--data {str(data)!r}", note=cli.note)
+    if invalid:
+        cli.note(f"--data {str(data)!r}: {invalid:,} invalid UTF-8 sequences replaced by U+FFFD")
+    ids = tokenizer.encode(text)
     if len(ids) == 0:
         raise UserError(f"text {str(data)!r} is empty; name a file with text in it")
     return text_batches(ids, eot=tokenizer.start, seq_len=seq_len, batch_size=args.batch_size, device=device)
