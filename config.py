@@ -84,8 +84,7 @@ class ModelConfig:
     n_kv_head: int | None = knob(None, "key/value heads (grouped-query attention); left out = n_head", minimum=1)
     n_embd: int = knob(768, "width of the residual stream", minimum=1)
     head_dim: int | None = knob(None, "width of one head; left out = n_embd / n_head", minimum=1)
-    mlp_hidden: int | None = knob(None, "hidden width of the MLP; left out = 4 n_embd, for swiglu 8/3 n_embd rounded "
-                                        "up to a multiple of 64", minimum=1)
+    mlp_hidden: int | None = knob(None, "left out = 4 n_embd, for swiglu 8/3 n_embd, up to a multiple of 64", minimum=1)
     vocab_size: int | None = knob(None, "token ids; left out = the tokenizer's", minimum=2)
     max_seq_len: int = knob(1024, "context, tokens", minimum=1)
     norm: str = knob("layernorm", "normalisation before attention, MLP and head", choices=("layernorm", "rmsnorm"))
@@ -136,15 +135,16 @@ class DataConfig:
     """Where the tokens come from."""
 
     source: tuple[str, ...] = knob((), "text to train on, prepared first if it is not yet: files (.txt, .jsonl, .gz, "
-                                       ".zst, .parquet), folders, or python-stdlib; one or a list")
-    val_source: tuple[str, ...] = knob((), "validation text; left out = val_fraction is set aside from source")
+                                       ".zst, .parquet), folders, globs ('a/*.txt'), python-stdlib; one or a list")
+    val_source: tuple[str, ...] = knob((), "validation text, as source; left out = val_fraction of source is set aside")
     dir: str | None = knob(None, "folder of prepared shards; left out = shards/<name>-<hash of the data settings>")
     tokenizer: str | None = knob(None, "bytes, bpe:N (trained on source), gpt2, r50k_base, cl100k_base, o200k_base, a "
                                        "tokenizer.json or a run folder; left out = that of dir or init_from, else gpt2")
     val_fraction: float = knob(0.05, "share of the text set aside for validation", minimum=0.0, maximum=0.9)
     text_field: str = knob("text", "the field of a .jsonl row or parquet column that holds the text")
-    chat_template: str | None = knob(None, "Jinja file that renders rows of messages; left out = that of init_from, "
-                                           "else a plain one")
+    kind: str = knob("auto", "auto: rows with prompt and response, text and label, or messages are examples; text: "
+                             "text_field is plain text, whatever else a row has", choices=("auto", "text"))
+    chat_template: str | None = knob(None, "Jinja file for messages; left out = that of init_from, else a plain one")
     too_long: str = knob("cut", "rows of examples longer than the context. cut: of a chat whole oldest turns go, then "
                                 "the front of the prompt or text, then the end of the response; drop: leave the row "
                                 "out; error: refuse", choices=("cut", "drop", "error"))

@@ -23,6 +23,7 @@ import sample
 from config import UserError, exit_cleanly
 from data.dataset import open_dataset, open_split
 from data.loader import IGNORED, MicroBatch, ValLoader
+from data.text import read_text
 from data.tokenizer import TOKENIZER_FILE, load_tokenizer
 from distributed import World, choose_device, sum_over_ranks
 from finetune.runs import SavedRun, read_run
@@ -165,7 +166,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument_group("with --task").add_argument
     add("--limit", type=int, metavar="N", help="score the first N examples only")
     add("--predictions", type=Path, metavar="FILE.jsonl", help="write each example's prediction")
-    add("--labels", metavar="A,B,C", help="classification: all labels; left out = those of the file, sorted")
+    add("--labels", action="append", metavar="A,B,C", help="classification: all labels, or given twice or more, one "
+        "label each (which may hold a comma); left out = those of the file, sorted")
     add("--plot", type=Path, metavar="FILE.png", help="classification: write the confusion matrix")
     add("--max-new-tokens", type=int, metavar="N", help="generation: default 256")
     add("--stop", nargs="+", action="extend", metavar="TEXT",
@@ -221,23 +223,20 @@ def _score_data(args: argparse.Namespace, saved: SavedRun, model: GPT, device: t
     if data.suffix in (".jsonl", ".gz", ".zst", ".parquet"):
         raise UserError(f"--data {str(data)!r} is not plain text; prepare it first (python -m data.prepare {data} "
                         "--out DIR --tokenizer RUN, then --data DIR), or use --task for examples with right answers")
-    try:
-        text = (content := data.read_bytes()).decode()
-    except OSError as error:
-        raise UserError(f"text {str(data)!r} cannot be read: {error.strerror}; name another") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"text {str(data)!r} is not UTF-8 at byte {error.start}; convert it first") from None
-    ids = tokenizer.encode(text)
+    text, invalid = read_text(str(data), f"--data {str(data)!r}", note=cli.note)
+    if invalid:
+        cli.note(f"--data {str(data)!r}: {invalid:,} invalid UTF-8 sequences replaced by U+FFFD")
+    ids, n_bytes = tokenizer.encode(text), len(text.encode())
     if len(ids) == 0:
         raise UserError(f"text {str(data)!r} is empty; name a file with text in it")
     score = evaluate(model, text_batches(ids, eot=tokenizer.start, **common), token_bytes=tokenizer.scored_bytes(),
                      device=device)
-    bits = score.loss * score.tokens / (math.log(2) * len(content))  # of the file's real bytes: all tokens are text
+    bits = score.loss * score.tokens / (math.log(2) * n_bytes)  # of the text as UTF-8: all tokens are text
     if not tokenizer.spells(ids, text):
         bits = None
         cli.note(f"bits_per_byte is null: the run's tokenizer loses some of the text ({score.unknown:,} of "
                  f"{score.tokens:,} tokens are unknown to it), so that its loss is that of another text")
-    return fields | asdict(replace(score, bits_per_byte=bits, bytes=len(content)))
+    return fields | asdict(replace(score, bits_per_byte=bits, bytes=n_bytes))
 
 
 def _shard_batches(data: Path, saved: SavedRun, common: dict) -> Iterator[MicroBatch]:

@@ -27,6 +27,7 @@ import cli
 import distributed
 from config import ModelConfig, UserError, exit_cleanly
 from data.prompts import answer_room, encode_prompt, fit_chat, fit_prompt
+from data.text import read_text
 from data.tokenizer import Tokenizer
 from finetune.runs import SavedRun, read_run
 from kernels import self_check
@@ -464,16 +465,11 @@ def _print_samples(prompt: str, pieces: Iterator[Piece], num_samples: int) -> No
 
 
 def _read_prompt(args: argparse.Namespace) -> str:
-    """The prompt's text, exactly as given: a final newline in a file counts. Raises SampleError."""
+    """The prompt's text, exactly as given: a final newline in a file counts. Raises UserError."""
     if not args.stdin and args.prompt_file is None:
         return args.prompt or ""
-    name = "stdin" if args.stdin else f"prompt file {args.prompt_file!r}"
-    try:
-        return (sys.stdin.buffer.read() if args.stdin else Path(args.prompt_file).read_bytes()).decode("utf-8")
-    except OSError as error:
-        raise SampleError(f"{name} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise SampleError(f"{name} is not valid UTF-8 at byte {error.start}; convert it first") from None
+    named = "stdin" if args.stdin else f"prompt file {args.prompt_file!r}"
+    return read_text(None if args.stdin else args.prompt_file, named, note=None)[0]
 
 
 if __name__ == "__main__":

@@ -78,17 +78,18 @@ def kind_of_row(row: object, text_field: str) -> str:
     return TEXT
 
 
-def find_kind(files: Sequence[TextFile], text_field: str) -> str:
-    """The kind that all files have, by their first rows. Raises SourceError if they differ."""
-    kinds: dict[str, str] = {}
-    for file in files:
+def find_kind(files: Sequence[TextFile], text_field: str, kind: str = "auto") -> str:
+    """The kind that all files have: text if that was asked for, else by their first rows. Raises SourceError if they
+    differ."""
+    kinds: dict[str, str] = {TEXT: ""} if kind == TEXT else {}
+    for file in files if kind != TEXT else ():
         row = first_row(file) if file.kind == "jsonl" else {}
         if row is not None:
             kinds.setdefault(kind_of_row(row, text_field), file.path)
     if len(kinds) > 1:
         (one, first), (other, second) = list(kinds.items())[:2]
         raise SourceError(f"source {first!r} holds {one} but {second!r} holds {other}; prepare one kind at a time, "
-                          "from a folder of its own")
+                          "from a folder of its own, or all as plain text (--kind text, data.kind=text)")
     return next(iter(kinds), TEXT)
 
 

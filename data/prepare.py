@@ -33,8 +33,8 @@ from data.chat import DEFAULT_TEMPLATE, TEMPLATE_FILE, read_template, save_templ
 from data.dataset import INDEX_FORMAT, files_of, load_index
 from data.examples import CHAT, ROWS_PER_UNIT, TEXT, Example, Packing, examples, find_kind, packed, texts_of_examples
 from data.shards import TRACKS
+from data.source_files import FORMATS
 from data.sources import (
-    KINDS,
     STDLIB,
     TextFile,
     Texts,
@@ -42,10 +42,10 @@ from data.sources import (
     choose_split,
     describe,
     find_files,
-    generated_in_stdlib,
     split_of,
     texts_of,
 )
+from data.text import WORTH_A_WARNING
 from data.tokenizer import TIKTOKEN_FILES, TOKENIZER_FILE, Tokenizer, load_tokenizer, tokenizer_identity, train_bpe
 from data.verify_shards import verify
 from data.write_shards import MAX_SHARD_TOKENS, Encoded, SplitWriter, dtype_for, write_index
@@ -299,8 +299,8 @@ def another_folder(folder: Path) -> str:
 
 def prepare(sources: Sequence[str], out_dir: Path, *, tokenizer: str = DEFAULT_TOKENIZER,
             val_fraction: float = 0.05, val_sources: Sequence[str] = (), workers: int | None = None,
-            text_field: str = "text", shard_tokens: int = 100_000_000, max_seq_len: int | None = None,
-            chat_template: str = DEFAULT_TEMPLATE, too_long: str = "cut",
+            text_field: str = "text", kind: str = "auto", shard_tokens: int = 100_000_000,
+            max_seq_len: int | None = None, chat_template: str = DEFAULT_TEMPLATE, too_long: str = "cut",
             should_stop: Callable[[], bool] = lambda: False) -> dict:
     """Write the shards of sources into out_dir, or go on with it, or find it done; the index.
 
@@ -318,10 +318,10 @@ def prepare(sources: Sequence[str], out_dir: Path, *, tokenizer: str = DEFAULT_T
     settings = {"sources": [describe(source) for source in sources],
                 "val_sources": [describe(source) for source in val_sources],
                 "tokenizer": tokenizer_identity(tokenizer), "val_fraction": None if val_sources else val_fraction,
-                "text_field": text_field}
-    text_files = [file for source in sources for file in find_files(source)]
-    val_files = [file for source in val_sources for file in find_files(source)]
-    packing = choose_packing(text_files + val_files, text_field, max_seq_len, chat_template, too_long)
+                "text_field": text_field} | ({"kind": kind} if kind == TEXT else {})
+    text_files = [file for source in sources for file in find_files(source, cli.note)]
+    val_files = [file for source in val_sources for file in find_files(source, cli.note)]
+    packing = choose_packing(text_files + val_files, text_field, max_seq_len, chat_template, too_long, kind)
     if packing is None:
         texts = choose_split(text_files, val_files, val_fraction, text_field)
     else:
@@ -338,8 +338,6 @@ def prepare(sources: Sequence[str], out_dir: Path, *, tokenizer: str = DEFAULT_T
     folder = OutputFolder(Path(out_dir), settings | {"shard_tokens": shard_tokens})
     try:
         index = folder.open()
-        if index is None and STDLIB in (*sources, *val_sources):
-            cli.note(f"{STDLIB}: {generated_in_stdlib()} generated files are left out, and its tests")
         if index is not None:
             cli.note(f"{folder.path} is prepared already")
             return index
@@ -354,15 +352,16 @@ def prepare(sources: Sequence[str], out_dir: Path, *, tokenizer: str = DEFAULT_T
 
 
 def choose_packing(text_files: Sequence[TextFile], text_field: str, max_seq_len: int | None, chat_template: str,
-                   too_long: str) -> Packing | None:
+                   too_long: str, kind: str = "auto") -> Packing | None:
     """How the rows of examples in these files are packed; None if they hold plain text. Raises UserError."""
-    kind = find_kind(text_files, text_field)
+    kind = find_kind(text_files, text_field, kind)
     if kind == TEXT:
         return None
     if max_seq_len is None or max_seq_len < 1:
         what = "is missing" if max_seq_len is None else f"= {max_seq_len} should be at least 1"
         raise UserError(f"--max-seq-len {what}: source {text_files[0].path!r} holds {kind}, which is packed into rows "
-                        "of the model's context; name that (model.max_seq_len)")
+                        "of the model's context; name that (model.max_seq_len), or say that the texts in a field are "
+                        "to be learnt as they are (--kind text, data.kind=text)")
     return Packing(kind, max_seq_len, chat_template if kind == CHAT else "", too_long)
 
 
@@ -440,7 +439,7 @@ def _encode_texts(folder: OutputFolder, texts: Texts, encoder: Encoder, writers:
     done, invalid = folder.progress["units"], folder.progress["invalid_utf8"]
     units = texts.units(cuttable=encoder.tokenizer.cuttable)
     skipped = sum(unit.bytes for unit in itertools.islice(units, done))
-    saved, saved_shards = time.monotonic(), None
+    saved, saved_shards, warned = time.monotonic(), None, texts.warned
     from tqdm import tqdm
     with closing(encode_units(units, encoder, workers, folder.path / TOKENIZER_FILE)) as results, \
             tqdm(desc="preparing", total=texts.bytes, initial=skipped, unit="B", unit_scale=True, mininterval=1.0,
@@ -450,6 +449,10 @@ def _encode_texts(folder: OutputFolder, texts: Texts, encoder: Encoder, writers:
                 writers[split].add(tokens)
             done, invalid = done + 1, invalid + replaced
             bar.update(size)
+            if not warned and replaced > max(1, size * WORTH_A_WARNING):
+                cli.note(f"warning: {replaced:,} of some {size:,} characters read are not UTF-8 and become U+FFFD; "
+                         "convert the sources from their encoding (iconv) if that is not what you want")
+                warned = True
             stop, shards = should_stop(), [len(writer.shards) for writer in writers.values()]
             if stop or shards != saved_shards or time.monotonic() - saved > CHECKPOINT_SECONDS:
                 folder.save(units=done, invalid_utf8=invalid, splits={name: w.state() for name, w in writers.items()})
@@ -497,7 +500,7 @@ def _parser() -> cli.Parser:
     parser = cli.Parser(prog="python -m data.prepare", allow_abbrev=False,
                         description="Turn text into token shards, or check a folder of them.")
     parser.add_argument("sources", nargs="*", metavar="SOURCE",
-                        help=f"{', '.join(KINDS)} file, a folder of those, or {STDLIB}")
+                        help=f"text file, {FORMATS}, a folder of those, a glob ('a/*.txt'), or {STDLIB}")
     parser.add_argument("--out", metavar="DIR", help="new or empty folder, or one that this command left unfinished")
     parser.add_argument("--tokenizer", default=DEFAULT_TOKENIZER, metavar="NAME",
                         help=f"bytes, bpe:N (N ids, trained on the text), {', '.join(TIKTOKEN_FILES)}, a "
@@ -509,6 +512,8 @@ def _parser() -> cli.Parser:
                        help="validation text instead")
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: the cores)")
     parser.add_argument("--text-field", default="text", metavar="NAME", help="of a .jsonl row or parquet column")
+    parser.add_argument("--kind", choices=("auto", TEXT), default="auto",
+                        help="auto: rows of examples are known by their fields; text: all rows are plain text")
     parser.add_argument("--shard-tokens", type=int, default=100_000_000, metavar="N", help="tokens in a shard")
     parser.add_argument("--max-seq-len", type=int, metavar="N",
                         help="context of the model, for rows of prompt and response, text and label, or messages")
@@ -543,9 +548,9 @@ def main(argv: list[str]) -> None:
     stop = cli.StopRequest()
     try:
         prepare(args.sources, Path(args.out), tokenizer=args.tokenizer, val_fraction=args.val_fraction,
-                val_sources=args.val, workers=args.workers, text_field=args.text_field, shard_tokens=args.shard_tokens,
-                max_seq_len=args.max_seq_len, chat_template=template, too_long=args.too_long,
-                should_stop=stop)
+                val_sources=args.val, workers=args.workers, text_field=args.text_field, kind=args.kind,
+                shard_tokens=args.shard_tokens, max_seq_len=args.max_seq_len, chat_template=template,
+                too_long=args.too_long, should_stop=stop)
     except Busy:
         if args.parent is None:
             raise

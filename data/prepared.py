@@ -6,6 +6,7 @@ prepare.py runs in a process of its own, for its workers import what their paren
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -46,7 +47,8 @@ def data_dir_for(data: DataConfig, max_seq_len: int | None = None, chat_template
                           "of shards (data.dir=shards/mybook)")
     tokenizer = tokenizer_identity(data.tokenizer or DEFAULT_TOKENIZER)  # a copied or moved file is the same
     settings = [data.source, data.val_source, tokenizer, data.val_fraction, data.text_field]
-    name = Path(data.source[0]).absolute().name.partition(".")[0] or "text"
+    settings += [data.kind] if data.kind == TEXT else []
+    name = re.sub(r"[*?[\]]", "", Path(data.source[0]).absolute().name.partition(".")[0]) or "text"
     of_examples = [*settings, max_seq_len, *([] if data.too_long == "cut" else [data.too_long])]
     of_chats = [*of_examples, template_hash(chat_template)]
     folders = {kind: Path("shards", f"{name}-{hashlib.sha256(json.dumps(words).encode()).hexdigest()[:8]}")
@@ -55,7 +57,7 @@ def data_dir_for(data: DataConfig, max_seq_len: int | None = None, chat_template
         if (folder / INDEX_FILE).exists():  # its source may be gone
             return folder
     try:
-        kind = find_kind([file for source in data.source for file in find_files(source)], data.text_field)
+        kind = find_kind([file for source in data.source for file in find_files(source)], data.text_field, data.kind)
     except SourceError:  # prepare() says it
         kind = TEXT
     return folders.get(kind, folders[PROMPT_RESPONSE])
@@ -95,7 +97,8 @@ def _prepare_in_a_process(folder: Path, data: DataConfig, max_seq_len: int, chat
     val = [f"--val={source}" for source in data.val_source] or [f"--val-fraction={data.val_fraction}"]
     command = [sys.executable, "-P", "-m", "data.prepare", f"--out={folder}", f"--parent={os.getpid()}",
                f"--tokenizer={data.tokenizer or DEFAULT_TOKENIZER}", *val, f"--text-field={data.text_field}",
-               f"--max-seq-len={max_seq_len}", "--chat-template=-", f"--too-long={data.too_long}", "--", *data.source]
+               f"--kind={data.kind}", f"--max-seq-len={max_seq_len}", "--chat-template=-",
+               f"--too-long={data.too_long}", "--", *data.source]
     path = os.pathsep.join([str(CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])])
     child = subprocess.Popen(command, stdin=subprocess.PIPE, env=os.environ | {"PYTHONPATH": path},
                              process_group=0)  # Ctrl-C is for this process, which stops the other in order
@@ -124,7 +127,9 @@ def _is_prepared(folder: Path, data: DataConfig, max_seq_len: int, chat_template
     ours = {"val_fraction": None if data.val_source else data.val_fraction, "text_field": data.text_field,
             **_tokenizer_setting(index, data)}
     kind = index.get("settings", {}).get("kind")
-    if kind is not None:
+    if TEXT in (kind, data.kind):
+        ours |= {"kind": data.kind}
+    elif kind is not None:
         ours |= Packing(kind, max_seq_len, chat_template, data.too_long).settings
     try:
         ours |= {"sources": [describe(source) for source in data.source],

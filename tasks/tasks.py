@@ -27,14 +27,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import files
+import cli
 import kernels
 import sample
 from config import UserError
 from data.chat import ChatError
 from data.loader import IGNORED
 from data.prompts import answer_room, encode_prompt, fit_chat, fit_prompt
-from data.tokenizer import Tokenizer, replace_surrogates
+from data.source_files import to_rows
+from data.text import HEAD_BYTES, refuse_formats, row_of, utf8_blocks
+from data.tokenizer import Tokenizer
 from model import GPT, KVCache
 from tasks import scores
 
@@ -111,29 +113,35 @@ def read_task(path: Path) -> Task:
     """The examples of a JSONL file, all of one kind; blank lines are passed over. Raises TaskError."""
     task = Task(path, [])
     try:
-        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+        data = path.read_bytes()
     except OSError as error:
         raise TaskError(f"task {str(path)!r} cannot be read: {error.strerror}; name a JSONL file") from None
-    for number, line in enumerate(lines, start=1):
+    refuse_formats(data[:HEAD_BYTES], f"task {str(path)!r}", str(path))
+    replaced = 0
+    for number, line in enumerate(b"".join(utf8_blocks([data])).splitlines(), start=1):
         if not line.strip():
             continue
         wrong = functools.partial(task.wrong, number)
         try:
-            row = files.parse_json(line.decode().rstrip())
+            line.decode()  # what is compared is not guessed at
+            row, surrogates = row_of(line.rstrip())
+            problem = "" if isinstance(row, dict) else f"holds {_shown(row)}, not an object with fields"
         except UnicodeDecodeError as error:
             raise wrong(f"is not UTF-8 at byte {error.start}; convert the file first") from None
-        except json.JSONDecodeError as error:
-            raise wrong(f"is not JSON: {error.msg} at column {error.colno}") from None
         except ValueError as error:
-            raise wrong(f"is not JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise wrong(f"holds {_shown(row)}, not an object with fields")
+            problem = f"is not JSON: {error}"
+        if problem:
+            is_array = not task.examples and line.lstrip().startswith(b"[")
+            raise wrong(f"{problem}; make rows of this array: {to_rows(str(path))}" if is_array else problem)
+        replaced += surrogates
         example = _example(row, number, wrong)
         if task.examples and type(example) is not type(task.examples[0]):
             raise wrong(f"is {KINDS[type(example)]}, the lines before it {task.kind}; a file holds one kind")
         task.examples.append(example)
     if not task.examples:
         raise TaskError(f"task {str(path)!r} holds no examples; name a JSONL file with one per line")
+    if replaced:
+        cli.note(f"task {str(path)!r}: {replaced:,} lone surrogates, which are no characters, replaced by U+FFFD")
     return task
 
 
@@ -191,7 +199,7 @@ def _text(value: object, name: str, wrong: WrongLine, *, may_be_empty: bool = Tr
         raise wrong(f"{name} = {_shown(value)} should be a text")
     if not may_be_empty and not value.strip():
         raise wrong(f"{name} is empty; fill it in or remove the line")
-    return replace_surrogates(value)  # JSON may spell lone ones, which no file can hold
+    return value
 
 
 def _texts(values: object, name: str, wrong: WrongLine, *, at_least: int = 2) -> tuple[str, ...]:
@@ -395,16 +403,24 @@ def classification(model: GPT, tokenizer: Tokenizer, task: Task, labels: list[st
     return result, rows
 
 
-def choose_labels(task: Task, names: str | None) -> list[str]:
-    """The set of labels: those of the file, sorted, or of a comma-separated list. Raises TaskError."""
+def choose_labels(task: Task, names: list[str] | None) -> list[str]:
+    """The set of labels: those of the file, sorted, or of one comma-separated list, or the names as they are if there
+    are more. Raises TaskError, also for labels of the file that differ in blanks only."""
+    by_words: dict[str, Labelled] = {}
+    for example in task.examples:
+        other = by_words.setdefault(" ".join(example.label.split()), example)
+        if other.label != example.label:
+            raise task.wrong(example.line, f"label {example.label!r} differs from {other.label!r} of line {other.line} "
+                                           "in blanks only; spell them alike")
     if names is None:
         labels = sorted({example.label for example in task.examples})
         if len(labels) == 1:
             raise TaskError(f"task {str(task.path)!r} has one label only, {labels[0]!r}; name the set with --labels")
         return labels
-    labels = [name.strip() for name in names.split(",")]
+    labels = [name.strip() for name in names[0].split(",")] if len(names) == 1 else names
     if "" in labels or len(set(labels)) < max(2, len(labels)):
-        raise TaskError(f"--labels {names!r} should be two labels or more, no two equal, with commas between them")
+        raise TaskError(f"--labels {' '.join(map(repr, names))} should be two labels or more, no two equal, with "
+                        "commas between them or a --labels before each")
     for example in task.examples:
         if example.label not in labels:
             raise task.wrong(example.line, f"label {_shown(example.label)} is not in --labels {','.join(labels)}; add "

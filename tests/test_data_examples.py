@@ -441,6 +441,25 @@ def test_a_field_named_by_the_user_is_plain_text_whatever_else_a_row_has(tmp_pat
     assert "row_tokens" not in index and "kind" not in index["settings"]
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_rows_with_text_and_label_are_pretrained_on_when_that_is_said(kind, tmp_path):
+    rows = [{"text": f"review {i}", "label": i % 2} for i in range(5)]
+    source = write(tmp_path / "a.jsonl", rows)
+    if kind == "parquet":
+        parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed; parquet stays untested")
+        import pyarrow
+        parquet.write_table(pyarrow.Table.from_pylist(rows), source := str(tmp_path / "a.parquet"))
+    else:
+        with pytest.raises(UserError, match=r"to be learnt as they are \(--kind text, data.kind=text\)"):
+            prepare([source], tmp_path / "out", tokenizer="bytes")
+    index = prepared(source, tmp_path / "out", kind="text", val_fraction=0.0)
+    tokens = np.fromfile(tmp_path / "out" / "train_00000.bin", "<u2")[512:].tolist()
+    assert "row_tokens" not in index and tokens == [i for n in range(5) for i in [*f"review {n}".encode(), EOT]]
+    if kind == "jsonl":
+        with pytest.raises(UserError, match='kind: "text" -> "classification"'):
+            prepared(source, tmp_path / "out", val_fraction=0.0)
+
+
 def test_other_settings_are_refused_with_the_list(tmp_path):
     source = write(tmp_path / "a.jsonl", [{"messages": [{"role": "assistant", "content": "hello"}]}] * 3)
     prepared(source, tmp_path / "out", max_seq_len=50, val_fraction=0.0)

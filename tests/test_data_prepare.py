@@ -176,8 +176,9 @@ def test_a_text_without_any_place_to_cut_is_cut_between_characters(tmp_path, mon
 @pytest.mark.parametrize("seed", range(3))
 def test_invalid_utf8_is_replaced_and_counted_wherever_units_are_cut(seed, tmp_path, monkeypatch):
     rng = random.Random(seed)
-    data = b"".join(rng.choices([b"word ", b"\xff", b"\xe4\xb8", b"\xe4\xb8\xad", b"\x80\x80\x80\x80", b"\xf0\x9f",
-                                 b" a", b"\n", b"\xef\xbf\xbd", b"\xed\xa0\x80"], k=3000))
+    data = b"".join(rng.choices([b"word and word ", b"\xff", b"\xe4\xb8", b"\xe4\xb8\xad", b"\x80\x80\x80\x80",
+                                 b"\xf0\x9f", b" a", b"\n", b"\xef\xbf\xbd", b"\xed\xa0\x80"],
+                                weights=[5, 1, 1, 1, 1, 1, 1, 1, 1, 1], k=3000))
     (tmp_path / "a.txt").write_bytes(data)
     monkeypatch.setattr(sources, "UNIT_BYTES", 200)
     monkeypatch.setattr(sources, "SEARCH_BYTES", 32)
@@ -257,14 +258,16 @@ def test_every_format_gives_the_same_documents(kind, tmp_path, monkeypatch):
     assert tokens_of(tmp_path / "out", "train") == expected("bytes", [text for text in texts if text])
 
 
-def test_a_parquet_row_without_text_is_left_out(tmp_path):
-    write_parquet(tmp_path / "a.parquet", ["one", None, "", "two"])
+def test_a_parquet_row_of_empty_text_is_left_out_and_one_without_text_is_named(tmp_path):
+    write_parquet(tmp_path / "a.parquet", ["one", "", "two"])
     prepare([str(tmp_path / "a.parquet")], tmp_path / "out", tokenizer="bytes", val_fraction=0.0)
     assert tokens_of(tmp_path / "out", "train") == expected("bytes", ["one", "two"])
+    write_parquet(tmp_path / "a.parquet", [*PARTS[:8], None])  # in the second row group
+    assert "a.parquet' row 9 has no text in a field 'text', only null in it" in refusal(tmp_path, ["a.parquet"])
 
 
 def test_a_folder_is_read_in_the_order_of_its_names_without_hidden_and_unknown_files(tmp_path):
-    for name, text in (("b.txt", "b"), ("a/z.txt", "az"), ("a/b/c.txt", "abc"), ("a.txt", "a"), ("c.md", "not text"),
+    for name, text in (("b.txt", "b"), ("a/z.txt", "az"), ("a/b/c.txt", "abc"), ("a.txt", "a"), ("c.py", "not text"),
                        (".hidden.txt", "hidden"), (".git/x.txt", "git"), ("empty.txt", ""), ("UPPER.TXT", "upper"),
                        ("a/y.jsonl", '{"text": "row"}\n')):
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -538,13 +541,12 @@ def refusal(tmp_path: Path, sources: list, **settings) -> str:
 
 
 def test_sources_that_cannot_be_used_are_named(tmp_path):
-    for name in ("empty.txt", "notes.md", "rows.jsonl", "good.txt"):
-        (tmp_path / name).write_text({"notes.md": "x", "rows.jsonl": '{"text": ""}\n', "good.txt": "x"}.get(name, ""))
+    for name in ("empty.txt", "rows.jsonl", "good.txt"):
+        (tmp_path / name).write_text({"rows.jsonl": '{"text": ""}\n', "good.txt": "x"}.get(name, ""))
     (tmp_path / "folder").mkdir()
     assert "no source is named" in refusal(tmp_path, [])
     assert "missing.txt' does not exist" in refusal(tmp_path, ["good.txt", "missing.txt"])
     assert "empty.txt' is empty" in refusal(tmp_path, ["empty.txt"])
-    assert "notes.md' has an unknown suffix; it should end in one of .txt, .jsonl" in refusal(tmp_path, ["notes.md"])
     assert "folder' holds no text" in refusal(tmp_path, ["folder"])
     assert "rows.jsonl' holds no text: every row is empty" in refusal(tmp_path, ["rows.jsonl"])
     assert "missing.txt' does not exist" in refusal(tmp_path, ["good.txt"], val_sources=[str(tmp_path / "missing.txt")])

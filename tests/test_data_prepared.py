@@ -18,7 +18,7 @@ import pytest
 
 from config import ConfigError, DataConfig, MachineError, UserError
 from data import prepared as module
-from data.dataset import open_dataset, open_split
+from data.dataset import load_index, open_dataset, open_split
 from data.prepare import PreparationStopped, prepare
 from data.prepared import data_dir_for, ensure_prepared
 from data.tokenizer import load_tokenizer, train_bpe
@@ -61,6 +61,18 @@ def test_what_becomes_of_rows_too_long_is_in_the_name_of_folders_of_examples_alo
     for data, names in ((book, 1), (pairs, 3)):
         assert len({data_dir_for(dataclasses.replace(data, too_long=choice), 64)
                     for choice in ("cut", "drop", "error")}) == names
+
+
+def test_rows_of_a_kind_of_their_own_and_as_plain_text_are_two_folders_of_data(book):
+    Path("reviews.jsonl").write_text('{"text": "a review", "label": "good"}\n' * 50)
+    reviews = dataclasses.replace(book, source=("*.jsonl",), kind="text")
+    as_text = ensure_prepared(reviews, 16)
+    assert "kind" in load_index(as_text)["settings"] and "row_tokens" not in load_index(as_text)
+    examples = ensure_prepared(dataclasses.replace(reviews, kind="auto"), 16)
+    assert load_index(examples)["row_tokens"] == 17 and re.fullmatch("text-[0-9a-f]{8}", examples.name)
+    assert ensure_prepared(reviews, 16) == as_text
+    with pytest.raises(ConfigError, match='kind: "text" -> "auto"'):
+        ensure_prepared(dataclasses.replace(reviews, kind="auto", dir=str(as_text)), 16)
 
 
 def test_local_rank_0_prepares_while_the_others_wait(book):

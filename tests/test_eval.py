@@ -243,15 +243,32 @@ def test_the_command_line_keeps_documents_apart_as_training_did(settings, capsys
     assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(row["loss"], rel=1e-6)
 
 
+def test_a_text_is_scored_in_any_encoding_and_what_is_replaced_is_counted(settings, capsys):  # noqa: F811
+    run(settings, "scored", "train.max_steps=1")
+    text, scores = "Grüße und mehr. " * 20, []
+    replaced = text.replace("ü", "\ufffd").replace("ß", "\ufffd")
+    for name, encoding in (("utf8", "utf-8"), ("utf16", "utf-16"), ("bom", "utf-8-sig"), ("latin", "latin-1"),
+                           ("replaced", "utf-8")):
+        Path(name).write_bytes((replaced if name == "replaced" else text).encode(encoding))
+        capsys.readouterr()
+        evaluation.main(["scored", "--data", name])
+        printed, said = capsys.readouterr()
+        scores.append(json.loads(printed)["loss"])
+        assert ("--data 'latin': 40 invalid UTF-8 sequences replaced by U+FFFD" in said) == (name == "latin")
+        assert ("warning: --data 'latin': 40 of the first 320 characters are not UTF-8" in said) == (name == "latin")
+    assert scores[0] == scores[1] == scores[2] != scores[3] == scores[4]
+
+
 @pytest.mark.parametrize("words, message", [
     (["nowhere"], "nowhere"),
     (["scored", "--data", "missing.txt"], "missing.txt"),
     (["scored", "--data", "empty.txt"], "empty"),
     (["scored", "--data", "rows.jsonl"], "'rows.jsonl' is not plain text; prepare it first"),
-    (["scored", "--data", "latin1.txt"], "text 'latin1.txt' is not UTF-8 at byte 3; convert it first"),
     (["scored", "--stride", "0"], "--stride 0 should be at least 1"),
     (["scored", "--stride", "17"], "--stride 17 is more than the context of 16 tokens.*give 1 to 16"),
     (["scored", "--stride", "8", "--task", "choices.jsonl"], "--stride 8 is for text.*--data too"),
+    (["scored", "--data", "utf16le.txt"], "utf16le.txt' is no UTF-8 .* looks like UTF-16LE"),
+    (["scored", "--data", "scored/checkpoints/step_00000001/model.safetensors"], "is weights in safetensors, not text"),
     (["scored", "--batch-size", "0"], "--batch-size 0"),
     (["scored", "--device", "tpu"], "tpu"),
     (["scored", "--data", "other"], "tokenizer"),
@@ -259,9 +276,9 @@ def test_the_command_line_keeps_documents_apart_as_training_did(settings, capsys
 def test_mistakes_are_one_line(settings, words, message):  # noqa: F811
     run(settings, "scored", "train.max_steps=1")
     Path("empty.txt").write_text("")
-    Path("latin1.txt").write_bytes(b"caf\xe9")
     write_task("choices.jsonl", *CHOICES)
     Path("rows.jsonl").write_text('{"text": "a"}\n')
+    Path("utf16le.txt").write_bytes("text".encode("utf-16-le"))
     if "other" in words:
         run(settings, "unused", "train.max_steps=1", "data.tokenizer=bpe:257", "data.dir=other")
     with pytest.raises(UserError, match=message):

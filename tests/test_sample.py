@@ -583,6 +583,8 @@ def test_a_prompt_comes_from_a_file_or_stdin_exactly_as_it_is(run_dir, tmp_path,
     with open(tmp_path / "prompt.txt") as file:
         monkeypatch.setattr(sys, "stdin", file)
         assert run_main(capsys, run_dir, "--max-new-tokens", 4, "-")[0] == expected
+    (tmp_path / "prompt.txt").write_bytes("é\r\n\n".encode("utf-16"))
+    assert run_main(capsys, run_dir, "--prompt-file", tmp_path / "prompt.txt", "--max-new-tokens", 4)[0] == expected
 
 
 def test_without_a_prompt_the_text_starts_from_end_of_text(run_dir, capsys):
@@ -681,10 +683,12 @@ def test_a_chat_continues_the_template_and_needs_one(run_dir, tmp_path, capsys):
     (["RUN", "--chat"], "--chat needs what the user says: --prompt TEXT, --prompt-file FILE or -"),
     (["RUN", "--prompt-file", "missing.txt"], "prompt file 'missing.txt' cannot be read: No such file or directory"),
     (["RUN", "--prompt-file", "latin1.txt"], "prompt file 'latin1.txt' is not valid UTF-8 at byte 1"),
+    (["RUN", "--prompt-file", "utf16.txt"], "prompt file 'utf16.txt' is no UTF-8 (9 of its first 18 bytes are NUL)"),
     (["nowhere"], "run 'nowhere' does not exist"), ([], "required: RUN")], ids=lambda v: " ".join(v) or "nothing")
 def test_user_mistakes_are_named(run_dir, tmp_path, monkeypatch, capsys, argv, message):
     monkeypatch.chdir(tmp_path)
     Path("latin1.txt").write_bytes(b"a\xe9")
+    Path("utf16.txt").write_bytes("a prompt.".encode("utf-16-be"))
     with pytest.raises(UserError) as error:
         sample.main([str(run_dir) if word == "RUN" else word for word in argv])
     assert message in str(error.value)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from config import ModelConfig
+from config import ModelConfig, UserError
 from data.chat import DEFAULT_TEMPLATE, turn_end
 from data.tokenizer import load_tokenizer, train_bpe
 from model import GPT
@@ -272,14 +272,23 @@ def test_the_token_that_begins_every_text_stands_before_texts_and_not_before_lab
 def test_the_labels_of_a_file_are_sorted_and_a_given_set_keeps_its_order():
     task = Task(Path("f"), [Labelled(1, "", "b"), Labelled(2, "", "a"), Labelled(3, "", "b")])
     assert tasks.choose_labels(task, None) == ["a", "b"]
-    assert tasks.choose_labels(task, "c, b,a") == ["c", "b", "a"]
+    assert tasks.choose_labels(task, ["c, b,a"]) == ["c", "b", "a"]
+    assert tasks.choose_labels(task, ["c, or d", "b", "a"]) == ["c, or d", "b", "a"]
+
+
+def test_labels_that_differ_in_blanks_only_are_named():
+    task = Task(Path("f"), [Labelled(1, "", "so so"), Labelled(2, "", "b"), Labelled(4, "", " so\u00a0so")])
+    for names in (None, ["so so,b"]):
+        with pytest.raises(TaskError, match=r"4: label ' so\\xa0so' differs from 'so so' of line 1 in blanks only"):
+            tasks.choose_labels(task, names)
 
 
 @pytest.mark.parametrize("names, message", [
-    ("a,c", "line 2: label \"b\" is not in --labels a,c"),
-    ("a", "--labels 'a' should be two labels or more"),
-    ("a,b,a", "no two equal"),
-    ("a,,b", "no two equal"),
+    (["a,c"], "line 2: label \"b\" is not in --labels a,c"),
+    (["a"], "--labels 'a' should be two labels or more"),
+    (["a,b,a"], "no two equal"),
+    (["a,,b"], "no two equal"),
+    (["a", "b", "a"], "--labels 'a' 'b' 'a' should be two labels or more"),
 ])
 def test_a_set_of_labels_that_does_not_fit_is_refused(names, message):
     with pytest.raises(TaskError, match=message):
@@ -458,8 +467,31 @@ def test_blank_lines_windows_line_ends_and_a_byte_order_mark_are_passed_over(tmp
     assert read_task(path).examples == [Labelled(1, "a", "x"), Labelled(4, "b", "y")]
 
 
-def test_lone_surrogates_become_the_replacement_character(tmp_path):
-    assert read_task(write(tmp_path, '{"text": "a\\ud800", "label": "x"}')).examples[0].text == "a\ufffd"
+def test_lone_surrogates_become_the_replacement_character_and_are_counted(tmp_path, capfd):
+    row = '{"messages": [{"role": "user", "content": "a\\ud800"}, {"role": "assistant", "content": "\\udfffb"}]}'
+    example = read_task(write(tmp_path, row)).examples[0]
+    assert (example.messages[0]["content"], example.references) == ("a\ufffd", ("\ufffdb",))
+    assert "jsonl': 2 lone surrogates, which are no characters, replaced by U+FFFD" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "utf-8-sig"])
+def test_a_task_may_be_in_any_encoding_that_a_byte_order_mark_names(encoding, tmp_path):
+    rows = '{"text": "ü\u2028", "label": "中"}\r{"text": "b", "label": "y"}'
+    (tmp_path / "a.jsonl").write_bytes(rows.encode(encoding))
+    assert read_task(tmp_path / "a.jsonl").examples == [Labelled(1, "ü\u2028", "中"), Labelled(2, "b", "y")]
+
+
+@pytest.mark.parametrize("data, message", [
+    ('{"text": "b", "label": "y"}'.encode("utf-16-le"), "looks like UTF-16LE without a byte order mark; convert it: "),
+    (b"PK\x03\x04", "is a zip archive"),
+    (b'[{"text": "b", "label": "y"}]', r"make rows of this array: python -c .* < "),
+    (b'[\n{"text": "b", "label": "y"}]', r"make rows of this array: python -c .* < "),
+    (b'{"text": "b", "text": "c", "label": "y"}', "line 1: is not JSON: it gives 'text' two values"),
+])
+def test_what_is_no_task_is_refused_with_the_way_out(data, message, tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(data)
+    with pytest.raises(UserError, match=message):
+        read_task(tmp_path / "a.jsonl")
 
 
 GOOD = '{"query": "q", "choices": ["a", "b"], "gold": 1}'
