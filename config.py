@@ -41,6 +41,9 @@ def exit_cleanly(main: Callable[[list[str]], None]) -> None:
     exits with the same status.
     """
     try:
+        for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+            if getattr(sys, name) is None:  # closed by who started us (`>&-`): the next file would get its number
+                setattr(sys, name, open(os.devnull, mode, errors="replace"))
         main(sys.argv[1:])
         sys.stdout.flush()
     except (UserError, MachineError) as error:
@@ -262,9 +265,7 @@ def load_run_config(run_dir: Path) -> Config:
     table = _file_table(str(path))
     if missing := [f"[{name}]" for name in ("model", "data", "optim", "train") if name not in table]:
         raise ConfigError(f"config file {str(path)!r} is damaged: it lacks {', '.join(missing)}; put a copy of it back")
-    config = apply_table(Config(), table)
-    check(config)
-    return config
+    return load_config(path)
 
 
 def _file_table(word: str) -> dict:
