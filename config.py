@@ -151,7 +151,8 @@ class DataConfig:
     too_long: str = knob("cut", "rows of examples longer than the context. cut: of a chat whole oldest turns go, then "
                                 "the front of the prompt or text, then the end of the response; drop: leave the row "
                                 "out; error: refuse", choices=("cut", "drop", "error"))
-    document_mask: bool = knob(False, "tokens see their own document only, and positions restart with it")
+    document_mask: bool = knob(False, "tokens see their own document only, which the end-of-text before it opens; "
+                                      "positions restart with it")
 
 
 @dataclass(frozen=True)

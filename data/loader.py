@@ -75,7 +75,7 @@ def epoch_key(seed: int, epoch: int) -> int:
 
 @dataclass
 class MicroBatch:
-    """One forward and backward pass. targets: the tokens one further on; document_ids count from 0 in each window."""
+    """One forward and backward pass. targets: the tokens one further on; document_ids rise by 1 at each document."""
 
     tokens: Tensor  # (B, T) int64
     targets: Tensor  # (B, T) int64; IGNORED where the data's loss mask is 0
@@ -102,9 +102,8 @@ def _read(window_ids: np.ndarray, *, stream: TokenStream, seq_len: int, eot: int
         targets[torch.from_numpy(stream.windows(starts + 1, seq_len, "loss") == 0)] = IGNORED
     if "start" in stream.tracks:
         document_ids = stream.windows(starts, seq_len, "start").cumsum(axis=1, dtype=np.int32) - 1
-    elif eot is not None:  # end-of-text tokens strictly before each position: an eot belongs to the document it ends
-        ends = windows[:, :-1] == eot
-        document_ids = np.cumsum(ends, axis=1, dtype=np.int32) - ends
+    elif eot is not None:  # it opens the document behind it, as in sampling a prompt; to the one before it is a target
+        document_ids = (windows[:, :-1] == eot).cumsum(axis=1, dtype=np.int32)
     else:
         return tokens, targets, None
     return tokens, targets, torch.from_numpy(document_ids)
