@@ -142,7 +142,8 @@ def train_curve(run: Run) -> tuple[list[int], list[float]]:
 def val_curve(run: Run) -> tuple[list[float], list[float]]:
     """Tokens and losses of the val rows; their tokens lie on the line through the two train rows next to their step: a
     fork's need not be in proportion to its steps."""
-    points = [(row["step"], row["tokens"]) for row in run.train if row.get("tokens") is not None and row["step"] > 0]
+    rows = [row for row in run.train if row.get("tokens") is not None and row["step"] > 0]
+    points = sorted({row["step"]: row["tokens"] for row in rows}.items())
     points = [(0, 0), *points] if len(points) == 1 else points
     known = [row for row in run.val if points and row.get("loss") is not None]
     tokens = []
