@@ -1,10 +1,14 @@
 """What all commands share: a parser whose errors are one line, notes on stderr, stop signals, optional packages."""
 
 import argparse
+import contextlib
 import importlib.util
 import signal
+import subprocess
 import sys
+from pathlib import Path
 
+import files
 from config import UserError
 
 
@@ -17,7 +21,28 @@ class Parser(argparse.ArgumentParser):
 
 def note(text: str) -> None:
     """A line for the user beside the results, on stderr at once."""
-    print(text, file=sys.stderr, flush=True)
+    files.warn(text)
+
+
+def progress(**what):
+    """tqdm's bar, on stderr."""
+    from tqdm import tqdm
+    return tqdm(mininterval=1.0, file=_Stderr(), **what)
+
+
+class _Stderr:
+    """stderr for tqdm: what nobody can read any more (a closed pipe, a full disk) is dropped, the work goes on."""
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(sys.stderr, name)  # whether it is a terminal, and how wide
 
 
 class StopRequest:
@@ -36,6 +61,17 @@ class StopRequest:
 
     def __call__(self) -> bool:
         return self.signal is not None
+
+
+def commit(folder: Path) -> str:
+    """The commit of a checkout, with +changes if its files differ from it. Its .git is given by name: in search of one
+    git takes that of GIT_DIR, or of a checkout around this one."""
+    git = ["git", "--git-dir=.git", "--work-tree=.", "describe", "--always", "--dirty=+changes", "--exclude=*"]
+    try:
+        described = subprocess.run(git, cwd=folder, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return "(no git)"
+    return described.stdout.strip() or "(not a git checkout)"
 
 
 def is_installed(package: str) -> bool:

@@ -41,6 +41,9 @@ def exit_cleanly(main: Callable[[list[str]], None]) -> None:
     exits with the same status.
     """
     try:
+        for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+            if getattr(sys, name) is None:  # closed by who started us (`>&-`): the next file would get its number
+                setattr(sys, name, open(os.devnull, mode, errors="replace"))
         main(sys.argv[1:])
         sys.stdout.flush()
     except (UserError, MachineError) as error:
@@ -148,7 +151,8 @@ class DataConfig:
     too_long: str = knob("cut", "rows of examples longer than the context. cut: of a chat whole oldest turns go, then "
                                 "the front of the prompt or text, then the end of the response; drop: leave the row "
                                 "out; error: refuse", choices=("cut", "drop", "error"))
-    document_mask: bool = knob(False, "tokens see their own document only, and positions restart with it")
+    document_mask: bool = knob(False, "tokens see their own document only, which the end-of-text before it opens; "
+                                      "positions restart with it")
 
 
 @dataclass(frozen=True)
@@ -262,9 +266,7 @@ def load_run_config(run_dir: Path) -> Config:
     table = _file_table(str(path))
     if missing := [f"[{name}]" for name in ("model", "data", "optim", "train") if name not in table]:
         raise ConfigError(f"config file {str(path)!r} is damaged: it lacks {', '.join(missing)}; put a copy of it back")
-    config = apply_table(Config(), table)
-    check(config)
-    return config
+    return load_config(path)
 
 
 def _file_table(word: str) -> dict:

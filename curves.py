@@ -140,12 +140,17 @@ def train_curve(run: Run) -> tuple[list[int], list[float]]:
 
 
 def val_curve(run: Run) -> tuple[list[float], list[float]]:
-    """Tokens and losses of the val rows; their tokens follow from the train row at, or else next to, their step."""
+    """Tokens and losses of the val rows; their tokens lie on the line through the two train rows next to their step: a
+    fork's need not be in proportion to its steps."""
     rows = [row for row in run.train if row.get("tokens") is not None and row["step"] > 0]
-    steps = [row["step"] for row in rows]
-    known = [row for row in run.val if rows and row.get("loss") is not None]
-    near = [rows[min(bisect_left(steps, row["step"]), len(rows) - 1)] for row in known]
-    tokens = [other["tokens"] * row["step"] / other["step"] for row, other in zip(known, near, strict=True)]
+    points = sorted({row["step"]: row["tokens"] for row in rows}.items())
+    points = [(0, 0), *points] if len(points) == 1 else points
+    known = [row for row in run.val if points and row.get("loss") is not None]
+    tokens = []
+    for row in known:
+        right = min(max(bisect_left(points, (row["step"], 0)), 1), len(points) - 1)
+        (step, before), (next_step, after) = points[right - 1:right + 1]
+        tokens.append(before + (after - before) * (row["step"] - step) / (next_step - step))
     return tokens, [row["loss"] for row in known]
 
 
@@ -156,12 +161,13 @@ def plot(runs: list[Run], path: Path) -> None:
 
     figure = Figure(figsize=(12, 5), dpi=150, layout="constrained")
     train_axes, val_axes = figure.subplots(1, 2)
+    lines = []  # one of each run
     for number, run in enumerate(runs):
         color = f"C{number % 10}"
         tokens, losses = train_curve(run)
         train_axes.plot(tokens, losses, color=color, alpha=0.25, linewidth=0.8)
-        train_axes.plot(tokens, smooth(losses, window=len(losses) // 25), color=color, linewidth=1.8, label=run.name)
-        val_axes.plot(*val_curve(run), color=color, linewidth=1.8, marker="o", markersize=3, label=run.name)
+        lines += train_axes.plot(tokens, smooth(losses, window=len(losses) // 25), color=color, linewidth=1.8)
+        val_axes.plot(*val_curve(run), color=color, linewidth=1.8, marker="o", markersize=3)
     for axes, title, curves in ((train_axes, "Training loss", map(train_curve, runs)),
                                 (val_axes, "Validation loss", map(val_curve, runs))):
         axes.set(title=title, xlabel="tokens", ylabel="loss (nats per token)", xlim=(0, None))
@@ -172,7 +178,9 @@ def plot(runs: list[Run], path: Path) -> None:
             lambda tokens, _: re.sub(r"\.00?(?=\D)|(?<=\.\d)0(?=\D)", "", human_count(tokens))))
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(*train_axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    legend = figure.legend(lines, [run.name for run in runs], loc="outside lower center", ncols=3, frameon=False)
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a folder's name may hold $
     image = io.BytesIO()
     figure.savefig(image, format="png")
     files.write_whole(path, image.getvalue())

@@ -127,21 +127,20 @@ def computes_bfloat16(device: torch.device) -> bool:
 
 
 def choose_compile(wanted: str, device: torch.device) -> tuple[bool, str]:
-    """Whether to torch.compile, and why."""
-    if wanted != "auto":
-        return wanted == "true", "asked for"
-    if device.type != "cuda":
-        return False, "does not pay off outside CUDA"
-    has_compiler = any(shutil.which(name) for name in (os.environ.get("CC", "gcc"), "gcc", "clang"))
-    for is_missing, reason in (
-            (torch.cuda.get_device_capability(device) < (7, 0), "Inductor needs compute capability 7.0"),
-            (importlib.util.find_spec("triton") is None, "no triton"),
-            (not has_compiler, "no C compiler: no CC, gcc or clang"),
-            (not Path(sysconfig.get_paths()["include"], "Python.h").exists(),
-             "no Python.h, which triton compiles against: install python3-dev")):
-        if is_missing:
-            return False, reason
-    return True, "CUDA with triton and a C compiler"
+    """Whether to torch.compile, and why. Raises ConfigError if it is wanted and cannot be."""
+    is_cuda = device.type == "cuda"
+    if wanted == "false" or (wanted == "auto" and not is_cuda):
+        return False, "asked for" if wanted == "false" else "does not pay off outside CUDA"
+    names = (os.environ.get("CC", "gcc"), "gcc", "clang") if is_cuda else (os.environ.get("CXX", "g++"),)
+    missing = next((reason for is_missing, reason in (
+            (is_cuda and torch.cuda.get_device_capability(device) < (7, 0), "Inductor needs compute capability 7.0"),
+            (is_cuda and importlib.util.find_spec("triton") is None, "no triton"),
+            (not any(map(shutil.which, names)), f"no C{'' if is_cuda else '++'} compiler: no {' or '.join(names)}"),
+            (is_cuda and not Path(sysconfig.get_paths()["include"], "Python.h").exists(),
+             "no Python.h, which triton compiles against: install python3-dev")) if is_missing), None)
+    if missing and wanted == "true":
+        raise ConfigError(f"train.compile = true, but {missing}; install what is missing, or set it to false")
+    return not missing, missing or ("asked for" if wanted == "true" else "CUDA with triton and a C compiler")
 
 
 def prepare_cpu(world: World) -> None:

@@ -174,6 +174,7 @@ class AppendFile:
 
 
 def warn(text: str) -> None:
-    """A line on stderr, or nowhere: stderr is often a file on the disk whose fullness it reports."""
+    """A line on stderr, or nowhere: stderr is often a file on the disk whose fullness it reports, or a pipe that nobody
+    reads any more."""
     with suppress(OSError):
         print(text, file=sys.stderr, flush=True)

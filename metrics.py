@@ -96,13 +96,16 @@ def profiled(run_dir: Path, step: int, log: "RunLog") -> Iterator[None]:
     """Trace a step into RUN/profile/step_N.json, which chrome://tracing and perfetto.dev show."""
     import torch
     path = run_dir / "profile" / f"step_{step:08d}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     with torch.profiler.profile(record_shapes=True) as profiler:
         yield
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-    profiler.export_chrome_trace(str(path))
-    log.note(f"profiled step {step}: {path}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(path))
+        log.note(f"profiled step {step}: {path} ({path.stat().st_size / 1e6:.1f} MB)")  # a full disk leaves no file
+    except (OSError, RuntimeError) as error:
+        log.note(f"warning: the trace of step {step} was not written to {path}: {error}; training goes on")
 
 
 # ---- Figures as text -------------------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ class Progress:
     """What a checkpoint's state.json holds beside weights and moments."""
 
     step: int = 0  # completed steps
+    tokens: int = 0  # of them, and of a fork those that its parent was trained on: they say where in the data it stands
     skips_in_a_row: int = 0
     scale: LossScale = field(default_factory=LossScale)
     val_loss: float | None = None  # of the evaluation at this very step, if there was one
@@ -43,7 +44,7 @@ class Progress:
     base_sha256: str | None = None  # of RUN/base, if the checkpoints hold adapters to it
 
     def as_state(self, *, updates: int, data_hash: str, world: World) -> dict:
-        return {"step": self.step, "updates": updates, "skips_in_a_row": self.skips_in_a_row,
+        return {"step": self.step, "tokens": self.tokens, "updates": updates, "skips_in_a_row": self.skips_in_a_row,
                 "loss_scale": [self.scale.scale, self.scale.good_steps], "val_loss": self.val_loss,
                 "val_due": self.val_due, "data_hash": data_hash, "world_size": world.size,
                 "threads": torch.get_num_threads(), "torch": torch.__version__} | (
@@ -270,6 +271,7 @@ def _go_on(start: Fork | Resume, config: Config, parent: Parent | None, model: G
            progress: Progress) -> None:
     """Adapters, moments and counters of the checkpoint, in place."""
     path, is_resume = Path(start.path), isinstance(start, Resume)
+    trained = config if is_resume else parent.config  # what made the checkpoint
     state = checkpoint.load_state(path)
     try:
         what = "keep [lora] as it was"
@@ -281,9 +283,10 @@ def _go_on(start: Fork | Resume, config: Config, parent: Parent | None, model: G
     except (ValueError, KeyError) as error:
         raise CheckpointError(f"checkpoint {start.path!r}: {error}; {what}") from None
     progress.step, progress.skips_in_a_row = state["step"], state["skips_in_a_row"]
+    progress.tokens = state.get("tokens", state["step"] * trained.train.tokens_per_step)  # older ones lack it
     if is_resume:
         progress.val_due, progress.base_sha256 = state["val_due"], state.get("base_sha256")
-    if progress.scale.dynamic and (is_resume or parent.config.train.dtype == "float16"):
+    if progress.scale.dynamic and trained.train.dtype == "float16":
         progress.scale.scale, progress.scale.good_steps = state["loss_scale"]
 
 

@@ -15,7 +15,6 @@ import json
 import math
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -34,7 +33,7 @@ import kernels
 import metrics
 import sample
 import start as starting
-from cli import StopRequest, note
+from cli import StopRequest, commit, note
 from config import Config, ConfigError, MachineError, UserError
 from data.chat import TEMPLATE_FILE, load_template, save_template
 from data.dataset import Dataset, open_dataset, open_split
@@ -136,7 +135,7 @@ def loop(run: Training) -> None:
     counts_flops = not (config.lora.rank or config.data.document_mask or is_examples)
     peak_flops = metrics.peak_flops(run.machine.name, train.dtype) if counts_flops else None
     # Shards are hashed once per run: by the first process of each node, while the first epoch goes on.
-    first_epoch = progress.step * run.train_data.windows_per_step < run.train_data.windows_per_epoch
+    first_epoch = progress.tokens < run.train_data.stream.tokens
     verifier = BackgroundVerifier(run.dataset) if first_epoch and world.local_rank == 0 else None
 
     def due(every: int) -> bool:  # 0 = never, but for the last step
@@ -168,7 +167,7 @@ def loop(run: Training) -> None:
                     run.wrapped, run.optimizer, micro_batches, lr=lr, tokens_per_step=train.tokens_per_step,
                     grad_clip=config.optim.grad_clip, scale=progress.scale, step=progress.step, seed=train.seed,
                     dropout=max(config.model.dropout, config.lora.dropout), world=world)
-            progress.step += 1
+            progress.step, progress.tokens = progress.step + 1, progress.tokens + train.tokens_per_step
             progress.skips_in_a_row = progress.skips_in_a_row + 1 if result.skipped else 0
 
             # 2. Log: a line and a row, also for the first step and for a skipped one.
@@ -178,7 +177,7 @@ def loop(run: Training) -> None:
                 now = time.perf_counter()
                 seconds, started = now - started, now
                 rate = steps_since_line * train.tokens_per_step / seconds
-                row = {"step": progress.step, "tokens": progress.step * train.tokens_per_step,
+                row = {"step": progress.step, "tokens": progress.tokens,
                        "loss": None if result.skipped else result.loss, "lr": lr,
                        "grad_norm": None if result.skipped else result.grad_norm, "tokens_per_second": rate,
                        "mfu": metrics.mfu(rate, flops_per_token(config.model), peak_flops, world.size),
@@ -331,6 +330,7 @@ def train(config: Config, given: set[str], *, world: World, stop: StopRequest) -
         # 3. Model and optimizer, the log, the loop, the last words.
         with _one_line(config, world):
             model, optimizer, progress = starting.build(start, config, parent, machine, world)
+        train_data.go_on_after(progress.step, progress.tokens // config.model.max_seq_len)
         with distributed.raise_on_all_ranks(world):
             if world.is_main:
                 write_run_files(config, tokenizer, load_template(data_dir), parent)
@@ -365,8 +365,9 @@ def _first_lines(run: Training, kernels_line: str) -> list[str]:
     config, train, dataset, model = run.config, run.config.train, run.dataset, run.config.model
     accumulation = math.ceil(train.tokens_per_step / (model.max_seq_len * train.micro_batch * run.world.size))
     train_tokens, val_tokens = run.train_data.stream.tokens, run.val_data.stream.tokens
+    steps_left = train.max_steps - run.progress.step
     lines = [
-        f"flatgpt {_git_commit()} | python {platform.python_version()} | torch {torch.__version__} | "
+        f"flatgpt {commit(Path(__file__).parent)} | python {platform.python_version()} | torch {torch.__version__} | "
         f"numpy {np.__version__} | {platform.platform()}",
         *run.machine.lines,
         kernels_line,
@@ -385,16 +386,7 @@ def _first_lines(run: Training, kernels_line: str) -> list[str]:
                      f"{counts['response_tokens']:,} of {counts['tokens']:,} tokens")
     return [*lines, f"batch: {train.tokens_per_step:,} tokens a step = {run.world.size} ranks x {accumulation} "
                     f"micro-batches of up to {train.micro_batch} x {model.max_seq_len}; {train.max_steps} steps = "
-                    f"{train.max_steps * train.tokens_per_step / train_tokens:.2f} epochs"]
-
-
-def _git_commit() -> str:
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+changes", "--exclude=*"]
-    try:
-        described = subprocess.run(git, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return "(no git)"
-    return described.stdout.strip() or "(not a git checkout)"
+                    f"{(run.progress.tokens + steps_left * train.tokens_per_step) / train_tokens:.2f} epochs"]
 
 
 @contextlib.contextmanager

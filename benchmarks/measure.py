@@ -172,7 +172,7 @@ def describe_machine() -> dict:
     model = re.search(r"^model name\s*: (.+)$", info.read_text() if info.exists() else "", re.MULTILINE)
     return {"cpu": model[1] if model else platform.processor() or platform.machine(), "cores": cores(),
             "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(),
-            "commit": commit(CHECKOUT), "load average": [round(load, 2) for load in os.getloadavg()]}
+            "commit": cli.commit(CHECKOUT), "load average": [round(load, 2) for load in os.getloadavg()]}
 
 
 @contextmanager
@@ -200,14 +200,6 @@ def cpu_seconds() -> tuple[float, float]:
 
 def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def commit(folder: Path) -> str:
-    try:
-        return subprocess.check_output(["git", "-C", str(folder), "describe", "--always", "--dirty"], text=True,
-                                       stderr=subprocess.DEVNULL, timeout=10).strip()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown (no git, or not a git checkout)"
 
 
 def version(package: str) -> str:

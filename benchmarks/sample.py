@@ -150,7 +150,7 @@ def _peers(config: ModelConfig, dtype: str, nanogpt: Path | None, stack: context
     workers = {}
     if nanogpt is not None:
         workers[measure.NANOGPT] = measure.Worker(NANOGPT_GENERATE, description, cwd=nanogpt)
-        setting[measure.NANOGPT] = f"{nanogpt}, commit {measure.commit(nanogpt)}"
+        setting[measure.NANOGPT] = f"{nanogpt}, commit {cli.commit(nanogpt)}"
     setting[TRANSFORMERS] = measure.version(TRANSFORMERS)
     if cli.is_installed(TRANSFORMERS):  # not here: our kernels/ would shadow a package of that name, which it imports
         workers[TRANSFORMERS] = measure.Worker(TRANSFORMERS_GENERATE, description, cwd=Path("/"))

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import checkpoint
+import cli
 import convert
 import distributed
 import eval as evaluation
@@ -88,7 +89,7 @@ def run(args: argparse.Namespace, figures: measure.Figures) -> dict:
             prepare = copy / measure.NANOGPT_FILES[-1]
             shutil.copy(text_file, prepare.with_name("input.txt"))
             seconds = measure.run_to_end(sys.executable, str(prepare), cwd=copy).seconds
-            commit = measure.commit(args.peer)
+            commit = cli.commit(args.peer)
             setting["peer"] = f"{args.peer}, commit {commit}, its data prepared apart in {seconds:.2f} s"
             contenders[NANOGPT] = partial(_train_nanogpt, copy, args.peer_steps, itertools.cycle(args.seeds),
                                           sorted(set(text)), val_text)

@@ -75,13 +75,13 @@ def epoch_key(seed: int, epoch: int) -> int:
 
 @dataclass
 class MicroBatch:
-    """One forward and backward pass. targets: the tokens one further on; document_ids count from 0 in each window."""
+    """One forward and backward pass. targets: the tokens one further on; document_ids rise by 1 at each document."""
 
     tokens: Tensor  # (B, T) int64
     targets: Tensor  # (B, T) int64; IGNORED where the data's loss mask is 0
     document_ids: Tensor | None  # (B, T) int32, given when document masks are wanted or examples were packed
     first_window: int  # train: place of its first window in the order of the whole run; val: that window's number
-    scored: int | None = None  # targets that are not IGNORED; None = the data has no loss mask: all of them
+    scored: int | None = None  # train: targets that are not IGNORED; None = the data has no loss mask: all of them
 
     def to(self, device: torch.device) -> "MicroBatch":
         document_ids = None if self.document_ids is None else self.document_ids.to(device)
@@ -102,16 +102,11 @@ def _read(window_ids: np.ndarray, *, stream: TokenStream, seq_len: int, eot: int
         targets[torch.from_numpy(stream.windows(starts + 1, seq_len, "loss") == 0)] = IGNORED
     if "start" in stream.tracks:
         document_ids = stream.windows(starts, seq_len, "start").cumsum(axis=1, dtype=np.int32) - 1
-    elif eot is not None:  # end-of-text tokens strictly before each position: an eot belongs to the document it ends
-        ends = windows[:, :-1] == eot
-        document_ids = np.cumsum(ends, axis=1, dtype=np.int32) - ends
+    elif eot is not None:  # it opens the document behind it, as in sampling a prompt; to the one before it is a target
+        document_ids = (windows[:, :-1] == eot).cumsum(axis=1, dtype=np.int32)
     else:
         return tokens, targets, None
     return tokens, targets, torch.from_numpy(document_ids)
-
-
-def _scored(stream: TokenStream, targets: Tensor) -> int | None:
-    return int((targets != IGNORED).sum()) if "loss" in stream.tracks else None
 
 
 def _check_length(stream: TokenStream, seq_len: int) -> int:
@@ -144,15 +139,20 @@ class TrainLoader:
         assert tokens_per_step % (seq_len * world_size) == 0, "start.inherit checks it"
         self.stream, self.micro_batch, self.seed, self.device = stream, micro_batch, seed, torch.device(device)
         self.windows_per_step = tokens_per_step // seq_len
+        self._first_place = 0  # of batch 0 in the order of the windows
         windows_per_rank = self.windows_per_step // world_size
         self._share = slice(rank * windows_per_rank, (rank + 1) * windows_per_rank)  # of a batch
         self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._read = partial(_read, stream=stream, seq_len=seq_len, eot=eot, vocab_size=vocab_size)
         self._read(self.window_ids(0)[self._share])
 
+    def go_on_after(self, steps: int, windows: int) -> None:
+        """Let batch `steps` begin after so many windows of the order: a fork's parent may have had other batches."""
+        self._first_place = windows - steps * self.windows_per_step
+
     def window_ids(self, step: int) -> np.ndarray:
         """(S,) int64: the windows of batch `step` (from 0), of all ranks, in order."""
-        places = np.arange(step * self.windows_per_step, (step + 1) * self.windows_per_step)
+        places = np.arange(step * self.windows_per_step, (step + 1) * self.windows_per_step) + self._first_place
         epochs, within = np.divmod(places, self.windows_per_epoch)
         for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
             inside = epochs == epoch
@@ -178,14 +178,15 @@ class TrainLoader:
     def _prepare(self, step: int) -> tuple[list[MicroBatch], torch.cuda.Event | None]:
         """The share of one step on the device, and on CUDA the event that its copies set when they are done."""
         tensors = self._read(self.window_ids(step)[self._share])
-        scored = [_scored(self.stream, targets) for targets in tensors[1].split(self.micro_batch)]
+        is_masked = "loss" in self.stream.tracks
+        scored = [int((part != IGNORED).sum()) if is_masked else None for part in tensors[1].split(self.micro_batch)]
         arrived = None
         if self._copies is not None:
             with torch.cuda.stream(self._copies):  # sets the device too: a new thread starts on device 0
                 tensors = [None if t is None else t.pin_memory().to(self.device, non_blocking=True) for t in tensors]
                 arrived = torch.cuda.Event()
                 arrived.record()
-        first = step * self.windows_per_step + self._share.start
+        first = self._first_place + step * self.windows_per_step + self._share.start
         parts = zip(*([None] * len(scored) if t is None else t.split(self.micro_batch) for t in tensors), strict=True)
         return [MicroBatch(*part, first_window=first + i * self.micro_batch, scored=scored[i])
                 for i, part in enumerate(parts)], arrived
@@ -223,4 +224,4 @@ class ValLoader:
         stop_of_rank = (rank + 1) * self.windows // world_size
         for first in range(rank * self.windows // world_size, stop_of_rank, self.micro_batch):
             tensors = self._read(np.arange(first, min(first + self.micro_batch, stop_of_rank)))
-            yield MicroBatch(*tensors, first_window=first, scored=_scored(self.stream, tensors[1])).to(self.device)
+            yield MicroBatch(*tensors, first_window=first).to(self.device)

@@ -440,10 +440,9 @@ def _encode_texts(folder: OutputFolder, texts: Texts, encoder: Encoder, writers:
     units = texts.units(cuttable=encoder.tokenizer.cuttable)
     skipped = sum(unit.bytes for unit in itertools.islice(units, done))
     saved, saved_shards, warned = time.monotonic(), None, texts.warned
-    from tqdm import tqdm
     with closing(encode_units(units, encoder, workers, folder.path / TOKENIZER_FILE)) as results, \
-            tqdm(desc="preparing", total=texts.bytes, initial=skipped, unit="B", unit_scale=True, mininterval=1.0,
-                 disable=texts.bytes <= SMALL_BYTES) as bar:  # bytes of source
+            cli.progress(desc="preparing", total=texts.bytes, initial=skipped, unit="B", unit_scale=True,
+                         disable=texts.bytes <= SMALL_BYTES) as bar:  # bytes of source
         for size, encoded, replaced in results:
             for split, tokens in encoded.items():
                 writers[split].add(tokens)

@@ -25,7 +25,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import cli
 import kernels
@@ -237,7 +236,7 @@ def log_likelihoods(model: GPT, requests: list[Request], *, batch_size: int) -> 
     for context, continuation in requests:
         continuations.setdefault(context, set()).add(continuation)
     nats: dict[Request, float] = {}
-    with tqdm(desc="scoring", total=len(continuations), unit=" contexts", mininterval=1.0) as bar:
+    with cli.progress(desc="scoring", total=len(continuations), unit=" contexts") as bar:
         for contexts in _batches(continuations, batch_size, model.config.max_seq_len):
             nats |= _score_batch(model, contexts, [sorted(continuations[c]) for c in contexts], batch_size)
             bar.update(len(contexts))
@@ -465,7 +464,7 @@ def continue_greedily(model: GPT, tokenizer: Tokenizer, contexts: list[list[int]
     """The text that follows each context up to one of the tokens that end it, and whether it came to its end."""
     texts, finished = [""] * len(contexts), [False] * len(contexts)
     order = sorted(range(len(contexts)), key=lambda i: len(contexts[i]), reverse=True)  # alike beside alike
-    with tqdm(desc="generating", total=len(contexts), unit=" prompts", mininterval=1.0) as bar:
+    with cli.progress(desc="generating", total=len(contexts), unit=" prompts") as bar:
         for first in range(0, len(order), batch_size):
             batch = order[first:first + batch_size]
             streams = {i: sample.TextStream(tokenizer, contexts[i], stop, ends) for i in batch}

@@ -144,6 +144,23 @@ def test_a_process_that_meets_a_mistake_exits_2_without_a_traceback():
     assert done.stderr == "error: model.n_layers is not a knob; did you mean 'n_layer'?\n"
 
 
+@pytest.mark.parametrize("closed", ["<&- >&- 2>&-", ">&-", "2>&-", "<&-"])
+def test_streams_that_the_starter_closed_take_what_is_printed_and_no_file_gets_their_number(tmp_path, closed):
+    code = ("import config, faulthandler, sys, pathlib\n"
+            "def main(argv):\n"
+            "    faulthandler.enable()\n"
+            "    with open('result', 'w') as file:\n"
+            "        print('\\u4e16')\n"
+            "        print('note', file=sys.stderr)\n"
+            "        file.write(f'{file.fileno() > 2} {sys.stdin.read()}')\n"
+            "config.exit_cleanly(main)\n")
+    done = subprocess.run(["sh", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, code], cwd=tmp_path, input="",
+                          text=True, capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT), "LC_ALL": "C"})
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "result").read_text() == "True "
+    assert done.stderr == ("" if "2>" in closed else "note\n")
+
+
 @pytest.mark.parametrize("error, status", [(ConfigError("x"), 2), (MachineError("x"), 1), (KeyboardInterrupt(), 130)])
 def test_each_kind_of_failure_has_its_exit_status(error, status):
     def main(argv: list[str]) -> None:

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,25 @@ def test_val_losses_are_plotted_at_the_tokens_of_their_step():
     run = curves.Run("run", train=[train_row(10), train_row(20)],
                       val=[val_row(0), val_row(10), val_row(15), val_row(30, loss=None), val_row(40)])
     assert curves.val_curve(run)[0] == [0, 10 * 4096, 15 * 4096, 40 * 4096]
+    assert curves.val_curve(replace(run, train=run.train[:1]))[0] == [0, 10 * 4096, 15 * 4096, 40 * 4096]
+    fork = [train_row(step) | {"tokens": 1000 + (step - 100) * 50} for step in (110, 120)]  # at step 100 from 1,000
+    run = curves.Run("fork", train=fork, val=[val_row(105), val_row(110), val_row(120), val_row(130)])
+    assert curves.val_curve(run)[0] == [1250, 1500, 2000, 2500]
+
+
+def test_the_legend_names_every_run_as_its_folder_is_called(tmp_path, monkeypatch, capsys):
+    """matplotlib leaves labels that begin with _ out, and typesets what stands between two $."""
+    from matplotlib.figure import Figure
+
+    legends, real = [], Figure.legend
+    monkeypatch.setattr(Figure, "legend", lambda *args, **more: legends.append(real(*args, **more)) or legends[0])
+    monkeypatch.chdir(tmp_path)
+    names = ["_second", "lr$x_$", "$$"]
+    for name in names:
+        write_run(tmp_path / name, [{"kind": "train"} | train_row(10)])
+    run_main(capsys, *names, "--plot", "curves.png")
+    assert [text.get_text() for text in legends[0].get_texts()] == names
+    assert [text.get_parse_math() for text in legends[0].get_texts()] == [False] * 3
 
 
 def test_smoothing_is_the_centred_mean_cut_at_the_ends():

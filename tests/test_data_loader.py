@@ -204,13 +204,19 @@ def test_tensors_are_contiguous_and_int64(stream):
     assert batch.tokens.shape == batch.targets.shape == batch.document_ids.shape == (3, T)
 
 
-def test_documents_count_the_end_of_text_tokens_before_each_position(tmp_path):
+def test_a_document_opens_with_end_of_text_as_a_prompt_does_and_ends_in_it_as_a_target(tmp_path):
+    """No token is predicted from another document, and what sampling begins with (end-of-text at position 0) is met."""
     eot = 9
-    tokens = np.random.default_rng(5).choice([1, 2, 9], 40 * T + 1)
+    tokens = np.random.default_rng(5).choice([1, 2, 3, 9], 40 * T + 1)
     loader = make_loader(make_stream(tmp_path, tokens), eot=eot)
     for micro_batch in loader.batch(2):
-        for row, documents in zip(micro_batch.tokens.tolist(), micro_batch.document_ids.tolist(), strict=True):
-            assert documents == [row[:position].count(eot) for position in range(T)]
+        for row, targets, ids in zip(*(t.tolist() for t in (micro_batch.tokens, micro_batch.targets,
+                                                            micro_batch.document_ids)), strict=True):
+            documents = [[i for i in range(T) if ids[i] == number] for number in sorted(set(ids))]
+            assert [i for document in documents for i in document] == list(range(T))
+            assert all(row[document[0]] == eot for document in documents[1:])
+            assert all(row[i] != eot for document in documents for i in document[1:])
+            assert all(targets[document[-1]] == eot for document in documents[:-1])
 
 
 def test_no_document_numbers_are_made_unless_wanted(stream):
@@ -357,5 +363,4 @@ def test_a_rank_without_windows_has_no_micro_batches(stream):
 def test_validation_numbers_documents_when_wanted(stream):
     eot = 3
     [micro_batch] = ValLoader(stream, seq_len=T, eval_tokens=4 * T, micro_batch=8, eot=eot).micro_batches(0, 1)
-    ends = micro_batch.tokens == eot
-    assert torch.equal(micro_batch.document_ids, (ends.cumsum(1) - ends.long()).int())
+    assert torch.equal(micro_batch.document_ids, (micro_batch.tokens == eot).cumsum(1).int())

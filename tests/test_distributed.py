@@ -1,5 +1,7 @@
 """Ranks and devices in one process; test_train_processes.py has the real ranks."""
 
+import re
+
 import pytest
 import torch
 
@@ -79,7 +81,23 @@ def test_auto_compiles_only_on_cuda_with_triton_and_a_compiler(monkeypatch):
     assert distributed.choose_compile("auto", torch.device("cuda", 0)) == (False, "no triton")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
     assert distributed.choose_compile("auto", torch.device("cuda", 0))[0] is False
-    assert distributed.choose_compile("true", torch.device("cpu"))[0] is True
+
+
+@pytest.mark.parametrize("found, device, missing", [("g++", "cpu", None), ("gcc", "cpu", "no C++ compiler: no g++"),
+                                                    ("gcc", "cuda:0", None), ("g++", "cuda:0", "no C compiler: no ")])
+def test_compile_that_is_asked_for_and_cannot_be_is_refused(monkeypatch, found, device, missing):
+    for name in ("CC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: "found")
+    monkeypatch.setattr(distributed.Path, "exists", lambda path: path.name == "Python.h")
+    monkeypatch.setattr(distributed.shutil, "which", lambda name: "/usr/bin/" + name if name == found else None)
+    assert distributed.choose_compile("false", torch.device(device)) == (False, "asked for")
+    if missing is None:
+        assert distributed.choose_compile("true", torch.device(device)) == (True, "asked for")
+        return
+    with pytest.raises(ConfigError, match=f"train.compile = true, but {re.escape(missing)}.*set it to false"):
+        distributed.choose_compile("true", torch.device(device))
 
 
 def test_one_rank_agrees_with_itself():

@@ -338,6 +338,17 @@ def test_a_stdout_on_a_full_disk_does_not_end_the_run(tmp_path):
     assert (tmp_path / "log.txt").read_text() == "first\nsecond\n" * 2
 
 
+def test_a_trace_that_a_full_disk_swallows_is_said_to_be_missing(tmp_path, capsys, file_size_limit):
+    import torch
+    log = RunLog(tmp_path, resume_step=0)
+    file_size_limit(20_000)  # PyTorch leaves a part of the file under a temporary name and raises nothing
+    with metrics.profiled(tmp_path, 3, log):
+        sum(torch.ones(8, 8) @ torch.ones(8, 8) for _ in range(200))
+    file_size_limit(-1)
+    log.close()
+    assert "warning: the trace of step 3 was not written to" in capsys.readouterr().out
+
+
 # ---- Trackers --------------------------------------------------------------------------------------------------------
 
 class FakeWandb(types.ModuleType):

@@ -22,6 +22,7 @@ from distributed import World
 from finetune.runs import read_run
 from model import GPT
 from optim import LossScale, Optimizer
+from start import Progress
 
 CONFIG = """
 [model]
@@ -423,6 +424,35 @@ def test_a_fork_may_shorten_the_context_moments_and_all(settings):
     assert tensors(branch, 6)["exp_avg.wpe.weight"].shape == (8, 32)
 
 
+@pytest.mark.parametrize("tokens_per_step, max_steps", [(256, 8), (64, 20)])
+@pytest.mark.parametrize("is_old", [False, True], ids=["", "checkpoint-without-tokens"])
+def test_a_fork_with_other_batches_goes_on_where_its_parent_stopped(settings, monkeypatch, tokens_per_step, max_steps,
+                                                                    is_old):
+    """It meets the windows that the unbroken trunk meets, in their order, each once; its rows count the tokens."""
+    words, met, real_step, real_state = [*settings, "optim.schedule=constant"], [], train.train_step, Progress.as_state
+
+    def remember(model, optimizer, micro_batches, **more):
+        met.extend(batch.tokens for batch in micro_batches)
+        return real_step(model, optimizer, micro_batches, **more)
+
+    monkeypatch.setattr(train, "train_step", remember)
+    with monkeypatch.context() as patched:
+        if is_old:
+            patched.setattr(Progress, "as_state", lambda self, **more: {
+                name: value for name, value in real_state(self, **more).items() if name != "tokens"})
+        run(words, "trunk")
+    trunk = torch.cat(met)
+    met.clear()
+    fork = [*words, "train.fork_from=trunk/checkpoints/step_00000004", f"train.tokens_per_step={tokens_per_step}",
+            f"train.max_steps={max_steps}"]
+    run(fork, "branch", stop=StopAtStep("branch", 6))
+    branch = run(fork, "branch")
+    assert torch.equal(torch.cat(met), trunk[4 * 128 // 16:])
+    assert [row["tokens"] for row in rows(branch)] == list(range(512 + tokens_per_step, 1537, tokens_per_step))
+    log = (branch / "log.txt").read_text()
+    assert f"; {max_steps} steps = {1536 / 5362:.2f} epochs" in log, log
+
+
 def test_a_fork_from_float32_into_float16_starts_with_a_loss_scale_of_its_own(settings):
     run(settings, "trunk", "train.max_steps=4")
     branch = run(settings, "branch", "train.fork_from=trunk", "train.dtype=float16", "train.max_steps=5")
@@ -497,6 +527,14 @@ def test_a_profiler_trace_of_chosen_steps_is_written(settings):
     traces = list((run_dir / "profile").iterdir())
     assert [path.name for path in traces] == ["step_00000002.json"]
     assert json.loads(traces[0].read_text())["traceEvents"]
+
+
+def test_a_trace_that_cannot_be_written_is_a_warning_and_the_run_goes_on(settings):
+    Path("untraced").mkdir()
+    Path("untraced/profile").write_text("in the way")
+    run_dir = run(settings, "untraced", "train.max_steps=3", "train.profile_steps=[2]")
+    assert [row["step"] for row in rows(run_dir)] == [1, 2, 3]
+    assert "warning: the trace of step 2 was not written to untraced/profile" in (run_dir / "log.txt").read_text()
 
 
 @pytest.mark.parametrize("words, message", [

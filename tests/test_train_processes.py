@@ -192,6 +192,20 @@ def test_kill_9_in_a_save_heavy_loop_never_costs_more_than_a_save_interval(setti
     assert not list((run_dir / "checkpoints").glob(".tmp*")), "leftovers of an interrupted save"
 
 
+@pytest.mark.parametrize("streams", ["<&- >&- 2>&-", "2>&1 | true"])
+def test_a_run_that_nobody_listens_to_prepares_trains_and_saves(settings, streams):
+    Path("text.txt").write_text(Path("text.txt").read_text() * 2000)  # large enough for a progress bar
+    words = [sys.executable, str(CHECKOUT / "train.py"), *settings, "train.out_dir=alone", "train.max_steps=4"]
+    script = f'("$@"; echo $? > status) {streams}'
+    subprocess.run(["sh", "-c", script, "sh", *words], timeout=120)
+    while not Path("status").exists():  # of a pipe sh waits for the last command only
+        time.sleep(0.1)
+    time.sleep(0.1)
+    assert Path("status").read_text() == "0\n"
+    assert [row["step"] for row in rows(Path("alone"))] == [1, 2, 3, 4]
+    assert Path("alone/checkpoints/step_00000004/manifest.json").exists()
+
+
 def test_a_second_run_in_the_same_folder_is_refused(settings):
     process = start([sys.executable], [*settings, "train.max_steps=100000", "train.eval_every=0"], "shared")
     try:
