@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 import torch
@@ -20,16 +21,18 @@ import torch
 import cli
 import files
 import sample
-from config import DataConfig, UserError, exit_cleanly
+from config import UserError, exit_cleanly
 from data.dataset import open_dataset, open_split
 from data.loader import IGNORED, MicroBatch, ValLoader
 from data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from distributed import World, choose_device, sum_over_ranks
-from finetune.runs import read_run
+from finetune.runs import SavedRun, read_run
 from kernels import self_check
 from kernels.cpu import pack_for_decoding
 from model import GPT
 from tasks import scores, tasks
+
+YARDSTICK_TOKENS = 1_000_000  # of validation text for gzip and xz, which need a second per 2 MB
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,16 @@ def text_batches(ids: np.ndarray, *, eot: int, seq_len: int, batch_size: int,
         yield MicroBatch(tokens, next_tokens, None, first_window=i * batch_size)
 
 
+def yardsticks(data: ValLoader | None, tokenizer: Tokenizer) -> Iterator[str]:
+    """A line: what general compressors make of the evaluated text. None for examples, whose responses alone count."""
+    if data is not None and data.stream.row_tokens is None:
+        windows = np.arange(min(data.windows, max(1, YARDSTICK_TOKENS // data.seq_len)))
+        text = tokenizer.decode_bytes(data.stream.windows(windows * data.seq_len + 1, data.seq_len).reshape(-1))
+        if text:
+            sizes = [f"{name} {bits:.4f} bits/byte" for name, bits in compressed_bits_per_byte(text).items()]
+            yield f"yardsticks on the same validation text ({len(text) / 1e6:.2f} MB): {', '.join(sizes)}"
+
+
 def compressed_bits_per_byte(text: bytes) -> dict[str, float]:
     """What general compressors need for the same text, as yardsticks: {"gzip": bits per byte, "xz": ...}."""
     return {"gzip": 8 * len(gzip.compress(text, 9)) / len(text), "xz": 8 * len(lzma.compress(text)) / len(text)}
@@ -101,29 +114,33 @@ def main(argv: list[str]) -> None:
     labels = tasks.choose_labels(task, args.labels) if kind == "classification" else []
     device, _ = choose_device(args.device, option="--device ")
     saved = read_run(args.run, cli.note)
-    model, tokenizer = sample.build_model(saved, device=device, dtype=args.dtype, note=cli.note), saved.tokenizer
+    tokenizer, too_long, answer_tokens = saved.tokenizer, saved.config.data.too_long, args.max_new_tokens or 256
+    # What is refused is refused before the weights are read.
+    batches = _batches(args, saved, device) if task is None or args.data is not None else None
+    task = task and replace(task, examples=task.examples[:args.limit])
+    if kind in ("generation", "chat"):
+        tasks.encode_asked(saved.model, tokenizer, task, saved.chat_template, too_long=too_long,
+                           max_new_tokens=answer_tokens)
+    model = sample.build_model(saved, device=device, dtype=args.dtype, note=cli.note)
     if device.type == "cuda":  # on a CPU build_model did
         cli.note(self_check.choose("auto", model.config, table_rows=model.wte.num_embeddings,
                                    dtype=model.compute_dtype, device=device))
     result = {"run": args.run}
-    if task is None or args.data is not None:
-        batches = _batches(args, saved.config.data, model, tokenizer, device)
+    if batches is not None:
         score = evaluate(model, batches, token_bytes=tokenizer.token_bytes(), device=device)
         result |= {"data": str(args.data), **asdict(score)}
     if task is not None:
-        task = replace(task, examples=task.examples[:args.limit])
         if kind == "multiple choice":
             found, rows = tasks.multiple_choice(model, tokenizer, task, batch_size=args.batch_size)
         elif kind == "classification":
             found, rows = tasks.classification(model, tokenizer, task, labels, batch_size=args.batch_size,
-                                               too_long=saved.config.data.too_long)
+                                               too_long=too_long)
             cli.note(scores.confusion_table(labels, np.array(found["confusion"])))
         else:
             cli.note(pack_for_decoding(model))
             found, rows = tasks.generation(model, tokenizer, task, saved.chat_template, metrics=metrics,
-                                           max_new_tokens=args.max_new_tokens or 256,
-                                           stop=tuple(args.stop or ()), batch_size=args.batch_size,
-                                           too_long=saved.config.data.too_long)
+                                           max_new_tokens=answer_tokens, stop=tuple(args.stop or ()),
+                                           batch_size=args.batch_size, too_long=too_long)
         result |= {"task": str(args.task), "kind": kind, "examples": len(task.examples), **found}
         if args.plot is not None:
             with files.disk_errors(args.plot):
@@ -176,14 +193,14 @@ def _check_files(args: argparse.Namespace, task: tasks.Task | None) -> None:
         cli.require("--plot", "matplotlib")
 
 
-def _batches(args: argparse.Namespace, config: DataConfig, model: GPT, tokenizer: Tokenizer,
-             device: torch.device) -> Iterator[MicroBatch]:
+def _batches(args: argparse.Namespace, saved: SavedRun, device: torch.device) -> Iterator[MicroBatch]:
     """What --data names, else the run's own validation split. args.data becomes its name. Raises UserError."""
+    config, tokenizer = saved.config.data, saved.tokenizer
     data = args.data = args.data or config.dir and Path(config.dir)
     if data is None or not data.exists():  # a run converted from Hugging Face has none
         problem = f"run {args.run!r} has no data of its own" if data is None else f"data {str(data)!r} does not exist"
         raise UserError(f"{problem}; name a folder of shards or a text file with --data")
-    seq_len, own = model.config.max_seq_len, data / TOKENIZER_FILE
+    seq_len, own = saved.model.max_seq_len, data / TOKENIZER_FILE
     if data.is_dir():
         dataset = open_dataset(data)
         if own.exists() and load_tokenizer(own).fingerprint != tokenizer.fingerprint:
@@ -196,8 +213,9 @@ def _batches(args: argparse.Namespace, config: DataConfig, model: GPT, tokenizer
                          eot=tokenizer.eot if config.document_mask else None,
                          vocab_size=tokenizer.vocab_size).micro_batches()
     if data.suffix in (".jsonl", ".gz", ".zst", ".parquet"):
-        raise UserError(f"--data {str(data)!r} is not plain text; prepare it first (python -m data.prepare {data} "
-                        "--out DIR --tokenizer RUN, then --data DIR), or use --task for examples with right answers")
+        raise UserError(f"--data {str(data)!r} is not plain text; prepare it first (python -m data.prepare "
+                        f"{quote(str(data))} --out DIR --tokenizer RUN, then --data DIR), or use --task for examples "
+                        "with right answers")
     ids = tokenizer.encode(data.read_bytes().decode("utf-8", errors="replace"))
     if len(ids) == 0:
         raise UserError(f"text {str(data)!r} is empty; name a file with text in it")

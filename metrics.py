@@ -20,7 +20,7 @@ import curves
 import files
 from cli import require
 from config import MachineError, exit_cleanly
-from curves import ROW_FIELDS, human_count, parse_row
+from curves import ROW_FIELDS, drop_rows_after, human_count, human_seconds
 
 # ---- Speed and memory ------------------------------------------------------------------------------------------------
 
@@ -107,14 +107,6 @@ def profiled(run_dir: Path, step: int, log: "RunLog") -> Iterator[None]:
 
 # ---- Figures as text -------------------------------------------------------------------------------------------------
 
-def human_seconds(seconds: float) -> str:
-    """The two largest units: 42s, 5m 07s, 2h 05m, 3d 04h."""
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    d, h = divmod(hours, 24)
-    return f"{d}d {h:02d}h" if d else f"{h}h {m:02d}m" if h else f"{m}m {s:02d}s" if m else f"{s}s"
-
-
 def format_train_line(row: dict, max_steps: int, seconds_left: float | None) -> str:
     """One log line, figures that are not known left out:
     'step 1200/19073 | loss 3.4121 | lr 6.0e-04 | grad 0.41 | 812k tok/s | mfu 46.2% | 2h 05m left'.
@@ -157,7 +149,7 @@ class RunLog:
         rows_path = run_dir / "metrics.jsonl"
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            self._last_step = _drop_rows_after(rows_path, resume_step)
+            self._last_step = drop_rows_after(rows_path, resume_step)
             self._rows_file, self._text_file = files.AppendFile(rows_path), files.AppendFile(run_dir / "log.txt")
         except OSError as error:
             raise MachineError(f"run folder '{run_dir}' cannot be written: {error.strerror}") from None
@@ -170,6 +162,11 @@ class RunLog:
         """Print text and append it to log.txt."""
         if self._enabled:
             _print(text)
+        self.write(text)
+
+    def write(self, text: str) -> None:
+        """Append to log.txt what stderr shows."""
+        if self._enabled:
             self._text_file.write(text)
 
     def train(self, row: dict, max_steps: int, *, mean_loss: float | None, seconds_left: float | None) -> None:
@@ -223,7 +220,7 @@ class RunLog:
             text = (f"warning: tracker {self._tracker_name} failed ({reason}); training goes on without it, "
                     "metrics.jsonl has every row")
             files.warn(text)
-            self._text_file.write(text)
+            self.write(text)
 
 
 def _print(text: str) -> None:
@@ -236,28 +233,6 @@ def _print(text: str) -> None:
         # What stdout holds would fail again at exit, so it goes to /dev/null with all that follows.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         files.warn(f"warning: stdout cannot be written ({error.strerror}); training goes on, log.txt has the lines")
-
-
-def _drop_rows_after(path: Path, resume_step: int) -> dict[str, int]:
-    """Rewrite metrics.jsonl without rows after resume_step, second rows of a (kind, step) and broken lines.
-
-    Returns the last step left of each kind. Without a checkpoint (resume_step 0) the run starts again, so no row stays.
-    """
-    if not path.exists():
-        return {}
-    before = path.read_bytes()
-    kept, last_step = [], {}
-    for line in before.split(b"\n"):
-        try:
-            row = parse_row(line)
-        except ValueError:  # the line a crash or a full disk tore, or the empty end of the file
-            continue
-        if 0 < resume_step >= row["step"] > last_step.get(row["kind"], -1):
-            kept.append(line + b"\n")
-            last_step[row["kind"]] = row["step"]
-    if b"".join(kept) != before:
-        files.write_whole(path, b"".join(kept))
-    return last_step
 
 
 # ---- Trackers --------------------------------------------------------------------------------------------------------
