@@ -118,9 +118,10 @@ def main(argv: list[str]) -> None:
     # What is refused is refused before the weights are read.
     batches = _batches(args, saved, device) if task is None or args.data is not None else None
     task = task and replace(task, examples=task.examples[:args.limit])
-    if kind in ("generation", "chat"):
+    if kind not in (None, "multiple choice"):
+        spelled, _ = tasks.encode_labels(tokenizer, labels, saved.model.vocab_size)
         tasks.encode_asked(saved.model, tokenizer, task, saved.chat_template, too_long=too_long,
-                           max_new_tokens=answer_tokens)
+                           label_tokens=max(map(len, spelled), default=1), max_new_tokens=answer_tokens)
     model = sample.build_model(saved, device=device, dtype=args.dtype, note=cli.note)
     if device.type == "cuda":  # on a CPU build_model did
         cli.note(self_check.choose("auto", model.config, table_rows=model.wte.num_embeddings,

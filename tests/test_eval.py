@@ -14,6 +14,7 @@ import eval as evaluation
 from config import MachineError, UserError
 from data.loader import MicroBatch
 from data.tokenizer import load_tokenizer
+from finetune.runs import SavedRun
 from model import GPT
 from tests.test_train import run, settings  # noqa: F401  (settings is a fixture)
 
@@ -120,12 +121,13 @@ def test_the_command_line_keeps_documents_apart_as_training_did(settings, capsys
     (["scored", "--device", "tpu"], "tpu"),
     (["scored", "--data", "other"], "tokenizer"),
 ])
-def test_mistakes_are_one_line(settings, words, message):  # noqa: F811
+def test_mistakes_are_one_line_before_the_weights_are_read(settings, monkeypatch, words, message):  # noqa: F811
     run(settings, "scored", "train.max_steps=1")
     Path("empty.txt").write_text("")
     Path("rows.jsonl").write_text('{"text": "a"}\n')
     if "other" in words:
         run(settings, "unused", "train.max_steps=1", "data.tokenizer=bpe:257", "data.dir=other")
+    monkeypatch.setattr(SavedRun, "weights", lambda run: pytest.fail("gigabytes were read before the refusal"))
     with pytest.raises(UserError, match=message):
         evaluation.main(words)
 
@@ -208,7 +210,7 @@ def test_data_and_a_task_share_one_json_object(settings, capsys):  # noqa: F811
     (["--task", "texts.jsonl", "--predictions", "p.jsonl"], "line 1: the text has 17 tokens and the longest label 4, "),
     (["--task", "chats.jsonl", "--predictions", "p.jsonl"], "holds messages, but the run has no chat template"),
 ])
-def test_mistakes_with_tasks_are_one_line_and_write_nothing(settings, words, message):  # noqa: F811
+def test_mistakes_with_tasks_are_one_line_and_write_nothing(settings, monkeypatch, words, message):  # noqa: F811
     run(settings, "scored", "train.max_steps=1", "data.too_long=error")
     long_text = {"text": "x" * 17}
     for name, rows in (("choices", CHOICES), ("labels", LABELLED), ("answers", ANSWERED), ("chats", CHATS),
@@ -217,6 +219,7 @@ def test_mistakes_with_tasks_are_one_line_and_write_nothing(settings, words, mes
     os.mkfifo("pipe")
     Path("bad.jsonl").write_text('{"text": "a", "label": "b"}\n{"text": "a", "label": \n')
     before = {path: path.stat().st_mtime_ns for path in Path().rglob("*")}
+    monkeypatch.setattr(SavedRun, "weights", lambda run: pytest.fail("gigabytes were read before the refusal"))
     with pytest.raises(UserError, match=message) as caught:
         evaluation.main(["scored", *words])
     assert "\n" not in str(caught.value)
