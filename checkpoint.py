@@ -197,9 +197,9 @@ def _discard(path: Path) -> None:
 
 def best_of(run_dir: Path) -> Path | None:
     """The checkpoint with the lowest validation loss among those saved at an evaluated step; of equals the newest."""
-    losses = {path: _recorded(path, "val_loss") for path in _candidates(Path(run_dir) / "checkpoints", replaced=False)}
-    known = [path for path, loss in losses.items() if isinstance(loss, int | float) and math.isfinite(loss)]
-    return min(known, key=losses.get, default=None)
+    losses = {path: loss for path in _candidates(Path(run_dir) / "checkpoints", replaced=False)
+              if isinstance(loss := _recorded(path, "val_loss"), int | float) and math.isfinite(loss)}
+    return min(losses, key=losses.get, default=None)
 
 
 def newest_before(run_dir: Path, step: int) -> Path | None:

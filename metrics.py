@@ -1,4 +1,4 @@
-"""What a run reports about itself: tokens/s, MFU, memory; its log lines and metrics.jsonl; trackers.
+"""What a run reports about itself: tokens/s, MFU, memory; its log lines and metrics.jsonl.
 
 train.py measures and hands over one row per log step; RunLog prints it as a line on stdout, appends that line to
 RUN/log.txt and the row to RUN/metrics.jsonl, and passes it on to tensorboard or wandb if asked. An unknown figure is
@@ -10,7 +10,6 @@ import json
 import math
 import os
 import re
-import secrets
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import curves
 import files
-from cli import require
+import trackers
 from config import MachineError, exit_cleanly
 from curves import ROW_FIELDS, drop_rows_after, human_count, human_seconds
 
@@ -145,7 +144,7 @@ class RunLog:
         self._enabled = enabled
         if not enabled:
             return
-        check_tracker(tracker)
+        trackers.check(tracker)
         rows_path = run_dir / "metrics.jsonl"
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
@@ -156,7 +155,7 @@ class RunLog:
         self._tracker_name = tracker
         self._tracker: tuple[Callable, Callable] | None = None  # log and close
         with self._tracker_may_fail():
-            self._tracker = _open_tracker(tracker, run_dir, resume_step, config)
+            self._tracker = trackers.start(tracker, run_dir, resume_step, config)
 
     def note(self, text: str) -> None:
         """Print text and append it to log.txt."""
@@ -233,37 +232,6 @@ def _print(text: str) -> None:
         # What stdout holds would fail again at exit, so it goes to /dev/null with all that follows.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         files.warn(f"warning: stdout cannot be written ({error.strerror}); training goes on, log.txt has the lines")
-
-
-# ---- Trackers --------------------------------------------------------------------------------------------------------
-
-def check_tracker(name: str) -> None:
-    """Raise UserError if the tracker's package is not installed; cheap, so every rank can ask before any work."""
-    if name != "none":
-        require(f"train.tracker = '{name}'", name)
-
-
-def _open_tracker(name: str, run_dir: Path, resume_step: int, config: dict | None) -> tuple[Callable, Callable] | None:
-    """The tracker's log(figures, step=) and close(); None for "none"."""
-    if name == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
-        # purge_step hides the events that a crashed run wrote after the checkpoint; tensorboard drops those >= it.
-        writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1 if resume_step else 0)
-
-        def log(figures: dict[str, float], step: int) -> None:
-            for name, figure in figures.items():
-                writer.add_scalar(name, figure, step)
-        return log, writer.close
-    if name == "wandb":  # its id is kept in RUN/wandb_id, so that a resumed run continues it, offline as well
-        import wandb
-        id_file = run_dir / "wandb_id"
-        if not id_file.exists():
-            files.write_whole(id_file, secrets.token_hex(6))
-        # wandb ignores rows at steps that it has: the steps between checkpoint and crash keep their first values
-        run = wandb.init(project=os.environ.get("WANDB_PROJECT", "flatgpt"), name=run_dir.resolve().name,
-                         id=id_file.read_text().strip(), resume="allow", dir=str(run_dir), config=config)
-        return run.log, run.finish
-    return None
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ import kernels
 import metrics
 import sample
 import start as starting
+import trackers
 from cli import StopRequest, note
 from config import Config, ConfigError, MachineError, UserError
 from data.chat import TEMPLATE_FILE, load_template, save_template
@@ -296,7 +297,7 @@ def train(config: Config, given: set[str], *, world: World, stop: StopRequest) -
     # 1. What can be refused before any work, and the data. Preparing may take longer than a collective waits, so it
     #    comes before ranks meet.
     machine = distributed.choose_machine(config.train, world)
-    metrics.check_tracker(config.train.tracker)
+    trackers.check(config.train.tracker)
     if config.train.kernels == "triton" and (why := kernels.why_no_triton(machine.device)) is not None:
         raise ConfigError(f"train.kernels = 'triton' but {why}; kernels=auto takes PyTorch where Triton cannot run")
     parent = starting.read_parent(config)
