@@ -162,7 +162,7 @@ def encode_units(units: Iterator[Unit], encoder: Encoder, workers: int, tokenize
     from concurrent.futures.process import BrokenProcessPool
     # Processes inherit blocked signals: Ctrl-C reaches this one alone, which ends the workers in order. SIGINT comes
     # second, for multiprocessing unblocks it when it starts its resource tracker, which ignores it anyway.
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1, signal.SIGHUP])
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
     arguments = (os.getpid(), str(tokenizer_file), encoder.val_fraction, encoder.text_field, encoder.packing)
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, arguments)
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
@@ -552,10 +552,10 @@ def main(argv: list[str]) -> None:
             raise
         sys.exit(os.EX_TEMPFAIL)
     except (PreparationStopped, WorkerDied):
-        if not stop() and args.parent is None:
-            raise
         if not stop():
-            sys.exit(os.EX_OSERR)
+            if args.parent is None:
+                raise
+            sys.exit(os.EX_OSERR)  # prepared.py goes on without workers
         if args.parent is None:
             cli.note(f"stopped while preparing {args.out!r} ({stop.signal}); the same command goes on from there")
         sys.exit(128 + signal.Signals[stop.signal])

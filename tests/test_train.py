@@ -479,15 +479,29 @@ def test_checkpoints_of_skipped_steps_replace_no_good_one_and_the_advice_works(
     assert made[-1]["step"] == 20 and not any(row["skipped"] for row in made)
 
 
-@pytest.mark.parametrize("max_steps, what", [(9, "not finite for 3 steps in a row"),
-                                             (6, "validation loss is not finite")])
-def test_a_run_that_ends_in_losses_that_are_not_finite_is_not_finished(settings, ruined_after_step_6, max_steps, what):
+@pytest.mark.parametrize("max_steps, what, val_steps", [
+    (9, "not finite for 3 steps in a row", [5, 9]), (9, "not finite for 3 steps in a row", []),
+    (6, "validation loss is not finite", [5, 6])], ids=["skipped", "skipped-without-validation", "val-loss"])
+def test_a_run_that_ends_in_losses_that_are_not_finite_is_not_finished(
+        settings, ruined_after_step_6, max_steps, what, val_steps):
+    words = [f"train.max_steps={max_steps}", *([] if val_steps else ["data.val_fraction=0"])]
     for _ in range(2):
         with pytest.raises(MachineError, match=f"step {max_steps} of {max_steps}: .*{what}.*step_00000004"):
-            run(settings, "ruined", f"train.max_steps={max_steps}")
+            run(settings, "ruined", *words)
     log = (Path("ruined") / "log.txt").read_text()
     assert "finished" not in log and log.count("error: step ") == 2
-    assert [row["step"] for row in rows(Path("ruined"), "val")] == [5, max_steps]
+    assert [row["step"] for row in rows(Path("ruined"), "val")] == val_steps
+
+
+def test_a_fork_counts_its_own_skipped_steps(settings, monkeypatch):
+    real, skipped = train.train_step, train.StepResult(math.nan, math.nan, skipped=True)
+    monkeypatch.setattr(train, "train_step", lambda *args, **kwargs: (
+        skipped if 3 <= kwargs["step"] < 13 else real(*args, **kwargs)))
+    with pytest.raises(MachineError, match="step 8 of 8: .* 5 steps in a row"):
+        run(settings, "trunk", "train.max_steps=8")
+    branch = run(settings, "branch", "train.fork_from=trunk/checkpoints/step_00000008", "train.max_steps=15",
+                 "optim.decay_steps=15")  # 5 more steps are skipped
+    assert [row["skipped"] for row in rows(branch)] == 5 * [True] + 2 * [False]
 
 
 def test_running_out_of_memory_says_which_knob_to_turn(settings, monkeypatch):
