@@ -212,8 +212,8 @@ class TrainConfig:
     eval_tokens: int = knob(1_048_576, "validation tokens per evaluation, at most all of them", minimum=1)
     log_every: int = knob(10, "steps between log lines", minimum=1)
     save_every: int = knob(1000, "steps between checkpoints; the last step is always saved", minimum=1)
-    keep: int = knob(2, "newest checkpoints kept, and the one with the best validation loss; those saved while steps are "
-                       "skipped count for none", minimum=1)
+    keep: int = knob(2, "newest checkpoints kept, beside that with the best validation loss; those saved while steps "
+                       "are skipped count for none", minimum=1)
     sample_every: int = knob(0, "steps between printed samples; 0 = only at the end", minimum=0)
     tracker: str = knob("none", "also send metrics to", choices=("none", "tensorboard", "wandb"))
     deterministic: bool = knob(False, "bitwise repeatable on CUDA too, somewhat slower")

@@ -216,7 +216,9 @@ def loop(run: Training) -> None:
     if save_failed:
         raise MachineError("the last checkpoint could not be saved (see above); make room and start again with the "
                            "same command")
-    if progress.step < train.max_steps:
+    if progress.step == train.max_steps and (progress.skips_in_a_row or not math.isfinite(progress.val_loss or 0.0)):
+        fail(run)
+    if progress.step < train.max_steps or progress.val_due:
         log.note(f"stopped at step {progress.step} ({run.stop.signal or 'another rank'}); the same command goes on "
                  "from here")
         if world.is_main:
@@ -225,8 +227,6 @@ def loop(run: Training) -> None:
                 files.write_whole(Path(train.out_dir) / "STOPPED", json.dumps(row) + "\n")
             except OSError as error:
                 log.note(f"warning: STOPPED could not be written: {error.strerror}")
-    elif progress.skips_in_a_row or not math.isfinite(progress.val_loss or 0.0):
-        fail(run)
 
 
 def fail(run: Training) -> None:
@@ -359,7 +359,7 @@ def train(config: Config, given: set[str], *, world: World, stop: StopRequest) -
             for line in [*_first_lines(run, kernels_line), starting.describe(start, config)]:
                 log.note(line)
             loop(run)
-            if progress.step == config.train.max_steps and world.is_main:
+            if progress.step == config.train.max_steps and not progress.val_due and world.is_main:
                 report(run)
 
 

@@ -352,6 +352,8 @@ def test_an_evaluation_that_a_stop_cut_short_is_made_up_for(settings, monkeypatc
     words = [*settings, f"train.max_steps={max_steps}"]
     with monkeypatch.context() as patched:
         stopped = run(words, "stopped", stop=StopInEvaluation(patched))
+    log = (stopped / "log.txt").read_text()
+    assert "finished" not in log and "stopped at step 5 (SIGTERM)" in log and (stopped / "STOPPED").exists()
     assert rows(stopped, "val") == [] and checkpoint.load_state(stopped / "checkpoints" / "step_00000005")["val_due"]
     run(words, "stopped")
     whole = run(words, "whole")
