@@ -162,7 +162,7 @@ def encode_units(units: Iterator[Unit], encoder: Encoder, workers: int, tokenize
     from concurrent.futures.process import BrokenProcessPool
     # Processes inherit blocked signals: Ctrl-C reaches this one alone, which ends the workers in order. SIGINT comes
     # second, for multiprocessing unblocks it when it starts its resource tracker, which ignores it anyway.
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1, signal.SIGHUP])
     arguments = (os.getpid(), str(tokenizer_file), encoder.val_fraction, encoder.text_field, encoder.packing)
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, arguments)
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
