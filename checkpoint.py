@@ -1,4 +1,4 @@
-"""Checkpoints: the only file that knows their layout. Save, choose the newest valid one, load, verify, lock a run.
+"""Checkpoints: the only file that knows their layout. Save, choose the newest valid one, load, verify.
 
     RUN/checkpoints/step_00001000/   model.safetensors  optimizer.safetensors  state.json  manifest.json
 
@@ -14,10 +14,11 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
+from shlex import quote
 
 import torch
 from safetensors import SafetensorError
@@ -48,7 +49,8 @@ class SaveError(MachineError):
 
 def save(run_dir: Path, step: int, *, tensors: dict[str, dict[str, Tensor]], state: dict, keep: int,
          texts: dict[str, dict] | None = None) -> Path:
-    """Write RUN/checkpoints/step_<step>, then delete all but the newest `keep` and the one with the best val_loss.
+    """Write RUN/checkpoints/step_<step>, then delete all others but the newest `keep` and the one with the best
+    val_loss. One saved while steps were skipped counts for none of them: its weights may be what makes them fail.
 
     tensors: {"model": {name: tensor}, "optimizer": ...}, on any device, become NAME.safetensors, the largest first;
     state and texts ({"adapter_config": ...}) hold JSON values and become NAME.json; state's "val_loss" may be None.
@@ -76,11 +78,11 @@ def save(run_dir: Path, step: int, *, tensors: dict[str, dict[str, Tensor]], sta
         files.delete_folder(temporary, ignore_errors=True)
         raise SaveError(f"checkpoint of step {step} was not saved to {str(folder)!r}: "
                         f"{_reason(error, folder, needed)}; older checkpoints are untouched") from error
-    best = best_of(run_dir)
-    for path in _candidates(folder, replaced=False)[keep:]:
-        if path not in (best, final):
-            with suppress(OSError):  # one that cannot be deleted costs space, not safety; the next save tries again
-                _discard(path)
+    saved = _candidates(folder, replaced=False)
+    good = [path for path in saved if not _recorded(path, "skips_in_a_row")]
+    for path in set(saved) - {final, best_of(run_dir), *good[:keep]}:
+        with suppress(OSError):  # one that cannot be deleted costs space, not safety; the next save tries again
+            _discard(path)
     return final
 
 
@@ -195,17 +197,30 @@ def _discard(path: Path) -> None:
 
 def best_of(run_dir: Path) -> Path | None:
     """The checkpoint with the lowest validation loss among those saved at an evaluated step; of equals the newest."""
-    losses = {}
-    for path in _candidates(Path(run_dir) / "checkpoints", replaced=False):
-        with suppress(OSError, ValueError, KeyError, TypeError):  # unreadable: newest() will say so
-            loss = files.parse_json((path / STATE).read_bytes())["val_loss"]
-            if isinstance(loss, int | float) and math.isfinite(loss):
-                losses[path] = loss
+    losses = {path: loss for path in _candidates(Path(run_dir) / "checkpoints", replaced=False)
+              if isinstance(loss := _recorded(path, "val_loss"), int | float) and math.isfinite(loss)}
     return min(losses, key=losses.get, default=None)
+
+
+def newest_before(run_dir: Path, step: int) -> Path | None:
+    """The newest valid checkpoint of fewer steps."""
+    return next((path for path in _candidates(Path(run_dir) / "checkpoints", replaced=False)
+                 if int(path.name.removeprefix("step_")) < step and _problem(path) is None), None)
+
+
+def _recorded(path: Path, name: str) -> object:
+    """A value of a checkpoint's state, or None: newest() will say what cannot be read."""
+    try:
+        return json.loads((path / STATE).read_bytes()).get(name)
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def _candidates(folder: Path, *, replaced: bool = True) -> list[Path]:
     """Folders named as checkpoints, newest first, with or without .replaced ones; other names are nobody's business."""
+    if folder.is_symlink() and not folder.exists():  # a disk that is not mounted must not start the run anew
+        raise CheckpointError(f"{str(folder)!r} is a link to {os.readlink(folder)!r}, which is not there; mount that "
+                              "disk, or remove the link to start from step 0")
     found = []
     for path in folder.iterdir() if folder.is_dir() else ():
         match = STEP_NAME.fullmatch(path.name)
@@ -280,7 +295,7 @@ def resolve(run: str | Path, note: Callable[[str], None], *, weights_only: bool 
     path, unread = Path(run), (OPTIMIZER,) if weights_only else ()
     if not path.is_dir():
         raise CheckpointError(f"run {str(run)!r} does not exist; name a run folder or one checkpoint inside it")
-    if STEP_NAME.fullmatch(path.resolve().name) or (path / MANIFEST).exists():
+    if is_checkpoint(path):
         problem = _problem(path, unread)
         if problem:
             raise CheckpointError(f"checkpoint {str(run)!r} is damaged: {problem}; use another one, or the run folder "
@@ -297,18 +312,18 @@ def resolve(run: str | Path, note: Callable[[str], None], *, weights_only: bool 
                               "or train again")
     if (path / "config.json").exists() or (path / "adapter_config.json").exists():
         raise CheckpointError(f"{str(run)!r} is a Hugging Face folder, not a run; convert it first: python convert.py "
-                              f"from-hf {run} RUN")
+                              f"from-hf {quote(str(run))} RUN")
     if not (path / "config.toml").exists():
         inside = sorted(folder.parent.name for folder in path.glob("*/config.toml"))[:3]
         raise CheckpointError(f"{str(run)!r} is not a run folder (it has no config.toml); name one"
                               + (f", such as {', '.join(str(path / name) for name in inside)}" if inside else ""))
     raise CheckpointError(f"run {str(run)!r} has no checkpoint; train it until its first save "
-                          f"(python train.py train.out_dir={run})")
+                          f"(python train.py train.out_dir={quote(str(run))})")
 
 
-def run_dir_of(checkpoint: Path) -> Path:
-    """RUN of RUN/checkpoints/step_N."""
-    return Path(checkpoint).resolve().parent.parent
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder is meant as one checkpoint, not as a run; it may be a link to one."""
+    return path.is_dir() and (STEP_NAME.fullmatch(path.resolve().name) is not None or (path / MANIFEST).exists())
 
 
 # ---- Loading ---------------------------------------------------------------------------------------------------------
@@ -367,22 +382,3 @@ def _misfits(targets: dict[str, Tensor], tensors: dict[str, Tensor]) -> list[str
         if any(name.startswith(prefix) for name in extra):
             problems.append(f"names begin with {prefix!r}, which {source} adds: save the model it wraps")
     return problems
-
-
-# ---- One run per folder ----------------------------------------------------------------------------------------------
-
-@contextmanager
-def run_lock(run_dir: Path) -> Iterator[None]:
-    """Holds RUN/.lock while a run writes to its folder, so that a second run there is refused. Raises CheckpointError,
-    also if the folder cannot be written."""
-    with ExitStack() as stack:
-        try:
-            Path(run_dir).mkdir(parents=True, exist_ok=True)
-            stack.enter_context(files.locked(Path(run_dir) / ".lock"))
-        except files.Locked as holder:
-            raise CheckpointError(f"run folder {str(run_dir)!r} is in use by {holder}; stop that run or choose another "
-                                  "train.out_dir") from None
-        except OSError as error:
-            raise CheckpointError(f"run folder {str(run_dir)!r} cannot be written: {error.strerror}; choose another "
-                                  "train.out_dir") from None
-        yield

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import importlib.util
+import os
 import signal
 import subprocess
 import sys
@@ -18,10 +19,16 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         raise UserError(f"{message}; {self.prog} --help lists the arguments")
 
+    def _get_value(self, action: argparse.Action, arg_string: str) -> object:
+        """A path may begin with ~: the shell leaves it alone in quotes and in --data=~/text."""
+        is_path = action.metavar != "TEXT" and arg_string.startswith("~") and "/" in arg_string
+        return super()._get_value(action, os.path.expanduser(arg_string) if is_path else arg_string)
+
 
 def note(text: str) -> None:
-    """A line for the user beside the results, on stderr at once."""
-    files.warn(text)
+    """A line for the user beside the results, on stderr at once; of torchrun's processes the node's first says it."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        files.warn(text)
 
 
 def progress(**what):
@@ -45,13 +52,18 @@ class _Stderr:
         return getattr(sys.stderr, name)  # whether it is a terminal, and how wide
 
 
+def stop_signals() -> list[signal.Signals]:
+    """Those that ask a program to end in order. A SIGHUP that is ignored at the start (nohup) stays so."""
+    ends_with_terminal = signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
+    return [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1] + [signal.SIGHUP] * ends_with_terminal
+
+
 class StopRequest:
-    """Set by SIGTERM, SIGINT or SIGUSR1, polled by what goes on for long; signal: its name. A second Ctrl-C does not
-    wait."""
+    """Set by one of stop_signals(), polled by what goes on for long; signal: its name. A second Ctrl-C ends at once."""
 
     def __init__(self):
         self.signal: str | None = None
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        for number in stop_signals():
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame) -> None:

@@ -143,7 +143,8 @@ class DataConfig:
     dir: str | None = knob(None, "folder of prepared shards; left out = shards/<name>-<hash of the data settings>")
     tokenizer: str | None = knob(None, "bytes, bpe:N (trained on source), gpt2, r50k_base, cl100k_base, o200k_base, a "
                                        "tokenizer.json or a run folder; left out = that of dir or init_from, else gpt2")
-    val_fraction: float = knob(0.05, "share of the text set aside for validation", minimum=0.0, maximum=0.9)
+    val_fraction: float = knob(0.05, "share of the text set aside for validation; 0.0 = no validation", minimum=0.0,
+                                maximum=0.9)
     text_field: str = knob("text", "the field of a .jsonl row or parquet column that holds the text")
     kind: str = knob("auto", "auto: rows with prompt and response, text and label, or messages are examples; text: "
                              "text_field is plain text, whatever else a row has", choices=("auto", "text"))
@@ -215,7 +216,8 @@ class TrainConfig:
     eval_tokens: int = knob(1_048_576, "validation tokens per evaluation, at most all of them", minimum=1)
     log_every: int = knob(10, "steps between log lines", minimum=1)
     save_every: int = knob(1000, "steps between checkpoints; the last step is always saved", minimum=1)
-    keep: int = knob(2, "newest checkpoints kept; the one with the best validation loss is kept as well", minimum=1)
+    keep: int = knob(2, "newest checkpoints kept, beside that with the best validation loss; those saved while steps "
+                       "are skipped count for none", minimum=1)
     sample_every: int = knob(0, "steps between printed samples; 0 = only at the end", minimum=0)
     tracker: str = knob("none", "also send metrics to", choices=("none", "tensorboard", "wandb"))
     deterministic: bool = knob(False, "bitwise repeatable on CUDA too, somewhat slower")
@@ -280,7 +282,8 @@ def _file_table(word: str) -> dict:
         way_out = f"did you mean {near[0]!r}?" if near else "configs/ holds examples"
         raise ConfigError(f"config file {word!r} does not exist; {way_out}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config file {word!r} is not valid TOML: {error}") from None
+        raise ConfigError(f"config file {word!r} is not valid TOML: {error}; text stands in quotes, and "
+                          "switches are true or false") from None
     except OSError as error:
         raise ConfigError(f"config file {word!r} cannot be read: {error.strerror}") from None
     for section, values in table.items():
@@ -300,10 +303,10 @@ def _override_table(word: str) -> dict:
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        value = text  # an unquoted string, such as data.source=book.txt
+        value = {"True": True, "False": False, "None": None}.get(text, text)  # unquoted, such as data.source=book.txt
     kind = typing.get_type_hints(typing.get_type_hints(Config).get(section, Config)).get(key)
-    if not isinstance(value, str | bool | list | dict) and kind in (str, str | None):
-        value = text  # train.out_dir=2024 is a string too
+    if value is not None and not isinstance(value, str | list) and kind in (str, str | None, tuple[str, ...]):
+        value = text  # train.out_dir=2024 and data.source=2024-05-01 are strings too
     *tables, key = key.split(".")
     for name in reversed(tables):  # model.rope_scaling.factor=2
         key, value = name, {key: value}
@@ -340,6 +343,8 @@ def _did_you_mean(word: str, names: list[str]) -> str:
 def _convert(name: str, kind: object, value: object, current: object = None):
     """value as the knob's type, or ConfigError. An integer may be written 1e6, a list of one without brackets; a table
     changes what it names of the current one."""
+    if value is None and isinstance(kind, types.UnionType):
+        return None  # model.window=None: left out
     kind, is_number = _without_none(kind), isinstance(value, int | float) and not isinstance(value, bool)
     if dataclasses.is_dataclass(kind) and isinstance(value, dict):
         return _apply_values(current or kind(), name, value)
@@ -351,7 +356,7 @@ def _convert(name: str, kind: object, value: object, current: object = None):
             raise ConfigError(f"{name} is empty; give it a value or leave it out")
         if any(0xD800 <= ord(character) <= 0xDFFF for character in text):
             raise ConfigError(f"{name} = {text!r} is not UTF-8; rename the file or folder")
-        return text
+        return os.path.expanduser(text) if "/" in text else text  # the shell leaves a ~ after = alone
     if kind is int and is_number and (isinstance(value, int) or value.is_integer()):
         return int(value)
     if kind is float and is_number and not math.isnan(value):
@@ -398,7 +403,7 @@ def check(config: Config) -> None:
 
 
 def _conflicts(config: Config) -> Iterator[str]:
-    model, data, optim, train, lora = config.model, config.data, config.optim, config.train, config.lora
+    model, optim, train, lora = config.model, config.optim, config.train, config.lora
     if model.head_dim is None and model.n_embd % model.n_head:
         yield (f"model.n_embd = {model.n_embd} does not divide by model.n_head = {model.n_head}; change one or set "
                "model.head_dim")
@@ -428,8 +433,6 @@ def _conflicts(config: Config) -> Iterator[str]:
     if train.init_from is not None and train.fork_from is not None:
         yield ("train.init_from and train.fork_from are both set; init_from takes weights only, fork_from also moments "
                "and step: keep one")
-    if data.source and not data.val_source and data.val_fraction == 0.0:
-        yield "data.val_fraction = 0.0 leaves nothing to validate on; raise it or name data.val_source"
     for step in train.profile_steps:
         if not 1 <= step <= train.max_steps:
             yield f"train.profile_steps names step {step}; steps run from 1 to {train.max_steps}"

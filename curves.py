@@ -30,6 +30,14 @@ def human_count(count: float) -> str:
     return f"{scaled:.{digits}f}{suffix}"
 
 
+def human_seconds(seconds: float) -> str:
+    """The two largest units: 42s, 5m 07s, 2h 05m, 3d 04h."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    d, h = divmod(hours, 24)
+    return f"{d}d {h:02d}h" if d else f"{h}h {m:02d}m" if h else f"{m}m {s:02d}s" if m else f"{s}s"
+
+
 @dataclass(frozen=True)
 class Run:
     """The rows of one metrics.jsonl, in the order of steps."""
@@ -78,6 +86,28 @@ def parse_row(line: bytes) -> dict:
     if not isinstance(row.get("step"), int):
         raise ValueError("step is not a whole number")
     return row
+
+
+def drop_rows_after(path: Path, resume_step: int) -> dict[str, int]:
+    """Rewrite metrics.jsonl without rows after resume_step, second rows of a (kind, step) and broken lines.
+
+    Returns the last step left of each kind. Without a checkpoint (resume_step 0) the run starts again, so no row stays.
+    """
+    if not path.exists():
+        return {}
+    before = path.read_bytes()
+    kept, last_step = [], {}
+    for line in before.split(b"\n"):
+        try:
+            row = parse_row(line)
+        except ValueError:  # the line a crash or a full disk tore, or the empty end of the file
+            continue
+        if 0 < resume_step >= row["step"] > last_step.get(row["kind"], -1):
+            kept.append(line + b"\n")
+            last_step[row["kind"]] = row["step"]
+    if b"".join(kept) != before:
+        files.write_whole(path, b"".join(kept))
+    return last_step
 
 
 SUMMARY_HEADER = ("run", "step", "tokens", "train loss", "best val", "last val", "bits/byte", "tok/s", "mfu", "seconds")

@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import shutil
+import socket
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -41,17 +42,20 @@ class World:
 def read_world() -> World:
     """The World of torchrun's RANK, LOCAL_RANK, WORLD_SIZE, ... Raises ConfigError if only some are there."""
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    way_out = "start with torchrun, or unset them for a single process"
     if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
         return World()
     if missing := [name for name in names if name not in os.environ]:
         raise ConfigError(f"the environment sets {', '.join(name for name in names if name not in missing)} but not "
-                          f"{', '.join(missing)}; start with torchrun, or unset them for a single process")
-    try:
-        size = int(os.environ["WORLD_SIZE"])
-        return World(int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), size,
-                     int(os.environ.get("LOCAL_WORLD_SIZE", size)))
-    except ValueError as error:
-        raise ConfigError(f"RANK, LOCAL_RANK and WORLD_SIZE should be whole numbers: {error}") from None
+                          f"{', '.join(missing)}; {way_out}")
+    found = {name: os.environ[name] for name in (*names, "LOCAL_WORLD_SIZE") if name in os.environ}
+    numbers = {name: int(text) for name, text in found.items() if name != "MASTER_ADDR" and text.isdecimal()}
+    size, local_size = (numbers.get(name, numbers.get("WORLD_SIZE", 0)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if len(numbers) < len(found) - 1 or not (numbers["RANK"] < size and numbers["LOCAL_RANK"] < local_size <= size and
+                                             0 < numbers["MASTER_PORT"] < 2 ** 16):
+        raise ConfigError(f"the environment's {' '.join(f'{name}={text}' for name, text in found.items())} do not fit "
+                          f"together: ranks are whole numbers below the sizes, a port is one below 65536; {way_out}")
+    return World(numbers["RANK"], numbers["LOCAL_RANK"], size, local_size)
 
 
 # ---- Device, dtype, compile: what was chosen and why -----------------------------------------------------------------
@@ -159,14 +163,28 @@ def prepare_cpu(world: World) -> None:
 
 @contextlib.contextmanager
 def process_group(world: World, device: torch.device, timeout_s: float) -> Iterator[None]:
-    """A process group for the time of the block; nothing for a single process."""
+    """A process group for the time of the block; nothing for a single process. Raises ConfigError if rank 0 cannot
+    listen or its host is unknown, MachineError if not all ranks come."""
     if world.size == 1:
         yield
         return
-    with naming_lost_rank():
+    host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    try:
+        socket.getaddrinfo(host, port)  # torch tries an unknown name again until timeout_s
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=world.rank, world_size=world.size,
                                 timeout=datetime.timedelta(seconds=timeout_s),
                                 device_id=device if device.type == "cuda" else None)
+    except socket.gaierror as error:
+        raise ConfigError(f"MASTER_ADDR={host} is no host that this machine knows ({error.strerror}); give the name or "
+                          "address of rank 0's machine") from None
+    except RuntimeError as error:  # as in naming_lost_rank
+        reason = str(error).strip().splitlines()[0]
+        if "EADDRINUSE" in reason:
+            raise ConfigError(f"MASTER_PORT={port} of this machine is in use, perhaps by another run; choose another "
+                              "(torchrun --standalone does it by itself)") from None
+        raise MachineError(f"the {world.size} ranks did not meet at MASTER_ADDR={host} MASTER_PORT={port} in "
+                           f"train.timeout_s = {timeout_s:g} s ({reason[:200]}); start them all with the same address "
+                           "and WORLD_SIZE, then the same command goes on") from error
     yield
     # Not after an error: there NCCL would wait for ranks that do not come, and the error would never be printed.
     with naming_lost_rank():

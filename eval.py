@@ -13,6 +13,8 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from shlex import quote
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,13 +26,15 @@ from config import UserError, exit_cleanly
 from data.dataset import open_dataset, open_split
 from data.loader import IGNORED, MicroBatch, ValLoader
 from data.text import read_text
-from data.tokenizer import TOKENIZER_FILE, load_tokenizer
+from data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from distributed import World, choose_device, sum_over_ranks
 from finetune.runs import SavedRun, read_run
 from kernels import self_check
 from kernels.cpu import pack_for_decoding
 from model import GPT
 from tasks import scores, tasks
+
+YARDSTICK_TOKENS = 1_000_000  # of validation text for gzip and xz, which need a second per 2 MB
 
 
 @dataclass(frozen=True)
@@ -93,10 +97,19 @@ def text_batches(ids: np.ndarray, *, eot: int, seq_len: int, batch_size: int, de
         inputs, next_tokens = (torch.from_numpy(part[first:first + batch_size].copy()).to(device) for part in parts)
         next_tokens[int(first == 0):, :seq_len - stride] = IGNORED
         document_ids = None
-        if document_end is not None:  # as in data/loader.py: an end-of-text belongs to the document it ends
-            ends = inputs == document_end
-            document_ids = ends.cumsum(dim=1, dtype=torch.int32) - ends.int()
+        if document_end is not None:  # as in data/loader.py: an end-of-text opens the document behind it
+            document_ids = (inputs == document_end).cumsum(dim=1, dtype=torch.int32)
         yield MicroBatch(inputs, next_tokens, document_ids, first_window=first)
+
+
+def yardsticks(data: ValLoader | None, tokenizer: Tokenizer) -> Iterator[str]:
+    """A line: what general compressors make of the evaluated text. None for examples, whose responses alone count."""
+    if data is not None and data.stream.row_tokens is None:
+        windows = np.arange(min(data.windows, max(1, YARDSTICK_TOKENS // data.seq_len)))
+        text = tokenizer.decode_bytes(data.stream.windows(windows * data.seq_len + 1, data.seq_len).reshape(-1))
+        if text:
+            sizes = [f"{name} {bits:.4f} bits/byte" for name, bits in compressed_bits_per_byte(text).items()]
+            yield f"yardsticks on the same validation text ({len(text) / 1e6:.2f} MB): {', '.join(sizes)}"
 
 
 def compressed_bits_per_byte(text: bytes) -> dict[str, float]:
@@ -116,27 +129,34 @@ def main(argv: list[str]) -> None:
     labels = tasks.choose_labels(task, args.labels) if kind == "classification" else []
     device, _ = choose_device(args.device, option="--device ")
     saved = read_run(args.run, cli.note)
-    model, tokenizer = sample.build_model(saved, device=device, dtype=args.dtype, note=cli.note), saved.tokenizer
+    tokenizer, too_long, answer_tokens = saved.tokenizer, saved.config.data.too_long, args.max_new_tokens or 256
+    # What is refused is refused before the weights are read.
+    data = _data(args, saved, device) if task is None or args.data is not None else None
+    if task is not None:
+        task = replace(task, examples=task.examples[:args.limit], parse_special=bool(args.parse_special))
+    if kind not in (None, "multiple choice"):
+        spelled, _ = tasks.encode_labels(tokenizer, labels, saved.model.vocab_size)
+        tasks.encode_asked(saved.model, tokenizer, task, saved.chat_template, too_long=too_long,
+                           label_tokens=max(map(len, spelled), default=1), max_new_tokens=answer_tokens)
+    model = sample.build_model(saved, device=device, dtype=args.dtype, note=cli.note)
     if device.type == "cuda":  # on a CPU build_model did
         cli.note(self_check.choose("auto", model.config, table_rows=model.wte.num_embeddings,
                                    dtype=model.compute_dtype, device=device))
     result = {"run": args.run}
-    if task is None or args.data is not None:
-        result |= _score_data(args, saved, model, device)
+    if data is not None:
+        result |= _score(model, data, tokenizer, device)
     if task is not None:
-        task = replace(task, examples=task.examples[:args.limit], parse_special=bool(args.parse_special))
         if kind == "multiple choice":
             found, rows = tasks.multiple_choice(model, tokenizer, task, batch_size=args.batch_size)
         elif kind == "classification":
             found, rows = tasks.classification(model, tokenizer, task, labels, batch_size=args.batch_size,
-                                               too_long=saved.config.data.too_long)
+                                               too_long=too_long)
             cli.note(scores.confusion_table(labels, np.array(found["confusion"])))
         else:
             cli.note(pack_for_decoding(model))
             found, rows = tasks.generation(model, tokenizer, task, saved.chat_template, ends=saved.end_ids,
-                                           metrics=metrics, max_new_tokens=args.max_new_tokens or 256,
-                                           stop=tuple(args.stop or ()), batch_size=args.batch_size,
-                                           too_long=saved.config.data.too_long)
+                                           metrics=metrics, max_new_tokens=answer_tokens, stop=tuple(args.stop or ()),
+                                           batch_size=args.batch_size, too_long=too_long)
             if found.get("bleu") == 0:
                 cli.note("bleu is 0: no answer shares a word with its reference, or none has the four in a row that it "
                          "counts; chrf also tells short texts apart")
@@ -200,10 +220,19 @@ def _check_files(args: argparse.Namespace, task: tasks.Task | None) -> None:
         cli.require("--plot", "matplotlib")
 
 
-def _score_data(args: argparse.Namespace, saved: SavedRun, model: GPT, device: torch.device) -> dict:
-    """The score of what --data names, else of the run's own validation split, as the result's fields. Raises UserError.
-    """
-    config, tokenizer, seq_len = saved.config, saved.tokenizer, model.config.max_seq_len
+class Data(NamedTuple):
+    """What is scored: the result's fields that say so, the batches, and of a text its bytes as UTF-8 and whether the
+    tokenizer keeps all of it."""
+
+    fields: dict
+    batches: Iterator[MicroBatch]
+    text_bytes: int | None = None
+    is_kept: bool = True
+
+
+def _data(args: argparse.Namespace, saved: SavedRun, device: torch.device) -> Data:
+    """What --data names, else the run's own validation split. Raises UserError."""
+    config, tokenizer, seq_len = saved.config, saved.tokenizer, saved.model.max_seq_len
     data = args.data or config.data.dir and Path(config.data.dir)
     if data is None or not data.exists():  # a run converted from Hugging Face has none
         problem = f"run {args.run!r} has no data of its own" if data is None else f"data {str(data)!r} does not exist"
@@ -214,29 +243,32 @@ def _score_data(args: argparse.Namespace, saved: SavedRun, model: GPT, device: t
     common = {"seq_len": seq_len, "batch_size": args.batch_size, "device": device, "stride": args.stride}
     fields = {"data": str(data)} | ({} if args.stride is None else {"stride": args.stride})
     if data.is_dir():
-        batches = _shard_batches(data, saved, common)
-        score = evaluate(model, batches, token_bytes=tokenizer.scored_bytes(), device=device)
-        if score.bits_per_byte is None:
-            cli.note(f"bits_per_byte is null: the run's tokenizer does not keep all of a text ({score.unknown:,} of "
-                     f"{score.tokens:,} tokens are unknown to it), or nothing of it is scored")
-        return fields | asdict(score)
+        return Data(fields, _shard_batches(data, saved, common))
     if data.suffix in (".jsonl", ".gz", ".zst", ".parquet"):
-        raise UserError(f"--data {str(data)!r} is not plain text; prepare it first (python -m data.prepare {data} "
-                        "--out DIR --tokenizer RUN, then --data DIR), or use --task for examples with right answers")
+        raise UserError(f"--data {str(data)!r} is not plain text; prepare it first (python -m data.prepare "
+                        f"{quote(str(data))} --out DIR --tokenizer RUN, then --data DIR), or use --task for examples "
+                        "with right answers")
     text, invalid = read_text(str(data), f"--data {str(data)!r}", note=cli.note)
     if invalid:
         cli.note(f"--data {str(data)!r}: {invalid:,} invalid UTF-8 sequences replaced by U+FFFD")
-    ids, n_bytes = tokenizer.encode(text), len(text.encode())
+    ids = tokenizer.encode(text)
     if len(ids) == 0:
         raise UserError(f"text {str(data)!r} is empty; name a file with text in it")
-    score = evaluate(model, text_batches(ids, eot=tokenizer.start, **common), token_bytes=tokenizer.scored_bytes(),
-                     device=device)
-    bits = score.loss * score.tokens / (math.log(2) * n_bytes)  # of the text as UTF-8: all tokens are text
-    if not tokenizer.spells(ids, text):
-        bits = None
+    return Data(fields, text_batches(ids, eot=tokenizer.start, **common), len(text.encode()),
+                tokenizer.spells(ids, text))
+
+
+def _score(model: GPT, data: Data, tokenizer: Tokenizer, device: torch.device) -> dict:
+    """The result's fields of data."""
+    score = evaluate(model, data.batches, token_bytes=tokenizer.scored_bytes(), device=device)
+    if data.text_bytes is not None:  # of the text's real bytes: all tokens are text
+        bits = score.loss * score.tokens / (math.log(2) * data.text_bytes) if data.is_kept else None
+        score = replace(score, bits_per_byte=bits, bytes=data.text_bytes)
+    if score.bits_per_byte is None:
         cli.note(f"bits_per_byte is null: the run's tokenizer loses some of the text ({score.unknown:,} of "
-                 f"{score.tokens:,} tokens are unknown to it), so that its loss is that of another text")
-    return fields | asdict(replace(score, bits_per_byte=bits, bytes=n_bytes))
+                 f"{score.tokens:,} tokens are unknown to it), so that its loss is that of another text, or no text is "
+                 "scored")
+    return data.fields | asdict(score)
 
 
 def _shard_batches(data: Path, saved: SavedRun, common: dict) -> Iterator[MicroBatch]:

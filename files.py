@@ -56,7 +56,10 @@ def rename(path: Path, new_path: Path) -> None:
 
 
 def delete_folder(path: Path, ignore_errors: bool = False) -> None:
-    shutil.rmtree(path, ignore_errors=ignore_errors)
+    if path.is_symlink():  # what it leads to is not ours
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=ignore_errors)
 
 
 def publish(temporary: Path, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a run reports about itself: tokens/s, MFU, memory; its log lines and metrics.jsonl; trackers.
+"""What a run reports about itself: tokens/s, MFU, memory; its log lines and metrics.jsonl.
 
 train.py measures and hands over one row per log step; RunLog prints it as a line on stdout, appends that line to
 RUN/log.txt and the row to RUN/metrics.jsonl, and passes it on to tensorboard or wandb if asked. An unknown figure is
@@ -10,7 +10,6 @@ import json
 import math
 import os
 import re
-import secrets
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -18,9 +17,9 @@ from pathlib import Path
 
 import curves
 import files
-from cli import require
+import trackers
 from config import MachineError, exit_cleanly
-from curves import ROW_FIELDS, human_count, parse_row
+from curves import ROW_FIELDS, drop_rows_after, human_count, human_seconds
 
 # ---- Speed and memory ------------------------------------------------------------------------------------------------
 
@@ -110,14 +109,6 @@ def profiled(run_dir: Path, step: int, log: "RunLog") -> Iterator[None]:
 
 # ---- Figures as text -------------------------------------------------------------------------------------------------
 
-def human_seconds(seconds: float) -> str:
-    """The two largest units: 42s, 5m 07s, 2h 05m, 3d 04h."""
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    d, h = divmod(hours, 24)
-    return f"{d}d {h:02d}h" if d else f"{h}h {m:02d}m" if h else f"{m}m {s:02d}s" if m else f"{s}s"
-
-
 def format_train_line(row: dict, max_steps: int, seconds_left: float | None) -> str:
     """One log line, figures that are not known left out:
     'step 1200/19073 | loss 3.4121 | lr 6.0e-04 | grad 0.41 | 812k tok/s | mfu 46.2% | 2h 05m left'.
@@ -156,23 +147,28 @@ class RunLog:
         self._enabled = enabled
         if not enabled:
             return
-        check_tracker(tracker)
+        trackers.check(tracker)
         rows_path = run_dir / "metrics.jsonl"
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            self._last_step = _drop_rows_after(rows_path, resume_step)
+            self._last_step = drop_rows_after(rows_path, resume_step)
             self._rows_file, self._text_file = files.AppendFile(rows_path), files.AppendFile(run_dir / "log.txt")
         except OSError as error:
             raise MachineError(f"run folder '{run_dir}' cannot be written: {error.strerror}") from None
         self._tracker_name = tracker
         self._tracker: tuple[Callable, Callable] | None = None  # log and close
         with self._tracker_may_fail():
-            self._tracker = _open_tracker(tracker, run_dir, resume_step, config)
+            self._tracker = trackers.start(tracker, run_dir, resume_step, config)
 
     def note(self, text: str) -> None:
         """Print text and append it to log.txt."""
         if self._enabled:
             _print(text)
+        self.write(text)
+
+    def write(self, text: str) -> None:
+        """Append to log.txt what stderr shows."""
+        if self._enabled:
             self._text_file.write(text)
 
     def train(self, row: dict, max_steps: int, *, mean_loss: float | None, seconds_left: float | None) -> None:
@@ -226,7 +222,7 @@ class RunLog:
             text = (f"warning: tracker {self._tracker_name} failed ({reason}); training goes on without it, "
                     "metrics.jsonl has every row")
             files.warn(text)
-            self._text_file.write(text)
+            self.write(text)
 
 
 def _print(text: str) -> None:
@@ -239,59 +235,6 @@ def _print(text: str) -> None:
         # What stdout holds would fail again at exit, so it goes to /dev/null with all that follows.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         files.warn(f"warning: stdout cannot be written ({error.strerror}); training goes on, log.txt has the lines")
-
-
-def _drop_rows_after(path: Path, resume_step: int) -> dict[str, int]:
-    """Rewrite metrics.jsonl without rows after resume_step, second rows of a (kind, step) and broken lines.
-
-    Returns the last step left of each kind. Without a checkpoint (resume_step 0) the run starts again, so no row stays.
-    """
-    if not path.exists():
-        return {}
-    before = path.read_bytes()
-    kept, last_step = [], {}
-    for line in before.split(b"\n"):
-        try:
-            row = parse_row(line)
-        except ValueError:  # the line a crash or a full disk tore, or the empty end of the file
-            continue
-        if 0 < resume_step >= row["step"] > last_step.get(row["kind"], -1):
-            kept.append(line + b"\n")
-            last_step[row["kind"]] = row["step"]
-    if b"".join(kept) != before:
-        files.write_whole(path, b"".join(kept))
-    return last_step
-
-
-# ---- Trackers --------------------------------------------------------------------------------------------------------
-
-def check_tracker(name: str) -> None:
-    """Raise UserError if the tracker's package is not installed; cheap, so every rank can ask before any work."""
-    if name != "none":
-        require(f"train.tracker = '{name}'", name)
-
-
-def _open_tracker(name: str, run_dir: Path, resume_step: int, config: dict | None) -> tuple[Callable, Callable] | None:
-    """The tracker's log(figures, step=) and close(); None for "none"."""
-    if name == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
-        # purge_step hides the events that a crashed run wrote after the checkpoint; tensorboard drops those >= it.
-        writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1 if resume_step else 0)
-
-        def log(figures: dict[str, float], step: int) -> None:
-            for name, figure in figures.items():
-                writer.add_scalar(name, figure, step)
-        return log, writer.close
-    if name == "wandb":  # its id is kept in RUN/wandb_id, so that a resumed run continues it, offline as well
-        import wandb
-        id_file = run_dir / "wandb_id"
-        if not id_file.exists():
-            files.write_whole(id_file, secrets.token_hex(6))
-        # wandb ignores rows at steps that it has: the steps between checkpoint and crash keep their first values
-        run = wandb.init(project=os.environ.get("WANDB_PROJECT", "flatgpt"), name=run_dir.resolve().name,
-                         id=id_file.read_text().strip(), resume="allow", dir=str(run_dir), config=config)
-        return run.log, run.finish
-    return None
 
 
 if __name__ == "__main__":

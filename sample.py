@@ -427,16 +427,17 @@ def main(argv: list[str]) -> None:
     if args.chat and template is None:
         raise SampleError(f"run {args.run!r} holds no chat_template.jinja, it was not trained on conversations; leave "
                           "out --chat")
-    model = build_model(run, device=device, dtype=args.dtype, note=cli.note)
-    cli.note(pack_for_decoding(model))
-    context, cut = fit_context(run.tokenizer, prompt, model.config, max_new_tokens=args.max_new_tokens,
+    context, cut = fit_context(run.tokenizer, prompt, run.model, max_new_tokens=args.max_new_tokens,
                                chat_template=template, parse_special=args.parse_special)
+    TextStream(run.tokenizer, context, tuple(args.stop))  # refuses what it cannot stop at before the weights are read
     if cut:
         too_long = (f"the {'conversation' if args.chat else 'prompt'} has {len(context) + cut:,} tokens, more than the "
-                    f"context of {model.config.max_seq_len:,}")
+                    f"context of {run.model.max_seq_len:,}")
         if args.chat and run.config.data.too_long == "error":
             raise SampleError(f"{too_long}; shorten the prompt (the run's data.too_long is error)")
         cli.note(f"{too_long}: {cut:,} were cut from its front")
+    model = build_model(run, device=device, dtype=args.dtype, note=cli.note)
+    cli.note(pack_for_decoding(model))
     pieces = generate_text(model, run.tokenizer, [prompt] * args.num_samples, max_new_tokens=args.max_new_tokens,
                            sampling=sampling, stop=tuple(args.stop), chat_template=template, ends=run.end_ids,
                            parse_special=args.parse_special)

@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from shlex import quote
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from data.dataset import Dataset
 from data.tokenizer import Tokenizer
 from distributed import Machine, World
 from finetune import lora
-from finetune.runs import ADAPTER, SavedRun, load_base, read_folder, save_base, take_over, weights_of
+from finetune.runs import ADAPTER, SavedRun, load_base, read_folder, run_dir_of, save_base, take_over, weights_of
 from model import GPT
 from optim import LossScale, Optimizer
 
@@ -40,7 +41,7 @@ class Progress:
     skips_in_a_row: int = 0
     scale: LossScale = field(default_factory=LossScale)
     val_loss: float | None = None  # of the evaluation at this very step, if there was one
-    val_due: bool = False  # a stop signal cut that evaluation short
+    val_due: bool = False  # that evaluation was cut short by a stop signal, or its loss was not finite
     base_sha256: str | None = None  # of RUN/base, if the checkpoints hold adapters to it
 
     def as_state(self, *, updates: int, data_hash: str, world: World) -> dict:
@@ -54,51 +55,26 @@ class Progress:
 # ---- The four ways to start ------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
-class Fresh:
-    """New weights from train.seed."""
+class Start:
+    """What a run starts from. fresh: new weights from train.seed; init: the weights of a checkpoint or a Hugging Face
+    folder (train.init_from); fork: weights, moments and step of another run's checkpoint (train.fork_from); resume: the
+    run's own newest checkpoint."""
 
+    kind: str
+    path: str | None = None
     step: int = 0
-    path = None
-
-
-@dataclass(frozen=True)
-class Init:
-    """The weights of a checkpoint or a Hugging Face folder (train.init_from)."""
-
-    path: str
-    step: int = 0
-
-
-@dataclass(frozen=True)
-class Fork:
-    """Weights, moments and step of another run's checkpoint (train.fork_from)."""
-
-    path: str
-    step: int
-
-
-@dataclass(frozen=True)
-class Resume:
-    """The run's own newest checkpoint."""
-
-    path: str
-    step: int
-    val_due: bool  # a stop signal cut its evaluation short
-
-
-Start = Fresh | Init | Fork | Resume
+    is_settled: bool = True  # the last step was not skipped, and its evaluation is not due
 
 
 def agree_on_start(config: Config, parent: Parent | None, dataset: Dataset, world: World,
                    note: Callable[[str], None]) -> Start:
     """Rank 0 chooses and checks what the run starts from; every rank gets the same answer. Raises CheckpointError,
     ConfigError."""
-    start = Fresh()
+    start = Start("fresh")
     with distributed.raise_on_all_ranks(world):
         if world.is_main:
             start = _choose_start(config, parent, dataset, note)
-    kind, values = distributed.gather([type(start).__name__, dataclasses.asdict(start)], world)[0]
-    return {"Fresh": Fresh, "Init": Init, "Fork": Fork, "Resume": Resume}[kind](**values)
+    return Start(**distributed.gather(dataclasses.asdict(start), world)[0])
 
 
 def _choose_start(config: Config, parent: Parent | None, dataset: Dataset, note: Callable[[str], None]) -> Start:
@@ -107,7 +83,7 @@ def _choose_start(config: Config, parent: Parent | None, dataset: Dataset, note:
     if (own := checkpoint.newest(out_dir, note)) is not None:
         state = _state_to_go_on_from(own, "train.out_dir", train.out_dir)
         _check_resumable(config, state, dataset.hash)
-        return Resume(str(own), state["step"], state["val_due"])
+        return Start("resume", str(own), state["step"], not (state["val_due"] or state["skips_in_a_row"]))
     if any(out_dir.glob("checkpoints/step_*.damaged")):
         raise CheckpointError(f"every checkpoint in {str(out_dir / 'checkpoints')!r} is damaged and none is left to go "
                               "on from; remove them to start from step 0, or choose another train.out_dir")
@@ -117,11 +93,12 @@ def _choose_start(config: Config, parent: Parent | None, dataset: Dataset, note:
         if step >= train.max_steps:
             raise ConfigError(f"train.fork_from starts at step {step} but train.max_steps = {train.max_steps}; raise "
                               "it, max_steps counts from step 0")
-        return Fork(str(path), step)
+        return Start("fork", str(path), step)
     if train.init_from is not None:
         is_hf = isinstance(parent, HuggingFaceModel)
-        return Init(str(parent.dir if is_hf else checkpoint.resolve(train.init_from, note, weights_only=True)))
-    return Fresh()
+        path = parent.dir if is_hf else checkpoint.resolve(train.init_from, note, weights_only=True)
+        return Start("init", str(path))
+    return Start("fresh")
 
 
 def _state_to_go_on_from(path: Path, knob: str, run: str) -> dict:
@@ -129,7 +106,7 @@ def _state_to_go_on_from(path: Path, knob: str, run: str) -> dict:
     them, only start."""
     if not checkpoint.holds(path, "optimizer"):
         raise CheckpointError(f"{knob} = {run!r} holds converted weights without optimizer state; start a run of its "
-                              f"own from them: train.init_from={run} and another train.out_dir")
+                              f"own from them: train.init_from={quote(run)} and another train.out_dir")
     return checkpoint.load_state(path)
 
 
@@ -167,7 +144,7 @@ def read_parent(config: Config) -> Parent | None:
             raise ConfigError(f"train.fork_from = {named!r} is a Hugging Face folder, which has no moments to go on "
                               "with; use train.init_from")
         return read_hf(path)
-    run_dir = checkpoint.run_dir_of(path) if path.name.startswith("step_") else path
+    run_dir = run_dir_of(path) if checkpoint.is_checkpoint(path) else path
     if not (run_dir / "config.toml").exists():
         what = "is neither a run folder (it has no config.toml) nor a Hugging Face folder (no config.json)" \
             if path.exists() else "does not exist"
@@ -185,11 +162,41 @@ def inherit(config: Config, given: set[str], parent: Parent | None, world: World
         saved = configuration.load_run_config(Path(config.train.out_dir)).optim if has_checkpoint(config) else optim
         config = replace(config, optim=replace(optim, decay_steps=saved.decay_steps or config.train.max_steps))
     configuration.check(config)
+    if _ends_early(config) and optim.min_lr == 0.0:
+        way_out = "lower that, or raise optim.decay_steps or optim.min_lr"
+        if has_checkpoint(config):
+            way_out = f"for a longer schedule start a new run from here: {fork_words(config, config.train.max_steps)}"
+        raise ConfigError(f"optim.schedule ends at step {config.optim.decay_steps} at learning rate 0 (optim.min_lr): "
+                          f"no step after it, up to train.max_steps = {config.train.max_steps}, would learn; {way_out}")
     if tokens % share:
         near = [str(n) for n in (tokens // share * share, tokens // share * share + share) if n > 0]
         raise ConfigError(f"train.tokens_per_step = {tokens} does not divide by model.max_seq_len x ranks = "
                           f"{config.model.max_seq_len} x {world.size}; near it: {' or '.join(near)}")
     return config
+
+
+def _ends_early(config: Config) -> bool:
+    return config.optim.schedule != "constant" and config.optim.decay_steps < config.train.max_steps
+
+
+def fork_words(config: Config, max_steps: int | str | None, path: Path | None = None) -> str:
+    """What a command adds to go on as a new run from this run's newest checkpoint, or that at path; with a schedule of
+    so many steps."""
+    words = [f"train.fork_from={quote(str(path or config.train.out_dir))}", "train.out_dir=NEW"]
+    words += ["train.init_from=None"] if config.train.init_from is not None else []
+    words += [f"train.max_steps={max_steps} optim.decay_steps={max_steps}"] if max_steps is not None else []
+    return " ".join(words)
+
+
+def when_finished(config: Config) -> str:
+    """How a run that reached max_steps can go on."""
+    optim, max_steps = config.optim, config.train.max_steps
+    if optim.schedule == "constant" or optim.min_lr > 0.0:
+        return "raise train.max_steps to go on" + ("" if optim.schedule == "constant" or optim.decay_steps > max_steps
+                                                   else f" at optim.min_lr = {optim.min_lr:g}")
+    if optim.decay_steps > max_steps:
+        return f"raise train.max_steps to go on, to optim.decay_steps = {optim.decay_steps} at most"
+    return f"its schedule ended at learning rate 0, for a longer one start a new run: {fork_words(config, 'STEPS')}"
 
 
 def chat_template_for(config: Config, parent: Parent | None) -> str:
@@ -243,14 +250,14 @@ def build(start: Start, config: Config, parent: Parent | None, machine: Machine,
         if tensors:
             checkpoint.load_into(model, tensors, start.path)
         if config.lora.rank:
-            if world.is_main and not isinstance(start, Resume):
+            if world.is_main and start.kind != "resume":
                 progress.base_sha256 = save_base(Path(config.train.out_dir), tensors)
             lora.add_adapters(model, config.lora)
         model = model.to(machine.device)  # with its adapters
         # Muon's products may be rough, but in a float32 run a rounding to bfloat16 would turn last bits into steps.
         rough = distributed.computes_bfloat16(machine.device) and machine.dtype != torch.float32
         optimizer = Optimizer(model, config.optim, newton_schulz_dtype=torch.bfloat16 if rough else torch.float32)
-        if isinstance(start, Fork | Resume):
+        if start.kind in ("fork", "resume"):
             _go_on(start, config, parent, model, optimizer, progress)
     return model, optimizer, progress
 
@@ -258,19 +265,19 @@ def build(start: Start, config: Config, parent: Parent | None, machine: Machine,
 def _starting_weights(start: Start, config: Config, parent: Parent | None, world: World) -> dict[str, Tensor]:
     """The tensors that the model starts with, for adapters their base; none for fresh weights. Those of init_from are
     read by rank 0 alone, which gives them to the others (distributed.wrap)."""
-    if isinstance(start, Fresh) or (isinstance(start, Init) and not world.is_main):
+    if start.kind == "fresh" or (start.kind == "init" and not world.is_main):
         return {}
-    if isinstance(start, Init):
+    if start.kind == "init":
         tensors = parent.weights() if isinstance(parent, HuggingFaceModel) else weights_of(Path(start.path))
     else:
         tensors = (load_base if config.lora.rank else weights_of)(Path(start.path))
     return _cut_positions(tensors, config)
 
 
-def _go_on(start: Fork | Resume, config: Config, parent: Parent | None, model: GPT, optimizer: Optimizer,
+def _go_on(start: Start, config: Config, parent: Parent | None, model: GPT, optimizer: Optimizer,
            progress: Progress) -> None:
     """Adapters, moments and counters of the checkpoint, in place."""
-    path, is_resume = Path(start.path), isinstance(start, Resume)
+    path, is_resume = Path(start.path), start.kind == "resume"
     trained = config if is_resume else parent.config  # what made the checkpoint
     state = checkpoint.load_state(path)
     try:
@@ -282,9 +289,10 @@ def _go_on(start: Fork | Resume, config: Config, parent: Parent | None, model: G
         optimizer.load_state_tensors(moments, state["updates"])
     except (ValueError, KeyError) as error:
         raise CheckpointError(f"checkpoint {start.path!r}: {error}; {what}") from None
-    progress.step, progress.skips_in_a_row = state["step"], state["skips_in_a_row"]
+    progress.step = state["step"]
     progress.tokens = state.get("tokens", state["step"] * trained.train.tokens_per_step)  # older ones lack it
     if is_resume:
+        progress.skips_in_a_row = state["skips_in_a_row"]
         progress.val_due, progress.base_sha256 = state["val_due"], state.get("base_sha256")
     if progress.scale.dynamic and trained.train.dtype == "float16":
         progress.scale.scale, progress.scale.good_steps = state["loss_scale"]
@@ -296,10 +304,11 @@ def _cut_positions(tensors: dict[str, Tensor], config: Config) -> dict[str, Tens
     return {name: tensor[:T] if name.endswith("wpe.weight") else tensor for name, tensor in tensors.items()}
 
 
-def describe(start: Start) -> str:
-    """Where the weights come from, as a line for the log."""
-    if isinstance(start, Fresh):
-        return "start: new weights from train.seed"
-    if isinstance(start, Resume):
-        return f"start: going on from step {start.step} ({start.path})"
-    return f"start: {'weights' if isinstance(start, Init) else 'everything'} of {start.path}, at step {start.step}"
+def describe(start: Start, config: Config) -> str:
+    """Where the weights come from, and what is to be known of the schedule, as a line for the log."""
+    what = {"fresh": "new weights from train.seed", "init": f"weights of {start.path}, at step {start.step}",
+            "fork": f"everything of {start.path}, at step {start.step}",
+            "resume": f"going on from step {start.step} ({start.path})"}[start.kind]
+    optim, is_over = config.optim, _ends_early(config)
+    return f"start: {what}" + (f"; optim.schedule ends at step {optim.decay_steps}, the steps after it are made at "
+                               f"optim.min_lr = {optim.min_lr:g}" if is_over else "")

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 import torch
@@ -33,6 +34,7 @@ import kernels
 import metrics
 import sample
 import start as starting
+import trackers
 from cli import StopRequest, commit, note
 from config import Config, ConfigError, MachineError, UserError
 from data.chat import TEMPLATE_FILE, load_template, save_template
@@ -43,16 +45,15 @@ from data.prepared import ensure_prepared
 from data.tokenizer import Tokenizer, load_tokenizer
 from data.verify_shards import BackgroundVerifier
 from distributed import Machine, World
-from finetune.runs import files_to_save, save_generation
+from finetune.runs import files_to_save, run_lock, save_generation
 from kernels import self_check
 from model import GPT, flops_per_token, padded_vocab_size
 from optim import LossScale, Optimizer, clip_gradients, learning_rate
-from start import Parent, Progress, Resume
+from start import Parent, Progress
 
 DEMO = Path(__file__).parent / "configs" / "demo.toml"
 MAX_SKIPS_IN_A_ROW = 10
 SAMPLE_TOKENS = 128
-YARDSTICK_TOKENS = 1_000_000  # of validation text for gzip and xz, which need a second per 2 MB
 
 
 # ---- One optimizer step ----------------------------------------------------------------------------------------------
@@ -121,7 +122,7 @@ class Training:
     tokenizer: Tokenizer
     dataset: Dataset
     train_data: TrainLoader
-    val_data: ValLoader
+    val_data: ValLoader | None  # None: data.val_fraction = 0 left nothing to validate on
     log: metrics.RunLog
     stop: StopRequest
 
@@ -131,7 +132,7 @@ def loop(run: Training) -> None:
     config, train, progress, world, log = run.config, run.config.train, run.progress, run.world, run.log
     losses, steps_since_line, save_failed = [], 0, False
     # Frozen weights have no gradient to compute, and tiles between documents are skipped: the count would be too high.
-    is_examples = run.val_data.stream.row_tokens is not None
+    is_examples = run.train_data.stream.row_tokens is not None
     counts_flops = not (config.lora.rank or config.data.document_mask or is_examples)
     peak_flops = metrics.peak_flops(run.machine.name, train.dtype) if counts_flops else None
     # Shards are hashed once per run: by the first process of each node, while the first epoch goes on.
@@ -186,18 +187,13 @@ def loop(run: Training) -> None:
                           seconds_left=(train.max_steps - progress.step) * seconds / steps_since_line)
                 losses, steps_since_line = [], 0
             if progress.skips_in_a_row == MAX_SKIPS_IN_A_ROW:
-                with distributed.raise_on_all_ranks(world):
-                    raise MachineError(
-                        f"loss or gradient was not finite for {MAX_SKIPS_IN_A_ROW} steps in a row, up to step "
-                        f"{progress.step}; none of them changed the weights, the newest checkpoint in {train.out_dir} "
-                        f"is good. Lower optim.lr (now {config.optim.lr}), raise optim.warmup_steps, lower "
-                        "optim.grad_clip, or use train.dtype=float32")
+                fail(run)
 
             # 3. Stop?
             stopping = stop_asked_for()
             paused = time.perf_counter()  # what follows is no training
             # 4. Evaluate.
-            progress.val_loss, progress.val_due = None, due(train.eval_every)
+            progress.val_loss, progress.val_due = None, run.val_data is not None and due(train.eval_every)
             if progress.val_due and not stopping:
                 evaluate(run)
             # 5. Sample: a text from nothing; none after examples, which are about answers.
@@ -219,7 +215,9 @@ def loop(run: Training) -> None:
     if save_failed:
         raise MachineError("the last checkpoint could not be saved (see above); make room and start again with the "
                            "same command")
-    if progress.step < train.max_steps:
+    if progress.step == train.max_steps and (progress.skips_in_a_row or not math.isfinite(progress.val_loss or 0.0)):
+        fail(run)
+    if progress.step < train.max_steps or progress.val_due:
         log.note(f"stopped at step {progress.step} ({run.stop.signal or 'another rank'}); the same command goes on "
                  "from here")
         if world.is_main:
@@ -230,6 +228,22 @@ def loop(run: Training) -> None:
                 log.note(f"warning: STOPPED could not be written: {error.strerror}")
 
 
+def fail(run: Training) -> None:
+    """Raise MachineError on all ranks: losses are not finite any more. The weights are still those of the first skipped
+    step, so a checkpoint that holds them is no way out."""
+    train, step, skips = run.config.train, run.progress.step, run.progress.skips_in_a_row
+    with distributed.raise_on_all_ranks(run.world):
+        if run.world.is_main:
+            found = f"loss or gradient was not finite for {skips} steps in a row, none of them changed the weights" \
+                if skips else "the validation loss is not finite"
+            good = checkpoint.newest_before(Path(train.out_dir), step - skips)
+            way_out = "no checkpoint from before is left; start again with another train.out_dir" if good is None else \
+                f"go on from the newest checkpoint before that: {starting.fork_words(run.config, None, good)}"
+            raise MachineError(f"step {step} of {train.max_steps}: {found}; {way_out} and a lower optim.lr (now "
+                               f"{run.config.optim.lr:g}) or optim.grad_clip (now {run.config.optim.grad_clip:g})"
+                               + (", or train.dtype=float32" if train.dtype != "float32" else ""))
+
+
 def evaluate(run: Training) -> bool:
     """Score the validation windows and log it; False if a stop signal cut it short."""
     score = evaluation.evaluate(
@@ -237,7 +251,7 @@ def evaluate(run: Training) -> bool:
         token_bytes=run.tokenizer.scored_bytes(), device=run.machine.device, world=run.world, should_stop=run.stop)
     if score is None:
         return False
-    run.progress.val_loss, run.progress.val_due = score.loss, False
+    run.progress.val_loss, run.progress.val_due = score.loss, not math.isfinite(score.loss)
     run.log.val({"step": run.progress.step, "loss": score.loss, "bits_per_byte": score.bits_per_byte},
                 run.config.train.max_steps)
     return True
@@ -261,13 +275,9 @@ def save(run: Training) -> bool:
 
 def report(run: Training) -> None:
     """Last words of a finished run: what general compressors make of the validation text, memory, what to do next."""
-    data, out_dir = run.val_data, Path(run.config.train.out_dir)
-    windows = np.arange(min(data.windows, max(1, YARDSTICK_TOKENS // data.seq_len)))  # the evaluated ones, in order
-    text = run.tokenizer.decode_bytes(data.stream.windows(windows * data.seq_len + 1, data.seq_len).reshape(-1))
-    if text and data.stream.row_tokens is None:  # of examples only the responses are scored
-        sizes = evaluation.compressed_bits_per_byte(text)
-        run.log.note(f"yardsticks on the same validation text ({len(text) / 1e6:.2f} MB): "
-                     + ", ".join(f"{name} {bits:.4f} bits/byte" for name, bits in sizes.items()))
+    out_dir = Path(run.config.train.out_dir)
+    for line in evaluation.yardsticks(run.val_data, run.tokenizer):
+        run.log.note(line)
     best = checkpoint.best_of(out_dir)
     state = None if best is None else checkpoint.load_state(best)
     if state is not None and state["step"] != run.progress.step:
@@ -275,7 +285,8 @@ def report(run: Training) -> None:
     peak = metrics.peak_memory_bytes(run.machine.device)
     memory = "" if peak is None else f"peak memory {peak / 2 ** 20:.0f} MiB; "
     words = ' --chat --prompt "Hello"' if (out_dir / TEMPLATE_FILE).exists() else ""
-    run.log.note(f"finished {run.progress.step} steps; {memory}run folder {out_dir}: python sample.py {out_dir}{words}")
+    run.log.note(f"finished {run.progress.step} steps; {memory}run folder {out_dir}: "
+                 f"python sample.py {quote(str(out_dir))}{words}")
 
 
 # ---- From the command line to the loop -------------------------------------------------------------------------------
@@ -285,7 +296,7 @@ def train(config: Config, given: set[str], *, world: World, stop: StopRequest) -
     # 1. What can be refused before any work, and the data. Preparing may take longer than a collective waits, so it
     #    comes before ranks meet.
     machine = distributed.choose_machine(config.train, world)
-    metrics.check_tracker(config.train.tracker)
+    trackers.check(config.train.tracker)
     if config.train.kernels == "triton" and (why := kernels.why_no_triton(machine.device)) is not None:
         raise ConfigError(f"train.kernels = 'triton' but {why}; kernels=auto takes PyTorch where Triton cannot run")
     parent = starting.read_parent(config)
@@ -310,7 +321,9 @@ def train(config: Config, given: set[str], *, world: World, stop: StopRequest) -
                       "vocab_size": tokenizer.vocab_size}
             train_data = TrainLoader(open_split(dataset, "train"), tokens_per_step=config.train.tokens_per_step,
                                      seed=config.train.seed, rank=world.rank, world_size=world.size, **common)
-            val_data = ValLoader(open_split(dataset, "val"), eval_tokens=config.train.eval_tokens, **common)
+            has_val = config.data.val_fraction > 0.0 or any(s["split"] == "val" for s in dataset.index["shards"])
+            val_data = ValLoader(open_split(dataset, "val"), eval_tokens=config.train.eval_tokens, **common) \
+                if has_val else None
         verdicts = self_check.verdicts(config.train.kernels, config.model, dtype=machine.dtype, device=machine.device,
                                        table_rows=padded_vocab_size(config.model.vocab_size))
         verdicts = distributed.gather(verdicts, world)
@@ -318,13 +331,13 @@ def train(config: Config, given: set[str], *, world: World, stop: StopRequest) -
             kernels_line = self_check.agree(config.train.kernels, verdicts)
             starting.check_same_on_all_ranks(config, dataset, world)
             if world.is_main:
-                stack.enter_context(checkpoint.run_lock(Path(config.train.out_dir)))
+                stack.enter_context(run_lock(Path(config.train.out_dir)))
         notes: list[str] = []
         start = starting.agree_on_start(config, parent, dataset, world, lambda line: (notes.append(line), note(line)))
-        if isinstance(start, Resume) and start.step >= config.train.max_steps and not start.val_due:
+        if start.kind == "resume" and start.step >= config.train.max_steps and start.is_settled:
             if world.is_main:
-                print(f"run {config.train.out_dir!r} is finished: step {start.step} of {config.train.max_steps}; raise "
-                      "train.max_steps to go on, or choose another train.out_dir")
+                print(f"run {config.train.out_dir!r} is finished: step {start.step} of {config.train.max_steps}; "
+                      f"{starting.when_finished(config)}, or choose another train.out_dir")
             return
 
         # 3. Model and optimizer, the log, the loop, the last words.
@@ -337,14 +350,16 @@ def train(config: Config, given: set[str], *, world: World, stop: StopRequest) -
             log = metrics.RunLog(Path(config.train.out_dir), resume_step=start.step, enabled=world.is_main,
                                  tracker=config.train.tracker, config=dataclasses.asdict(config))
         stack.callback(log.close)
-        with _one_line(config, world, log.note):
+        with _one_line(config, world, log.write):
             compiled = torch.compile(model) if machine.compiles else model
             run = Training(config, machine, world, model, distributed.wrap(compiled, machine.device, world), optimizer,
                            progress, tokenizer, dataset, train_data, val_data, log, stop)
-            for line in [*notes, *_first_lines(run, kernels_line), starting.describe(start)]:
+            for line in notes:  # printed already
+                log.write(line)
+            for line in [*_first_lines(run, kernels_line), starting.describe(start, config)]:
                 log.note(line)
             loop(run)
-            if progress.step == config.train.max_steps and world.is_main:
+            if progress.step == config.train.max_steps and not progress.val_due and world.is_main:
                 report(run)
 
 
@@ -364,7 +379,7 @@ def _first_lines(run: Training, kernels_line: str) -> list[str]:
     """What a run says of itself before its first step: versions, choices and why, sizes, data."""
     config, train, dataset, model = run.config, run.config.train, run.dataset, run.config.model
     accumulation = math.ceil(train.tokens_per_step / (model.max_seq_len * train.micro_batch * run.world.size))
-    train_tokens, val_tokens = run.train_data.stream.tokens, run.val_data.stream.tokens
+    train_tokens, val_tokens = run.train_data.stream.tokens, run.val_data.stream.tokens if run.val_data else 0
     steps_left = train.max_steps - run.progress.step
     lines = [
         f"flatgpt {commit(Path(__file__).parent)} | python {platform.python_version()} | torch {torch.__version__} | "
@@ -372,7 +387,7 @@ def _first_lines(run: Training, kernels_line: str) -> list[str]:
         *run.machine.lines,
         kernels_line,
         f"data: {config.data.dir} (hash {dataset.hash[:16]}), {train_tokens:,} training and {val_tokens:,} "
-        f"validation tokens, vocabulary {model.vocab_size:,}"
+        f"validation tokens{'' if val_tokens else ' (nothing is evaluated)'}, vocabulary {model.vocab_size:,}"
         + (f"; no header in {', '.join(dataset.raw_files)}: read as bare uint16 ids" if dataset.raw_files else ""),
         f"model: {run.model.parameter_count():,} parameters, {flops_per_token(model) / 1e6:.1f} MFLOPs per token"]
     if config.lora.rank:
@@ -410,8 +425,8 @@ def _one_line(config: Config, world: World, log: Callable[[str], None] = lambda 
             log(f"error: {error}")
             raise
         log(f"error: {line}")
-        if not world.is_main:  # the others only see that this rank is gone
-            note(f"rank {world.rank}: error: {line}")
+        if world.local_rank > 0:  # the others only see that this rank is gone; exit_cleanly prints a node's first
+            files.warn(f"error: rank {world.rank}: {line}")
         raise MachineError(line) from error
 
 

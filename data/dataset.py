@@ -10,6 +10,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 import files
 from data.shards import REDO, TRACKS, ShardError, ShardHeader, TokenStream, read_header, track_path
@@ -122,7 +123,7 @@ def _foreign_dataset(data_dir: Path) -> Dataset:
     if not shards:
         found = f"holds neither {INDEX_FILE} nor *train*.bin and *val*.bin" if data_dir.exists() else "does not exist"
         raise ShardError(f"data folder {str(data_dir)!r} {found}; make it with python -m data.prepare SOURCE "
-                         f"--out {data_dir}")
+                         f"--out {quote(str(data_dir))}")
     if len(dtypes) > 1:
         found = " and ".join(f"{dtype} ({name})" for dtype, name in sorted(dtypes.items()))
         raise ShardError(f"data folder {str(data_dir)!r} mixes shards of {found}; keep one kind")
@@ -139,8 +140,10 @@ def open_split(dataset: Dataset, split: str) -> TokenStream:
     headers = [header for header, shard in zip(dataset.headers, dataset.index["shards"], strict=True)
                if shard["split"] == split]
     if not headers:
-        asked = " with --val-fraction or --val" if split == "val" else ""
-        way_out = f"add one named *{split}*.bin" if dataset.vocab_size is None else f"prepare the data again{asked}"
+        way_out = f"add one named *{split}*.bin" if dataset.vocab_size is None else "prepare the data again"
+        if split == "val":
+            way_out += " with --val-fraction or --val" if dataset.vocab_size is not None else ""
+            way_out += ", train without (train.py data.val_fraction=0), or name a text (eval.py --data)"
         raise ShardError(f"data folder {str(dataset.dir)!r} has no {split} shard; {way_out}")
     return TokenStream(headers, f"{split} split of {str(dataset.dir)!r}", dataset.index.get("row_tokens"))
 

@@ -23,6 +23,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 
@@ -161,7 +162,7 @@ def encode_units(units: Iterator[Unit], encoder: Encoder, workers: int, tokenize
     from concurrent.futures.process import BrokenProcessPool
     # Processes inherit blocked signals: Ctrl-C reaches this one alone, which ends the workers in order. SIGINT comes
     # second, for multiprocessing unblocks it when it starts its resource tracker, which ignores it anyway.
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1, signal.SIGHUP])
     arguments = (os.getpid(), str(tokenizer_file), encoder.val_fraction, encoder.text_field, encoder.packing)
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, arguments)
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
@@ -292,7 +293,7 @@ def refuse_differences(folder: Path, theirs: dict, ours: dict, *, way_out: str) 
 def another_folder(folder: Path) -> str:
     """The ways out for a finished folder."""
     return ("name another folder (--out, data.dir) or remove this one; to train on it as it is: data.source=[] "
-            f"data.dir={folder}")
+            f"data.dir={quote(str(folder))}")
 
 
 # ---- prepare() -------------------------------------------------------------------------------------------------------
@@ -556,7 +557,9 @@ def main(argv: list[str]) -> None:
         sys.exit(os.EX_TEMPFAIL)
     except (PreparationStopped, WorkerDied):
         if not stop():
-            raise
+            if args.parent is None:
+                raise
+            sys.exit(os.EX_OSERR)  # prepared.py goes on without workers
         if args.parent is None:
             cli.note(f"stopped while preparing {args.out!r} ({stop.signal}); the same command goes on from there")
         sys.exit(128 + signal.Signals[stop.signal])

@@ -91,14 +91,14 @@ def ensure_prepared(data: DataConfig, max_seq_len: int, chat_template: str | Non
 
 
 def _prepare_in_a_process(folder: Path, data: DataConfig, max_seq_len: int, chat_template: str,
-                          should_stop: Callable[[], bool]) -> bool:
+                          should_stop: Callable[[], bool], *workers: str) -> bool:
     """Run prepare.py, whose notes and error go to our stderr and which ends when this process does; False if another
-    process, of another node or job, is at it."""
+    process, of another node or job, is at it. If one of its workers dies, it goes on without any."""
     val = [f"--val={source}" for source in data.val_source] or [f"--val-fraction={data.val_fraction}"]
     command = [sys.executable, "-P", "-m", "data.prepare", f"--out={folder}", f"--parent={os.getpid()}",
                f"--tokenizer={data.tokenizer or DEFAULT_TOKENIZER}", *val, f"--text-field={data.text_field}",
                f"--kind={data.kind}", f"--max-seq-len={max_seq_len}", "--chat-template=-",
-               f"--too-long={data.too_long}", "--", *data.source]
+               f"--too-long={data.too_long}", *workers, "--", *data.source]
     path = os.pathsep.join([str(CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])])
     child = subprocess.Popen(command, stdin=subprocess.PIPE, env=os.environ | {"PYTHONPATH": path},
                              process_group=0)  # Ctrl-C is for this process, which stops the other in order
@@ -110,6 +110,9 @@ def _prepare_in_a_process(folder: Path, data: DataConfig, max_seq_len: int, chat
     status = child.wait()
     if status in (0, os.EX_TEMPFAIL):
         return status == 0
+    if status == os.EX_OSERR:
+        cli.note("a worker process died (out of memory?): preparing goes on in a single process, which takes less")
+        return _prepare_in_a_process(folder, data, max_seq_len, chat_template, should_stop, "--workers=1")
     number = -status if status < 0 else status - 128
     if number < 0:
         sys.exit(status)  # it has said why

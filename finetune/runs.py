@@ -6,7 +6,9 @@ comes from a Hugging Face model keeps its generation_config.json, for exports an
 """
 
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -95,7 +97,21 @@ def read_run(run: str | Path, note: Callable[[str], None]) -> SavedRun:
     """RUN, a run folder (its newest valid checkpoint) or one checkpoint inside it, verified but for the moments. note
     receives lines for the user. Raises CheckpointError, ConfigError, TokenizerError, ChatError."""
     chosen = checkpoint.resolve(run, note, weights_only=True)
-    return replace(read_folder(checkpoint.run_dir_of(chosen)), checkpoint=chosen)
+    return replace(read_folder(run_dir_of(chosen)), checkpoint=chosen)
+
+
+def run_dir_of(path: Path) -> Path:
+    """RUN of RUN/checkpoints/step_N, each of which may be a link: the place is the one that was named, not where the
+    bytes lie. Raises CheckpointError for a checkpoint without its run."""
+    places = [Path(os.path.abspath(path)), Path(path).resolve()]
+    for place in places:
+        if (place.parent.parent / "config.toml").exists():
+            return place.parent.parent
+        links = [part for part in (place, place.parent) if part.is_symlink()]
+        places += [Path(os.path.abspath(link.parent / os.readlink(link) / place.relative_to(link))) for link in links]
+    raise CheckpointError(f"checkpoint {str(path)!r} lies in no run folder: config.toml and tokenizer.json are not in "
+                          f"{str(places[0].parent.parent)!r}; copy the run folder as a whole, or put this folder into "
+                          "RUN/checkpoints of a copy, and name that")
 
 
 def weights_of(path: Path) -> dict[str, Tensor]:
@@ -134,7 +150,7 @@ def load_base(path: Path) -> dict[str, Tensor]:
     if not checkpoint.holds(path, ADAPTER):
         raise CheckpointError(f"checkpoint {str(path)!r} holds no adapters to go on with; use train.init_from to start "
                               "adapters on it")
-    base = checkpoint.run_dir_of(path) / "base"
+    base = run_dir_of(path) / "base"
     try:
         found = files.sha256(base / "model.safetensors")
     except OSError as error:
@@ -174,3 +190,22 @@ def take_over(config: Config, given: set[str], parent) -> Config:
                               "train.init_from")
         config = replace(config, lora=parent.config.lora)
     return replace(config, model=model, data=data)
+
+
+# ---- One run per folder ----------------------------------------------------------------------------------------------
+
+@contextmanager
+def run_lock(run_dir: Path) -> Iterator[None]:
+    """Holds RUN/.lock while a run writes to its folder, so that a second run there is refused. Raises CheckpointError,
+    also if the folder cannot be written."""
+    with ExitStack() as stack:
+        try:
+            Path(run_dir).mkdir(parents=True, exist_ok=True)
+            stack.enter_context(files.locked(Path(run_dir) / ".lock"))
+        except files.Locked as holder:
+            raise CheckpointError(f"run folder {str(run_dir)!r} is in use by {holder}; stop that run or choose another "
+                                  "train.out_dir") from None
+        except OSError as error:
+            raise CheckpointError(f"run folder {str(run_dir)!r} cannot be written: {error.strerror}; choose another "
+                                  "train.out_dir") from None
+        yield

@@ -20,7 +20,6 @@ import ipaddress
 import json
 import os
 import re
-import signal
 import socket
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
@@ -45,7 +44,7 @@ KEY_VARIABLE = "FLATGPT_API_KEY"
 MAX_BODY_BYTES = 4 * 2 ** 20  # 64 prompts of 1,024 token ids are 0.4 MB
 BODY_TIMEOUT_S = 30.0  # for a client to send its request
 KEEP_ALIVE_S = 75  # longer than clients keep idle connections, or one might be closed as it is used again
-GRACE_S = 5.0  # after SIGTERM or SIGINT: texts that run may go on for so long
+GRACE_S = 5.0  # after a stop signal: texts that run may go on for so long
 RETRY = {"Retry-After": "1"}  # seconds
 READING = ("GET", "HEAD")
 # The page needs nothing from elsewhere, and gets nothing.
@@ -280,7 +279,7 @@ async def stream(asked: Asked, item: tuple[int, Part] | None,
 # ---- Running it ------------------------------------------------------------------------------------------------------
 
 async def run(served: Served, batch: Batch, listener: socket.socket, *, max_waiting: int, **settings) -> None:
-    """Serve until SIGTERM or SIGINT; then let running texts end for GRACE_S while new requests are refused.
+    """Serve until a stop signal (cli.py); then let running texts end for GRACE_S while new requests are refused.
     settings: make_app's."""
     import uvicorn
     loop = asyncio.get_running_loop()
@@ -308,7 +307,7 @@ async def run(served: Served, batch: Batch, listener: socket.socket, *, max_wait
         note("stopping now" if stopping else f"stopping: texts that run may go on for {GRACE_S:g} s")
         stopping.add(asyncio.create_task(drain()))
 
-    for signum in (signal.SIGTERM, signal.SIGINT):
+    for signum in cli.stop_signals():
         loop.add_signal_handler(signum, stop)
     try:
         await server.serve(sockets=[listener])

@@ -29,7 +29,7 @@ from torch import Tensor
 import cli
 import kernels
 import sample
-from config import UserError
+from config import ModelConfig, UserError
 from data.chat import ChatError
 from data.loader import IGNORED
 from data.prompts import answer_room, encode_prompt, fit_chat, fit_prompt
@@ -349,12 +349,15 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str, vocab_siz
 
 # ---- Classification and generation -----------------------------------------------------------------------------------
 
-def encode_asked(model: GPT, tokenizer: Tokenizer, task: Task, template: str | None = None, *, too_long: str,
-                 label_tokens: int = 1, max_new_tokens: int = 1) -> tuple[list[list[int]], int]:
+def encode_asked(config: ModelConfig, tokenizer: Tokenizer, task: Task, template: str | None = None, *,
+                 too_long: str, label_tokens: int = 1, max_new_tokens: int = 1) -> tuple[list[list[int]], int]:
     """The ids of each example's text, prompt or messages, and of how many examples tokens were cut to fit the context:
     a text leaves room for the longest label, a longer prompt answer_room. Raises TaskError, also if too_long = "error"
     and one does not fit."""
-    max_seq_len, contexts, cut_examples = model.config.max_seq_len, [], 0
+    if task.kind == "chat" and template is None:
+        raise TaskError(f"task {str(task.path)!r} holds messages, but the run has no chat template: it was not "
+                        "trained on chats; give the task as lines of prompt, reference")
+    max_seq_len, contexts, cut_examples = config.max_seq_len, [], 0
     room, free = max_seq_len + 1 - label_tokens, answer_room(max_seq_len, max_new_tokens)
     if room < 1:
         raise TaskError(f"the longest label has {label_tokens:,} tokens, more than the context of {max_seq_len:,}; "
@@ -374,7 +377,7 @@ def encode_asked(model: GPT, tokenizer: Tokenizer, task: Task, template: str | N
                 "prompt", "")
             raise task.wrong(example.line, f"the {what} has {len(ids) + cut:,} tokens{label}, more than the context of "
                              f"{max_seq_len:,}; shorten it or remove the line (the run's data.too_long is error)")
-        contexts.append(sample.known_ids(ids, model.config.vocab_size))
+        contexts.append(sample.known_ids(ids, config.vocab_size))
         cut_examples += cut > 0
     return contexts, cut_examples
 
@@ -384,7 +387,7 @@ def classification(model: GPT, tokenizer: Tokenizer, task: Task, labels: list[st
     """The scores, and of each example the prediction. Each label is scored as what follows the text, encoded on its own
     as in fine-tuning; the likeliest is predicted, the first of equals. too_long: the run's, "error" cuts no text."""
     spelled, has_end = encode_labels(tokenizer, labels, model.config.vocab_size)
-    contexts, cut = encode_asked(model, tokenizer, task, too_long=too_long, label_tokens=max(map(len, spelled)))
+    contexts, cut = encode_asked(model.config, tokenizer, task, too_long=too_long, label_tokens=max(map(len, spelled)))
     requests = [(tuple(context), label) for context in contexts for label in spelled]
     values = np.reshape(log_likelihoods(model, requests, batch_size=batch_size), (-1, len(labels)))
     predicted, expected = values.argmax(axis=1), [labels.index(example.label) for example in task.examples]
@@ -444,12 +447,9 @@ def generation(model: GPT, tokenizer: Tokenizer, task: Task, template: str | Non
     for a chat; ends: the run's end_ids; too_long: the run's, "error" cuts no prompt. A continuation ends with one of
     ends, before a stop text, or unfinished: at max_new_tokens, or where the context is full, since a model that no
     longer sees its prompt answers nothing."""
-    if task.kind != "chat":
-        template = None
-    elif template is None:
-        raise TaskError(f"task {str(task.path)!r} holds messages, but the run has no chat template: it was not "
-                        "trained on chats; give the task as lines of prompt, reference")
-    prompts, cut = encode_asked(model, tokenizer, task, template, too_long=too_long, max_new_tokens=max_new_tokens)
+    template = template if task.kind == "chat" else None
+    prompts, cut = encode_asked(model.config, tokenizer, task, template, too_long=too_long,
+                                max_new_tokens=max_new_tokens)
     texts, finished = continue_greedily(model, tokenizer, prompts, ends=ends, max_new_tokens=max_new_tokens, stop=stop,
                                         batch_size=batch_size)
     result, each = scores.text_scores(texts, [example.references for example in task.examples], metrics)

@@ -5,7 +5,6 @@ import os
 import pickle
 import resource
 import shutil
-import signal
 import subprocess
 from collections import namedtuple
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 import checkpoint
 import files
-from checkpoint import CheckpointError, SaveError, load_into, load_state, load_tensors, newest, resolve, run_lock, save
+from checkpoint import CheckpointError, SaveError, load_into, load_state, load_tensors, newest, resolve, save
 from tests.crashing_disk import CRASHED, CrashingDisk, in_child
 
 CHECKPOINT_FILES = ["manifest.json", "model.safetensors", "optimizer.safetensors", "state.json"]
@@ -99,12 +98,6 @@ def test_the_optimizer_may_be_empty(tmp_path):
 def test_a_loss_that_is_not_finite_is_saved_as_null(tmp_path):
     path = save_step(tmp_path, 1, val_loss=float("nan"), history=[1.0, float("inf"), {"x": float("-inf")}])
     assert load_state(path) == {"step": 1, "val_loss": None, "history": [1.0, None, {"x": None}]}
-
-
-def test_a_checkpoint_knows_its_run(tmp_path, monkeypatch):
-    path = save_step(tmp_path / "run", 1)
-    monkeypatch.chdir(path)
-    assert checkpoint.run_dir_of(path) == checkpoint.run_dir_of(Path(".")) == tmp_path / "run"
 
 
 def test_saving_a_step_again_replaces_it(tmp_path):
@@ -500,40 +493,3 @@ def test_the_prefix_of_a_wrapper_is_named_and_not_guessed_away(prefix, source):
 def test_a_long_list_of_misfits_is_cut():
     with pytest.raises(CheckpointError, match="unknown x0, x1, x2, x3, x4 and 95 more"):
         load_into(Tied(), {**good_tensors(), **{f"x{i}": torch.ones(1) for i in range(100)}}, "run 'x'")
-
-
-# ---- The lock --------------------------------------------------------------------------------------------------------
-
-def test_a_second_run_in_the_same_folder_is_refused_with_the_holders_name(tmp_path):
-    def second() -> None:
-        with pytest.raises(CheckpointError) as caught:
-            run_lock(tmp_path / "run").__enter__()
-        (tmp_path / "said").write_text(str(caught.value))
-
-    with run_lock(tmp_path / "run"):
-        assert in_child(second) == 0
-    said = (tmp_path / "said").read_text()
-    assert f"in use by process {os.getpid()} on {os.uname().nodename}" in said and "train.out_dir" in said
-
-
-def test_the_lock_ends_with_the_block_and_can_be_taken_again(tmp_path):
-    for _ in range(2):
-        with run_lock(tmp_path):
-            with pytest.raises(CheckpointError, match="in use by"):
-                run_lock(tmp_path).__enter__()
-
-
-def test_the_lock_of_a_killed_process_is_free(tmp_path):
-    def lock_and_die() -> None:
-        run_lock(tmp_path).__enter__()
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    assert in_child(lock_and_die) == -signal.SIGKILL
-    with run_lock(tmp_path):
-        pass
-
-
-def test_a_run_folder_that_cannot_be_made_is_an_error_with_the_way_out(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match="file.*cannot be written.*another train.out_dir"):
-        run_lock(tmp_path / "file").__enter__()

@@ -56,6 +56,9 @@ MISTAKES = {
     "not a number": (["optim.lr=nan"], "optim.lr = nan", "should be a number"),
     "boolean from a number": (["model.bias=1"], "model.bias = 1", "should be true or false"),
     "boolean from a word": (["model.bias=yes"], "model.bias = 'yes'", "should be true or false"),
+    "nothing for what cannot be left out": (["train.max_steps=None"], "train.max_steps = None",
+                                            "should be a whole number"),
+    "a switch in Python's spelling": (["train.compile=True"], "train.compile = 'True'", "one of auto, true, false"),
     "string from a list": (['data.dir=["a"]'], "data.dir = ['a']", "should be a string"),
     "list of the wrong length": (["optim.betas=[0.9]"], "optim.betas = [0.9]", "should be a list of 2 numbers"),
     "list of the wrong type": (['train.profile_steps=["a"]'], "train.profile_steps = 'a'", "should be a whole number"),
@@ -99,6 +102,7 @@ def test_a_mistake_is_one_line_with_thing_value_and_way_out_and_exit_2(mistake, 
 # text of run.toml, then what the line must hold
 FILE_MISTAKES = {
     "no TOML": ("[model\n", "run.toml", "not valid TOML", "line 1"),
+    "a boolean in Python's spelling": ("[model]\nbias = True\n", "run.toml", "line 2", "switches are true or false"),
     "a key twice": ("[model]\nn_layer = 1\nn_layer = 2\n", "run.toml", "not valid TOML", "line 3"),
     "a key outside a section": ("n_layer = 1\n", "run.toml", "'n_layer'", "put it under [model]"),
     "unknown section": ("[optimizer]\nlr = 1\n", "[optimizer]", "did you mean 'optim'"),
@@ -237,6 +241,21 @@ def test_the_default_file_is_read_only_when_no_file_is_named(tmp_path):
     ("train.out_dir=out/a=b", "out/a=b"),
     ("train.out_dir=2024", "2024"),
     ("train.out_dir=2024-01-01", "2024-01-01"),
+    ("data.source=2024", ("2024",)),
+    ("data.source=007", ("007",)),
+    ("data.source=2024-05-01", ("2024-05-01",)),
+    ("data.val_source=1e3", ("1e3",)),
+    ("data.source=true", ("true",)),
+    ("data.source=True", ("True",)),
+    ("data.tokenizer=1.0", "1.0"),
+    ("train.out_dir=True", "True"),
+    ("model.bias=False", False),
+    ("model.qkv_bias=True", True),
+    ("model.window=None", None),
+    ("train.init_from=None", None),
+    ("data.dir=~/shards", "/home/me/shards"),
+    ('data.source=["~/a.txt", "b~.txt", "~"]', ("/home/me/a.txt", "b~.txt", "~")),
+    ("train.out_dir=./~/out", "./~/out"),
     ("train.compile=false", "false"),
     ("model.bias=false", False),
     ("optim.betas=[0.8, 0.9]", (0.8, 0.9)),
@@ -244,7 +263,8 @@ def test_the_default_file_is_read_only_when_no_file_is_named(tmp_path):
     ("model.n_kv_head=4", 4),
     ("--optim.lr=0.25", 0.25),
 ])
-def test_an_override_becomes_the_type_of_its_knob(word, value):
+def test_an_override_becomes_the_type_of_its_knob(word, value, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
     section, key = word.lstrip("-").split("=")[0].split(".")
     got = getattr(getattr(parse(word), section), key)
     assert got == value and type(got) is type(value)

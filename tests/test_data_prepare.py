@@ -471,7 +471,7 @@ def children_of(pid: int) -> list[int]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs ps --ppid: that workers end with it is unchecked")
-@pytest.mark.parametrize("how", ["SIGINT", "SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("how", ["SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"])
 def test_workers_end_with_the_process_that_started_them_which_says_what_stopped_it(how, tmp_path, bpe):
     (tmp_path / "a.txt").write_text((SOURCE + "\n") * 200)  # seconds of work
     words = [tmp_path / "a.txt", "--out", tmp_path / "out", "--tokenizer", bpe, "--workers", "2"]

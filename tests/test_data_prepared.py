@@ -148,6 +148,24 @@ def test_a_process_that_is_killed_is_one_line(book, monkeypatch):
         ensure_prepared(book, 64, should_stop=lambda: True)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs ps --ppid: that it goes on without a worker is unchecked")
+def test_preparing_goes_on_in_one_process_after_a_worker_died(book, capfd):
+    Path("mybook.txt").write_text(SOURCE * (20 * 2 ** 20 // len(SOURCE)))  # enough for workers to start
+    killed = []
+
+    def kill_a_worker() -> bool:
+        workers = [worker for child in children_of(os.getpid()) for worker in children_of(child)]
+        if len(workers) > 1 and not killed:  # the first tracks resources
+            killed.append(workers[-1])
+            os.kill(workers[-1], signal.SIGKILL)  # as the system does when memory runs out
+        return False
+    folder = ensure_prepared(book, 64, should_stop=kill_a_worker)
+    errors = capfd.readouterr().err
+    assert killed and "goes on in a single process" in errors and "error:" not in errors, errors
+    prepare(book.source, Path("whole"), tokenizer="bytes")
+    assert (folder / "index.json").read_bytes() == Path("whole/index.json").read_bytes()
+
+
 def test_a_folder_that_another_process_fills_is_waited_for(book, monkeypatch, capsys):
     monkeypatch.setattr(module, "POLL_SECONDS", 0.1)
     monkeypatch.setattr(module, "NOTE_SECONDS", 0.0)

@@ -1,12 +1,13 @@
 """Ranks and devices in one process; test_train_processes.py has the real ranks."""
 
 import re
+import socket
 
 import pytest
 import torch
 
 import distributed
-from config import ConfigError
+from config import ConfigError, MachineError
 from distributed import World
 
 TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost",
@@ -44,6 +45,44 @@ def test_a_rank_that_is_no_number_is_refused(environment):
         environment.setenv(name, value)
     with pytest.raises(ConfigError, match="first"):
         distributed.read_world()
+
+
+@pytest.mark.parametrize("name, value", [("MASTER_PORT", "http"), ("MASTER_PORT", "99999"), ("RANK", "4"),
+                                         ("LOCAL_RANK", "2"), ("LOCAL_WORLD_SIZE", "8"), ("RANK", "-1")])
+def test_numbers_that_do_not_fit_together_are_named(environment, name, value):
+    for key, text in (TORCHRUN | {name: value}).items():
+        environment.setenv(key, text)
+    with pytest.raises(ConfigError, match=f"{name}={value} .*do not fit together.*torchrun"):
+        distributed.read_world()
+
+
+def meet(environment, rank: int = 0, **variables: object) -> None:
+    for key, value in (TORCHRUN | variables).items():
+        environment.setenv(key, str(value))
+    with distributed.process_group(World(rank=rank, local_rank=rank, size=2, local_size=2), torch.device("cpu"), 1.0):
+        pytest.fail("there are no two ranks")
+
+
+def test_a_port_in_use_is_named_with_the_way_out(environment):
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"MASTER_PORT={port} of this machine is in use.*--standalone"):
+            meet(environment, MASTER_PORT=port)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_unknown_host_is_named_at_once(environment, rank):
+    with pytest.raises(ConfigError, match="MASTER_ADDR=no.such.host.invalid is no host.*rank 0's machine"):
+        meet(environment, rank, MASTER_ADDR="no.such.host.invalid")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_that_do_not_come_are_one_line(environment, rank):
+    with socket.create_server(("", 0)) as free:
+        port = free.getsockname()[1]
+    with pytest.raises(MachineError, match=f"2 ranks did not meet at .*MASTER_PORT={port} in train.timeout_s = 1 s"):
+        meet(environment, rank, MASTER_PORT=port)
+    assert not torch.distributed.is_initialized()
 
 
 def test_more_processes_than_gpus_is_one_line(monkeypatch):

@@ -19,6 +19,7 @@ from config import MachineError, UserError
 from data.dataset import open_dataset, open_split
 from data.loader import MicroBatch
 from data.tokenizer import load_tokenizer
+from finetune.runs import SavedRun
 from model import GPT
 from tests.test_data_tokenizer import (
     METASPACE,
@@ -109,7 +110,7 @@ def test_documents_stay_apart_in_sliding_windows(model):
     ids = np.array([1, 2, 256, 3, 4, 5, 256, 6], dtype=np.uint16)
     [batch] = evaluation.text_batches(ids, eot=256, seq_len=4, batch_size=9, device=CPU, stride=2, document_end=256)
     assert batch.tokens.tolist() == [[256, 1, 2, 256], [2, 256, 3, 4], [3, 4, 5, 256]]
-    assert batch.document_ids.tolist() == [[0, 1, 1, 1], [0, 0, 1, 1], [0, 0, 0, 0]]
+    assert batch.document_ids.tolist() == [[1, 1, 1, 2], [0, 1, 1, 1], [0, 0, 0, 1]]
     assert batch.targets.tolist() == [[1, 2, 256, 3], [-100, -100, 4, 5], [-100, -100, 256, 6]]
 
 
@@ -273,7 +274,7 @@ def test_a_text_is_scored_in_any_encoding_and_what_is_replaced_is_counted(settin
     (["scored", "--device", "tpu"], "tpu"),
     (["scored", "--data", "other"], "tokenizer"),
 ])
-def test_mistakes_are_one_line(settings, words, message):  # noqa: F811
+def test_mistakes_are_one_line_before_the_weights_are_read(settings, monkeypatch, words, message):  # noqa: F811
     run(settings, "scored", "train.max_steps=1")
     Path("empty.txt").write_text("")
     write_task("choices.jsonl", *CHOICES)
@@ -281,6 +282,7 @@ def test_mistakes_are_one_line(settings, words, message):  # noqa: F811
     Path("utf16le.txt").write_bytes("text".encode("utf-16-le"))
     if "other" in words:
         run(settings, "unused", "train.max_steps=1", "data.tokenizer=bpe:257", "data.dir=other")
+    monkeypatch.setattr(SavedRun, "weights", lambda run: pytest.fail("gigabytes were read before the refusal"))
     with pytest.raises(UserError, match=message):
         evaluation.main(words)
 
@@ -376,7 +378,7 @@ def test_data_and_a_task_share_one_json_object(settings, capsys):  # noqa: F811
     (["--task", "chats.jsonl", "--parse-special"], "--parse-special is for generation, and 'chats.jsonl' is chat"),
     (["--task", "labels.jsonl", "--parse-special"], "--parse-special is for generation, and 'labels.jsonl' is class"),
 ])
-def test_mistakes_with_tasks_are_one_line_and_write_nothing(settings, words, message):  # noqa: F811
+def test_mistakes_with_tasks_are_one_line_and_write_nothing(settings, monkeypatch, words, message):  # noqa: F811
     run(settings, "scored", "train.max_steps=1", "data.too_long=error")
     long_text = {"text": "x" * 17}
     for name, rows in (("choices", CHOICES), ("labels", LABELLED), ("answers", ANSWERED), ("chats", CHATS),
@@ -385,6 +387,7 @@ def test_mistakes_with_tasks_are_one_line_and_write_nothing(settings, words, mes
     os.mkfifo("pipe")
     Path("bad.jsonl").write_text('{"text": "a", "label": "b"}\n{"text": "a", "label": \n')
     before = {path: path.stat().st_mtime_ns for path in Path().rglob("*")}
+    monkeypatch.setattr(SavedRun, "weights", lambda run: pytest.fail("gigabytes were read before the refusal"))
     with pytest.raises(UserError, match=message) as caught:
         evaluation.main(["scored", *words])
     assert "\n" not in str(caught.value)

@@ -1,7 +1,9 @@
 """finetune/runs.py and start.py: a run is read once, and only what is needed of it is read and verified."""
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,13 +11,16 @@ import torch
 
 import checkpoint
 import convert
+import eval as evaluation
 import files
+import sample
 import start as starting
 from checkpoint import CheckpointError
 from config import UserError, load_config
 from distributed import Machine, World
-from finetune.runs import read_run
-from tests.test_train import run, settings  # noqa: F401
+from finetune.runs import read_run, run_dir_of, run_lock
+from tests.crashing_disk import in_child
+from tests.test_train import losses, rows, run, settings  # noqa: F401
 
 
 def flip(path: Path) -> None:
@@ -49,7 +54,7 @@ def test_a_hugging_face_parent_is_read_once_and_by_rank_0_alone(settings, monkey
     assert reads == [Path("hf")]
     parent = starting.read_parent(config)
     assert reads == [Path("hf")]
-    others = starting._starting_weights(starting.Init("hf"), config, parent, World(rank=1, size=2))
+    others = starting._starting_weights(starting.Start("init", "hf"), config, parent, World(rank=1, size=2))
     assert others == {} and reads == [Path("hf")]
     run(settings, "tuned", "train.init_from=hf", "train.max_steps=4")  # its own checkpoint by now
     assert reads == [Path("hf")]
@@ -117,7 +122,7 @@ def test_adapters_are_on_the_machines_device_as_the_weights_are(settings):  # no
     config = load_config(run(settings, "tuned", "train.init_from=base", "lora.rank=2", "train.max_steps=1")
                          / "config.toml")
     machine = Machine(torch.device("meta"), "a GPU", torch.float32, False, ("", ""))
-    start = starting.Init(str(base / "checkpoints" / "step_00000001"))
+    start = starting.Start("init", str(base / "checkpoints" / "step_00000001"))
     model, optimizer, _ = starting.build(start, config, read_run(base, pytest.fail), machine, World())
     assert {tensor.device.type for tensor in (*model.parameters(), *optimizer.state_tensors().values())} == {"meta"}
 
@@ -127,3 +132,135 @@ def test_a_fork_that_is_refused_writes_no_log(settings):  # noqa: F811
     with pytest.raises(CheckpointError, match="keep optim.name as it was"):
         run(settings, "fork", "train.fork_from=parent", "optim.name=muon", "train.max_steps=4")
     assert [path.name for path in Path("fork").iterdir()] == [".lock"]
+
+
+# ---- Links -----------------------------------------------------------------------------------------------------------
+
+def moved(path: Path, place: str) -> Path:
+    """The folder moved to another disk, and linked where it was."""
+    target = Path(place).absolute()
+    target.parent.mkdir(exist_ok=True)
+    path.rename(target)
+    path.symlink_to(target)
+    return path
+
+
+def linked(path: Path, target: Path) -> Path:
+    path.symlink_to(target)
+    return path
+
+
+def all_moved(run: Path) -> Path:
+    return moved(run / "checkpoints", "disk/all")
+
+
+STEP = "step_00000004"
+LINKS = {  # what is linked; the name by which the run is then meant
+    "checkpoints on another disk": lambda run: all_moved(run).parent,
+    "one of them named": lambda run: all_moved(run) / STEP,
+    "latest": lambda run: linked(run / "checkpoints" / "latest", Path(STEP)),
+    "latest on another disk": lambda run: linked(all_moved(run) / "latest", Path(STEP)),
+    "a step on another disk": lambda run: moved(run / "checkpoints" / STEP, "disk/step"),
+    "a link from elsewhere": lambda run: linked(Path("best"), run / "checkpoints" / STEP),
+    "a link to a link": lambda run: linked(Path("best"), all_moved(run) / STEP),
+    "a link to checkpoints": lambda run: linked(Path("all"), all_moved(run)) / STEP,
+    "the run on another disk": lambda run: moved(run, "disk/run"),
+}
+
+
+@pytest.mark.parametrize("link", LINKS)
+def test_a_run_is_found_through_links(settings, link, capsys):  # noqa: F811
+    run(settings, "run", "train.max_steps=4")
+    weights = read_run("run", pytest.fail).weights()
+    name = str(LINKS[link](Path("run")))
+    read = read_run(name, pytest.fail)
+    assert (Path(read.dir) / "config.toml").samefile("run/config.toml") and read.weights().keys() == weights.keys()
+    assert all(torch.equal(tensor, weights[key]) for key, tensor in read.weights().items())
+    sample.main([name, "--max-new-tokens", "2"])
+    evaluation.main([name])
+    convert.to_hf(name, Path("hf"))
+    forked = run(settings, "forked", f"train.fork_from={name}", "train.max_steps=5")
+    tuned = run(settings, "tuned", f"train.init_from={name}", "train.max_steps=1", "optim.warmup_steps=0")
+    assert [row["step"] for row in rows(forked)] == [5] and rows(tuned)[0]["loss"] < 5
+
+
+@pytest.mark.parametrize("link", ["checkpoints on another disk", "a step on another disk"])
+def test_adapters_and_retention_go_on_through_links(settings, link):  # noqa: F811
+    run(settings, "base", "train.max_steps=1")
+    words = ["train.init_from=base", "lora.rank=2", "train.keep=1", "train.eval_every=0"]
+    run(settings, "tuned", *words, "train.max_steps=4")
+    LINKS[link](Path("tuned"))
+    tuned, whole = run(settings, "tuned", *words), run(settings, "whole", *words)
+    assert losses(tuned) == losses(whole)
+    assert [path.name for path in (tuned / "checkpoints").iterdir()] == ["step_00000012"]
+
+
+def test_a_checkpoint_without_its_run_says_what_is_missing(settings, capsys):  # noqa: F811
+    run_dir = run(settings, "run", "train.max_steps=4")
+    shutil.copytree(run_dir / "checkpoints" / "step_00000004", "alone/step_00000004")
+    for use in (lambda: read_run("alone/step_00000004", pytest.fail), lambda: sample.main(["alone/step_00000004"]),
+                lambda: run(settings, "tuned", "train.init_from=alone/step_00000004")):
+        with pytest.raises(CheckpointError, match="lies in no run folder: config.toml and tokenizer.json are not in"):
+            use()
+    Path("copy/checkpoints").mkdir(parents=True)  # the way out
+    for path in (run_dir / "config.toml", run_dir / "tokenizer.json"):
+        shutil.copy(path, "copy")
+    shutil.move("alone/step_00000004", "copy/checkpoints")
+    sample.main(["copy", "--max-new-tokens", "2"])
+
+
+def test_a_link_to_a_disk_that_is_not_mounted_does_not_start_the_run_anew(settings):  # noqa: F811
+    run_dir = run(settings, "run", "train.max_steps=4")
+    moved(run_dir / "checkpoints", "disk/all")
+    Path("disk").rename("unmounted")
+    before = (run_dir / "metrics.jsonl").read_bytes()
+    for use in (lambda: run(settings, "run"), lambda: read_run("run", pytest.fail)):
+        with pytest.raises(CheckpointError, match="is a link to '.*disk/all', which is not there; mount"):
+            use()
+    assert (run_dir / "metrics.jsonl").read_bytes() == before
+    Path("unmounted").rename("disk")
+    assert [row["step"] for row in rows(run(settings, "run"))] == list(range(1, 13))
+
+
+def test_a_checkpoint_knows_its_run_from_inside(settings, monkeypatch):  # noqa: F811
+    path = run(settings, "run", "train.max_steps=1") / "checkpoints" / "step_00000001"
+    expected = path.absolute().parent.parent
+    monkeypatch.chdir(path)
+    assert run_dir_of(Path(".")) == run_dir_of(Path("../step_00000001")) == expected
+
+
+# ---- The lock --------------------------------------------------------------------------------------------------------
+
+def test_a_second_run_in_the_same_folder_is_refused_with_the_holders_name(tmp_path):
+    def second() -> None:
+        with pytest.raises(CheckpointError) as caught:
+            run_lock(tmp_path / "run").__enter__()
+        (tmp_path / "said").write_text(str(caught.value))
+
+    with run_lock(tmp_path / "run"):
+        assert in_child(second) == 0
+    said = (tmp_path / "said").read_text()
+    assert f"in use by process {os.getpid()} on {os.uname().nodename}" in said and "train.out_dir" in said
+
+
+def test_the_lock_ends_with_the_block_and_can_be_taken_again(tmp_path):
+    for _ in range(2):
+        with run_lock(tmp_path):
+            with pytest.raises(CheckpointError, match="in use by"):
+                run_lock(tmp_path).__enter__()
+
+
+def test_the_lock_of_a_killed_process_is_free(tmp_path):
+    def lock_and_die() -> None:
+        run_lock(tmp_path).__enter__()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert in_child(lock_and_die) == -signal.SIGKILL
+    with run_lock(tmp_path):
+        pass
+
+
+def test_a_run_folder_that_cannot_be_made_is_an_error_with_the_way_out(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="file.*cannot be written.*another train.out_dir"):
+        run_lock(tmp_path / "file").__enter__()

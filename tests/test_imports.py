@@ -21,7 +21,8 @@ ARROWS = {
     "data": {"cli"},
     "distributed": {"cli"},
     "curves": {"cli"},
-    "metrics": {"curves"},
+    "trackers": {"cli"},
+    "metrics": {"curves", "trackers"},
     "model": {"kernels"},
     "optim": {"model", "distributed"},
     "checkpoint": {"distributed"},
@@ -113,7 +114,7 @@ def world():
         torch_threads=torch.get_num_threads(), torch_rng=torch.get_rng_state().tolist(), python_rng=random.getstate(),
         numpy_rng=numpy.random.get_state()[1].tolist(), dtype=torch.get_default_dtype(), grad=torch.is_grad_enabled(),
         deterministic=torch.are_deterministic_algorithms_enabled(), matmul=torch.get_float32_matmul_precision(),
-        signals=[signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)],
+        signals=[signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)],
         group=torch.distributed.is_initialized(), cuda=torch.cuda.is_initialized())
 
 before = world()

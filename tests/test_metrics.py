@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import metrics
+import trackers
 from config import MachineError, UserError
 from metrics import RunLog
 
@@ -434,7 +435,7 @@ def test_a_folder_named_as_the_tracker_does_not_pass_for_it(tmp_path, monkeypatc
     monkeypatch.setattr(sys, "path", [str(tmp_path)])  # only here, so that an installed wandb is not found either
     (tmp_path / "wandb").mkdir()
     with pytest.raises(UserError, match="pip install wandb"):
-        metrics.check_tracker("wandb")
+        trackers.check("wandb")
 
 
 def test_tensorboard_of_a_resumed_run_shows_each_step_once(tmp_path):

@@ -651,7 +651,7 @@ def test_bfloat16_is_a_choice(run_dir, capsys):
 TURNS = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
 
 
-def test_a_chat_continues_the_template_and_needs_one(run_dir, tmp_path, capsys):
+def test_a_chat_continues_the_template_and_needs_one(run_dir, tmp_path, capsys, monkeypatch):
     run = save_run(tmp_path / "chat", make_model(), template=TURNS)
     out, _ = run_main(capsys, run, "--chat", "--prompt", "Hi<|endoftext|>", "--max-new-tokens", 9, "--temperature", 0)
     [expected] = expected_text("[Hi<|endoftext|>]", max_new_tokens=9, sampling=GREEDY)
@@ -662,6 +662,7 @@ def test_a_chat_continues_the_template_and_needs_one(run_dir, tmp_path, capsys):
     assert out == "x" * 31 + "\n" + expected.removeprefix("[" + "x" * 26 + "]") + "\n"
     config = (run / "config.toml").read_text()
     (run / "config.toml").write_text(config.replace('too_long = "cut"', 'too_long = "error"'))
+    monkeypatch.setattr(sample.SavedRun, "weights", lambda run: pytest.fail("gigabytes were read before the refusal"))
     with pytest.raises(SampleError, match="the conversation has 33 tokens, more than the context of 32; shorten"):
         run_main(capsys, run, "--chat", "--prompt", "x" * 31)
     with pytest.raises(SampleError, match="holds no chat_template.jinja, it was not trained on conversations"):
@@ -689,6 +690,7 @@ def test_user_mistakes_are_named(run_dir, tmp_path, monkeypatch, capsys, argv, m
     monkeypatch.chdir(tmp_path)
     Path("latin1.txt").write_bytes(b"a\xe9")
     Path("utf16.txt").write_bytes("a prompt.".encode("utf-16-be"))
+    monkeypatch.setattr(sample.SavedRun, "weights", lambda run: pytest.fail("gigabytes were read before the refusal"))
     with pytest.raises(UserError) as error:
         sample.main([str(run_dir) if word == "RUN" else word for word in argv])
     assert message in str(error.value)

@@ -265,7 +265,7 @@ def test_the_token_that_begins_every_text_stands_before_texts_and_not_before_lab
     begun = with_bos(BYTES, "<|endoftext|>")
     assert tasks.encode_labels(begun, ["a", "b"], 257) == ([tuple(b" a"), tuple(b" b")], False)
     task = Task(Path("f"), [Labelled(1, "x" * 9, "a"), Labelled(2, "x" * 20, "a")])
-    assert tasks.encode_asked(make_model(max_seq_len=16), begun, task, too_long="cut", label_tokens=2) == (
+    assert tasks.encode_asked(make_model(max_seq_len=16).config, begun, task, too_long="cut", label_tokens=2) == (
         [[EOT, *b"x" * 9], [EOT, *b"x" * 14]], 1)
 
 

@@ -3,7 +3,9 @@
 import json
 import math
 import re
+import shlex
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +15,14 @@ from safetensors.torch import load_file
 
 import checkpoint
 import config as configuration
+import curves
+import eval as evaluation
 import metrics
+import sample
 import train
-from config import ConfigError, MachineError, OptimConfig, UserError
+from config import OVERRIDE, ConfigError, MachineError, OptimConfig, UserError
 from data.loader import MicroBatch
+from data.prepare import prepare
 from data.shards import ShardError
 from distributed import World
 from finetune.runs import read_run
@@ -147,17 +153,77 @@ def test_a_finished_run_says_so_and_changes_nothing(settings, capsys):
     assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
 
 
-def test_raising_max_steps_goes_on_at_min_lr(settings):
-    settings = [*settings, "optim.min_lr=1e-3"]
+def advice(text: object) -> list[str]:
+    """The section.key=value words that a message tells its reader to add, as a shell would split them."""
+    return [word.rstrip(",;") for word in shlex.split(str(text).replace("'", "")) if OVERRIDE.match(word)]
+
+
+@pytest.fixture
+def no_decay_steps(settings) -> list[str]:
     Path("small.toml").write_text(CONFIG.replace("decay_steps = 12\n", ""))
+    return settings
+
+
+def test_raising_max_steps_goes_on_at_min_lr_and_says_so(no_decay_steps):
+    settings = [*no_decay_steps, "optim.min_lr=1e-3"]
     run_dir = run(settings, "longer")
     run(settings, "longer", "train.max_steps=14")
     assert [row["lr"] for row in rows(run_dir)[-2:]] == [1e-3, 1e-3]
     assert configuration.load_config(run_dir / "config.toml").optim.decay_steps == 12
+    log = (run_dir / "log.txt").read_text()
+    assert log.count("ends at step 12, the steps after it are made at optim.min_lr = 0.001") == 1
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+@pytest.mark.parametrize("stopped_at", [7, 12])
+def test_raising_max_steps_past_a_schedule_that_ends_at_0_is_refused_with_words_that_work(
+        no_decay_steps, schedule, stopped_at):
+    settings = [*no_decay_steps, f"optim.schedule={schedule}"]
+    run_dir = run(settings, "a run", stop=StopAtStep("a run", stopped_at))
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match="ends at step 12 at learning rate 0.*train.fork_from='a run'") as error:
+        run(settings, "a run", "train.max_steps=20")
+    assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
+    words = shlex.split(str(error.value).partition("from here: ")[2])
+    assert "train.out_dir=NEW" in words
+    new = run([*settings, "train.max_steps=20"], "a run", *words)  # train.out_dir=NEW comes last, and counts
+    made = {row["step"]: row["lr"] for row in rows(Path("NEW"))}
+    assert list(made) == list(range(stopped_at + 1, 21)) and new == Path("a run")
+    for step, lr in made.items():
+        done = step - 1
+        share = (0.5 * (1 + math.cos(math.pi * (done - 2) / 18)) if schedule == "cosine" else min(1.0, (20 - done) / 4))
+        assert lr == pytest.approx(1e-2 * share, rel=1e-12) and lr > 0
+
+
+@pytest.mark.parametrize("knobs, words", [
+    (["optim.schedule=constant"], ["train.max_steps=14"]),
+    (["optim.schedule=wsd", "optim.decay_steps=20"], ["train.max_steps=20"]),
+    (["optim.min_lr=1e-3"], ["train.max_steps=14"]),
+    (["optim.decay_steps=12"], None),
+    (["train.init_from=base"], None),
+], ids=["constant", "wsd-before-its-decay", "min_lr", "over", "over-and-tuned"])
+def test_the_advice_of_a_finished_run_fits_its_schedule(no_decay_steps, capsys, knobs, words):
+    if "train.init_from=base" in knobs:
+        run(no_decay_steps, "base", "train.max_steps=3")
+    settings = [*no_decay_steps, *knobs]
+    run(settings, "done")
+    capsys.readouterr()
+    run(settings, "done")
+    said = capsys.readouterr().out
+    assert "is finished: step 12 of 12" in said and ("raise train.max_steps" in said) == (words is not None)
+    if words is None:
+        words = advice(said.replace("STEPS", "14").partition(", or choose")[0])
+        assert "train.fork_from=done" in words
+    else:
+        assert ("at optim.min_lr = 0.001" in said, "= 20 at most" in said) == ("optim.min_lr=1e-3" in knobs,
+                                                                              "optim.decay_steps=20" in knobs)
+    run(settings, "done", *words)
+    made = rows(Path("NEW" if "train.out_dir=NEW" in words else "done"))
+    assert made[-1]["step"] == int(words[-1].partition("=")[2]) and all(row["lr"] > 0 for row in made)
 
 
 @pytest.mark.parametrize("change", ["optim.lr=0.5", "model.n_head=4", "train.seed=5", "train.tokens_per_step=64",
-                                    "train.dtype=bfloat16", "optim.decay_steps=11"])
+                                    "train.dtype=bfloat16", "optim.decay_steps=13"])
 def test_a_resume_with_other_settings_is_refused_with_the_list(settings, change):
     run(settings, "fixed", "train.max_steps=4")
     with pytest.raises(UserError, match="cannot go on with other settings") as error:
@@ -287,6 +353,8 @@ def test_an_evaluation_that_a_stop_cut_short_is_made_up_for(settings, monkeypatc
     words = [*settings, f"train.max_steps={max_steps}"]
     with monkeypatch.context() as patched:
         stopped = run(words, "stopped", stop=StopInEvaluation(patched))
+    log = (stopped / "log.txt").read_text()
+    assert "finished" not in log and "stopped at step 5 (SIGTERM)" in log and (stopped / "STOPPED").exists()
     assert rows(stopped, "val") == [] and checkpoint.load_state(stopped / "checkpoints" / "step_00000005")["val_due"]
     run(words, "stopped")
     whole = run(words, "whole")
@@ -369,11 +437,74 @@ def test_a_skipped_step_is_a_null_row_and_ten_in_a_row_stop_the_run(settings, mo
         return train.StepResult(math.nan, math.nan, skipped=True)
 
     monkeypatch.setattr(train, "train_step", overflows_from_step_3)
-    with pytest.raises(MachineError, match="not finite for 10 steps in a row.*optim.lr"):
+    with pytest.raises(MachineError, match="not finite for 10 steps in a row.*no checkpoint from before.*optim.lr"):
         run(settings, "diverged", "train.log_every=100")
     skipped = [row for row in rows(Path("diverged")) if row["skipped"]]
     assert [row["step"] for row in skipped] == list(range(3, 13))
     assert all(row["loss"] is None and row["grad_norm"] is None for row in skipped)
+
+
+@pytest.fixture
+def ruined_after_step_6(monkeypatch):
+    """The update of step 6 blows the weights up: what is saved then loads, but its loss is not finite. In run folders
+    called ruined only."""
+    real = train.train_step
+
+    def step(wrapped, *args, **kwargs):
+        result = real(wrapped, *args, **kwargs)
+        if kwargs["step"] == 5 and Path("ruined").exists() and not Path("NEW").exists():
+            with torch.no_grad():
+                wrapped.wte.weight.fill_(1e38)
+        return result
+
+    monkeypatch.setattr(train, "train_step", step)
+
+
+@pytest.mark.parametrize("keep, left", [(2, [4, 6]), (1, [6])], ids=["two-kept", "one-kept"])
+def test_checkpoints_of_skipped_steps_replace_no_good_one_and_the_advice_works(
+        settings, ruined_after_step_6, keep, left):
+    settings = [*settings, "train.save_every=2", f"train.keep={keep}", "train.eval_every=0", "train.max_steps=20",
+                "optim.decay_steps=20"]
+    for _ in range(2):  # the same command again ends the same way
+        with pytest.raises(MachineError, match="step 16 of 20: loss or gradient was not finite for 10 steps") as error:
+            run(settings, "ruined")
+        saved = sorted(int(path.name[5:]) for path in Path("ruined/checkpoints").iterdir())
+        assert saved == [*left, 14]  # the last one made while steps were skipped, and all good ones that were there
+    if keep == 2:
+        words = advice(str(error.value).partition(" and a lower")[0])
+        assert words == ["train.fork_from=ruined/checkpoints/step_00000004", "train.out_dir=NEW"]
+    else:
+        assert "no checkpoint from before is left" in str(error.value)
+        words = ["train.out_dir=NEW"]
+    Path("NEW").mkdir()
+    run(settings, "ruined", *words, "optim.lr=5e-3")
+    made = rows(Path("NEW"))
+    assert made[-1]["step"] == 20 and not any(row["skipped"] for row in made)
+
+
+@pytest.mark.parametrize("max_steps, what, val_steps", [
+    (9, "not finite for 3 steps in a row", [5, 9]), (9, "not finite for 3 steps in a row", []),
+    (6, "validation loss is not finite", [5, 6])], ids=["skipped", "skipped-without-validation", "val-loss"])
+def test_a_run_that_ends_in_losses_that_are_not_finite_is_not_finished(
+        settings, ruined_after_step_6, max_steps, what, val_steps):
+    words = [f"train.max_steps={max_steps}", *([] if val_steps else ["data.val_fraction=0"])]
+    for _ in range(2):
+        with pytest.raises(MachineError, match=f"step {max_steps} of {max_steps}: .*{what}.*step_00000004"):
+            run(settings, "ruined", *words)
+    log = (Path("ruined") / "log.txt").read_text()
+    assert "finished" not in log and log.count("error: step ") == 2
+    assert [row["step"] for row in rows(Path("ruined"), "val")] == val_steps
+
+
+def test_a_fork_counts_its_own_skipped_steps(settings, monkeypatch):
+    real, skipped = train.train_step, train.StepResult(math.nan, math.nan, skipped=True)
+    monkeypatch.setattr(train, "train_step", lambda *args, **kwargs: (
+        skipped if 3 <= kwargs["step"] < 13 else real(*args, **kwargs)))
+    with pytest.raises(MachineError, match="step 8 of 8: .* 5 steps in a row"):
+        run(settings, "trunk", "train.max_steps=8")
+    branch = run(settings, "branch", "train.fork_from=trunk/checkpoints/step_00000008", "train.max_steps=15",
+                 "optim.decay_steps=15")  # 5 more steps are skipped
+    assert [row["skipped"] for row in rows(branch)] == 5 * [True] + 2 * [False]
 
 
 def test_running_out_of_memory_says_which_knob_to_turn(settings, monkeypatch):
@@ -491,6 +622,54 @@ def test_nanogpts_files_train_a_model_and_the_log_says_how_they_were_read(settin
            "uint16 ids" in (out / "log.txt").read_text()
 
 
+@pytest.mark.parametrize("prepared", [False, True], ids=["source", "folder"])
+def test_a_run_without_validation_goes_from_text_to_its_end(settings, capsys, prepared):
+    if prepared:
+        prepare(["text.txt"], Path("whole"), tokenizer="bytes", val_fraction=0.0)
+        with pytest.raises(ShardError, match="no val shard.*data.val_fraction=0"):
+            run(settings[:1], "none", "data.dir=whole")
+        settings = [settings[0], "data.dir=whole"]
+    words = [*settings, "data.val_fraction=0"]
+    run(words, "none", "train.eval_every=0", stop=StopAtStep("none", 6))
+    run_dir = run(words, "none")
+    log = (run_dir / "log.txt").read_text()
+    assert "and 0 validation tokens (nothing is evaluated)" in log and "finished 12 steps" in log
+    assert "val loss" not in log
+    assert rows(run_dir, "val") == [] and len(rows(run_dir)) == 12
+    with_val = run([word for word in settings if "dir" not in word] + ["data.source=text.txt"], "some")
+    assert losses(run_dir) != losses(with_val)  # it learns from all of the text
+    capsys.readouterr()
+    curves.main(["none"])
+    assert "none" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no val shard.*--data"):
+        evaluation.main(["none"])
+    evaluation.main(["none", "--data", "text.txt"])
+    assert json.loads(capsys.readouterr().out)["bytes"] == len(Path("text.txt").read_bytes())
+
+
+def test_what_is_said_on_stderr_is_not_said_on_stdout_again(settings, capsys, monkeypatch):
+    run_dir = run(settings, "said", "train.max_steps=8")
+    (run_dir / "checkpoints" / "step_00000008" / "model.safetensors").write_bytes(b"")
+    capsys.readouterr()
+    skipped = train.StepResult(math.nan, math.nan, skipped=True)
+    monkeypatch.setattr(train, "train_step", lambda *args, **kwargs: skipped)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    arguments = [*settings, "train.out_dir=said", "train.max_steps=8"]
+    with pytest.raises(SystemExit) as exit_info:
+        configuration.exit_cleanly(lambda argv: run(arguments, "said"))
+    said = "".join(capsys.readouterr())
+    assert exit_info.value.code == 1
+    for words in ("is damaged: model.safetensors", "error: step 8 of 8: "):
+        assert said.count(words) == (run_dir / "log.txt").read_text().count(words) == 1, words
+
+
+def test_the_last_line_is_a_command_to_copy(settings, capsys):
+    run(settings, "my 'first' run", "train.max_steps=2")
+    command = shlex.split((Path("my 'first' run") / "log.txt").read_text().splitlines()[-1].partition(": ")[2])
+    assert command[:2] == ["python", "sample.py"]
+    sample.main([*command[2:], "--max-new-tokens", "2"])
+
+
 def test_the_first_log_lines_say_what_was_chosen_and_why(settings):
     log = (run(settings, "said", "train.max_steps=1") / "log.txt").read_text()
     for words in ("torch " + torch.__version__, "device: cpu (asked for)", "threads", "dtype: float32 (asked for)",
@@ -543,7 +722,7 @@ def test_a_trace_that_cannot_be_written_is_a_warning_and_the_run_goes_on(setting
     (["optim.decay_steps=2"], "optim.warmup_steps = 2 leaves no step before decay ends at 2"),
     (["train.device=cuda"], "no CUDA device"),
     (["data.val_fraction=0.0005"], "val"),
-    (["data.val_fraction=0"], "data.val_source"),
+    (["train.max_steps=13"], "ends at step 12 at learning rate 0 .*train.max_steps = 13, .*raise optim.decay_steps"),
     (["model.vocab_size=100"], "model.vocab_size = 100 is below the tokenizer's 257"),
     (["train.init_from=nowhere"], "nowhere"),
     (["train.fork_from=nowhere"], "nowhere"),

@@ -137,7 +137,7 @@ def test_a_mistake_under_torchrun_is_one_line_from_rank_0(settings):
     assert not Path("refused").exists()
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
 def test_a_signal_saves_at_the_step_boundary_and_exits_0(settings, name):
     long = [*settings, "train.max_steps=100000", "train.eval_every=0", "optim.decay_steps=100000"]
     process = start([sys.executable], long, "stopped", "train.save_every=100000")
@@ -155,8 +155,9 @@ def test_a_signal_saves_at_the_step_boundary_and_exits_0(settings, name):
 
 
 def test_sigterm_to_torchrun_stops_both_ranks_together(settings):
-    long = [*settings, "train.max_steps=100000", "train.eval_every=0", "train.save_every=100000"]
-    process = start([*TORCHRUN, "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1"], long, "stopped")
+    long = [*settings, "train.max_steps=100000", "optim.decay_steps=100000", "train.eval_every=0",
+            "train.save_every=100000"]
+    process = start([*TORCHRUN, "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1,SIGHUP"], long, "stopped")
     wait_for_step(Path("stopped"), 3, process)
     process.send_signal(signal.SIGTERM)
     output = finish(process)
@@ -207,7 +208,8 @@ def test_a_run_that_nobody_listens_to_prepares_trains_and_saves(settings, stream
 
 
 def test_a_second_run_in_the_same_folder_is_refused(settings):
-    process = start([sys.executable], [*settings, "train.max_steps=100000", "train.eval_every=0"], "shared")
+    process = start([sys.executable], [*settings, "train.max_steps=100000", "optim.decay_steps=100000",
+                                       "train.eval_every=0"], "shared")
     try:
         wait_for_step(Path("shared"), 1, process)
         second = start([sys.executable], settings, "shared")
