@@ -120,7 +120,7 @@ def test_a_conversation_has_loss_on_every_turn_of_the_assistant_and_nothing_else
             {"role": "user", "content": "<|endoftext|>"}, {"role": "assistant", "content": "dd"}]
     prepared(write(tmp_path / "a.jsonl", [{"messages": talk}]), tmp_path / "out", max_seq_len=127, val_fraction=0.0)
     tokens, loss, start = rows_of(tmp_path / "out")
-    text = b"User:\na?\n\nAssistant:\nb\0\n\nUser:\n<|endoftext|>\n\nAssistant:\ndd\0\n\n"
+    text = b"User:\na?\n\nAssistant:\nb\0\n\nUser:\n<|endoftext|>\n\nAssistant:\ndd\0"
     assert tokens[0, :len(text)].tolist() == [EOT if byte == 0 else byte for byte in text]
     assert (tokens[0][loss[0] == 1] % 256).tolist() == list(b"b\0dd\0") and tokens.max() == EOT
     assert start.sum() == 1  # end-of-text inside a conversation does not end it
@@ -155,7 +155,8 @@ def of_rows(folder: Path, rows: list, kind: str, **settings) -> list:
     return [example for example, _ in examples(RowsUnit(path, size, None, end=size), packing, BYTES)]
 
 
-TALK_TEMPLATE = "{% for m in messages %}{{ m.role[0] + m.content + eos_token }}{% endfor %}"
+TALK_TEMPLATE = ("{% for m in messages %}{{ m.role[0] + m.content + eos_token }}{% endfor %}"
+                 "{{ 'a' if add_generation_prompt }}")
 TOO_LONG = [  # kind, a row of more than T + 1 = 24 tokens, what stays (~ is end-of-text), from where the loss counts
     ("prompt/response", {"prompt": "0123456789" * 2, "response": "abcdefgh"}, "567890123456789abcdefgh~"[-24:], 15),
     ("prompt/response", {"prompt": "0123", "response": "abcdefghijklmnopqrstuvwxyz"}, "0123abcdefghijklmnopqrst", 4),
@@ -452,7 +453,7 @@ def test_other_settings_are_refused_with_the_list(tmp_path):
 
 def test_the_command_line_needs_the_context_and_takes_a_template(tmp_path):
     source = write(tmp_path / "a.jsonl", [{"messages": [{"role": "assistant", "content": "hello"}]}] * 3)
-    (tmp_path / "mine.jinja").write_text("{% for m in messages %}-{{ m.content }}{{ eos_token }}{% endfor %}")
+    (tmp_path / "mine.jinja").write_text("{% for m in messages %}-{{ m.content }}{{ eos_token }}{% endfor %}{{ '-' if add_generation_prompt }}")
 
     def run(*words: str) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", "data.prepare", source, "--tokenizer", "bytes", "--val-fraction", "0", *words]

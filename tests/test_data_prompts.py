@@ -75,13 +75,13 @@ def test_whatever_the_lengths_the_ends_of_prompt_and_response_stay():
 LONG_TALK = [{"role": "system", "content": "S"}, {"role": "user", "content": "first"},
              {"role": "assistant", "content": "one"}, {"role": "user", "content": "second"},
              {"role": "assistant", "content": "two"}, {"role": "user", "content": "third"}]
-SHORT = ("{% for m in messages %}{{ m.role[0] + ':' + m.content + '/' }}{% endfor %}"
-         "{% if add_generation_prompt %}a:{% endif %}")
+SHORT = ("{% for m in messages %}{{ m.role[0] + ':' + m.content + (eos_token if m.role == 'assistant' else '/') }}"
+         "{% endfor %}{% if add_generation_prompt %}a:{% endif %}")
 
 
 @pytest.mark.parametrize(("room", "expected"), [
-    (100, "s:S/u:first/a:one/u:second/a:two/u:third/a:"), (43, "s:S/u:first/a:one/u:second/a:two/u:third/a:"),
-    (42, "s:S/u:second/a:two/u:third/a:"), (29, "s:S/u:second/a:two/u:third/a:"), (28, "s:S/u:third/a:"),
+    (100, "s:S/u:first/a:one#u:second/a:two#u:third/a:"), (43, "s:S/u:first/a:one#u:second/a:two#u:third/a:"),
+    (42, "s:S/u:second/a:two#u:third/a:"), (29, "s:S/u:second/a:two#u:third/a:"), (28, "s:S/u:third/a:"),
     (14, "s:S/u:third/a:"), (13, "s:S/u:hird/a:"), (9, "s:S/u:/a:"), (8, ":S/u:/a:"), (1, ":")])
 def test_whole_oldest_turns_go_then_the_front_of_what_the_user_says(room, expected):
     ids, cut = fit_chat(BYTES, SHORT, LONG_TALK, room)
@@ -89,17 +89,17 @@ def test_whole_oldest_turns_go_then_the_front_of_what_the_user_says(room, expect
 
 
 @pytest.mark.parametrize(("room", "expected", "learnt"), [
-    (41, "s:S/u:first/a:one/u:second/a:two/u:third/", "one/two/"),  # what follows the last answer goes first
-    (40, "s:S/u:first/a:one/u:second/a:two/", "one/two/"), (33, "s:S/u:first/a:one/u:second/a:two/", "one/two/"),
-    (32, "s:S/u:second/a:two/", "two/"), (19, "s:S/u:second/a:two/", "two/"), (18, "s:S/u:econd/a:two/", "two/"),
-    (13, "s:S/u:/a:two/", "two/"), (12, ":S/u:/a:two/", "two/"), (5, ":two/", "two/"), (4, "a:tw", "tw")])
+    (99, "s:S/u:first/a:one#u:second/a:two#", "one#two#"),  # what follows the last answer teaches nothing
+    (40, "s:S/u:first/a:one#u:second/a:two#", "one#two#"), (33, "s:S/u:first/a:one#u:second/a:two#", "one#two#"),
+    (32, "s:S/u:second/a:two#", "two#"), (19, "s:S/u:second/a:two#", "two#"), (18, "s:S/u:econd/a:two#", "two#"),
+    (13, "s:S/u:/a:two#", "two#"), (12, ":S/u:/a:two#", "two#"), (5, ":two#", "two#"), (4, "a:tw", "tw")])
 def test_of_a_conversation_to_learn_from_the_last_answer_stays(room, expected, learnt):
-    ids, written, cut = fit_conversation(BYTES, SHORT, LONG_TALK, room)
-    assert (spelled(ids), cut, spelled(ids[written])) == (expected, 41 - len(expected), learnt)
+    [(ids, written, cut)] = fit_conversation(BYTES, SHORT, LONG_TALK, room)
+    assert (spelled(ids), cut, spelled(ids[written])) == (expected, 33 - len(expected), learnt)
 
 
 @pytest.mark.parametrize(("room", "free", "expected"), [
-    (43, 20, "s:S/u:first/a:one/u:second/a:two/u:third/a:"), (42, 13, "s:S/u:second/a:two/u:third/a:"),
+    (43, 20, "s:S/u:first/a:one#u:second/a:two#u:third/a:"), (42, 13, "s:S/u:second/a:two#u:third/a:"),
     (42, 14, "s:S/u:third/a:"), (29, 28, ":")])
 def test_what_is_cut_leaves_room_free_and_what_fits_stays_whole(room, free, expected):
     ids, cut = fit_chat(BYTES, SHORT, LONG_TALK, room, free=free)
@@ -124,15 +124,16 @@ def test_a_system_message_that_is_too_long_itself_is_not_encoded_for_every_short
 
 def test_a_conversation_without_a_user_and_one_that_begins_with_the_assistant_fit():
     greeting = [{"role": "assistant", "content": "hello"}, *LONG_TALK[1:3]]
-    assert spelled(fit_conversation(BYTES, SHORT, greeting, 17)[0]) == "u:first/a:one/"
-    assert spelled(fit_conversation(BYTES, SHORT, greeting[:1], 5)[0]) == "a:hel"
+    assert spelled(fit_conversation(BYTES, SHORT, greeting, 17)[0][0]) == "u:first/a:one#"
+    assert spelled(fit_conversation(BYTES, SHORT, greeting[:1], 5)[0][0]) == "a:hel"
     assert spelled(fit_chat(BYTES, SHORT, [{"role": "system", "content": "sysadmin"}], 6)[0]) == "min/a:"
 
 
 @pytest.mark.parametrize("template", [CHATML, BRACKETS, DEFAULT_TEMPLATE], ids=["chatml", "brackets", "default"])
 def test_whatever_the_room_a_chat_is_one_without_its_oldest_turns_and_the_front_of_a_users_text(template):
     def to_learn(messages: list[dict], room: int = 10**6) -> tuple:
-        return fit_conversation(tokenizer, template, messages, room)
+        [found] = fit_conversation(tokenizer, template, messages, room)
+        return found
 
     def to_answer(messages: list[dict], room: int = 10**6) -> tuple:
         return fit_chat(tokenizer, template, messages[:-1], room)
@@ -166,11 +167,11 @@ def test_what_is_asked_has_the_tokens_that_training_has_before_the_answer_also_w
         talk = [{"role": role, "content": " ".join(draw.choices(["the", "é中😀", "<|im_end|>", "42?"], k=9)) + "."}
                 for _ in range(draw.randrange(1, 4)) for role in ("user", "assistant")]
         talk = [{"role": "system", "content": "Be brief."}] * (draw.random() < 0.5) + talk
-        whole, written, _ = fit_conversation(tokenizer, template, talk)
+        [(whole, written, _)] = fit_conversation(tokenizer, template, talk)
         start = int(np.flatnonzero(written & ~np.roll(written, 1))[-1])  # of the last answer
         answer = len(whole) - start
         room = draw.randrange(answer + 1, len(whole) + 2)
-        ids, _, cut = fit_conversation(tokenizer, template, talk, room)
+        [(ids, _, cut)] = fit_conversation(tokenizer, template, talk, room)
         asked, cut_of_asked = fit_chat(tokenizer, template, talk[:-1], room - answer)
         assert asked.tolist() == ids[:-answer].tolist() and cut_of_asked == cut
         assert whole[start:].tolist() == ids[-answer:].tolist()
