@@ -36,7 +36,7 @@ import sample
 import start as starting
 from cli import StopRequest, note
 from config import Config, ConfigError, MachineError, UserError
-from data.chat import TEMPLATE_FILE, load_template, save_template
+from data.chat import TEMPLATE_FILE, save_template
 from data.dataset import Dataset, open_dataset, open_split
 from data.loader import MicroBatch, TrainLoader, ValLoader
 from data.prepare import PreparationStopped
@@ -44,7 +44,7 @@ from data.prepared import ensure_prepared
 from data.tokenizer import Tokenizer, load_tokenizer
 from data.verify_shards import BackgroundVerifier
 from distributed import Machine, World
-from finetune.runs import files_to_save
+from finetune.runs import files_to_save, kept_template
 from kernels import self_check
 from model import GPT, flops_per_token, padded_vocab_size
 from optim import LossScale, Optimizer, clip_gradients, learning_rate
@@ -333,7 +333,7 @@ def train(config: Config, given: set[str], *, world: World, stop: StopRequest) -
             model, optimizer, progress = starting.build(start, config, parent, machine, world)
         with distributed.raise_on_all_ranks(world):
             if world.is_main:
-                write_run_files(config, tokenizer, load_template(data_dir))
+                write_run_files(config, tokenizer, kept_template(data_dir, parent))
             log = metrics.RunLog(Path(config.train.out_dir), resume_step=start.step, enabled=world.is_main,
                                  tracker=config.train.tracker, config=dataclasses.asdict(config))
         stack.callback(log.close)

@@ -178,6 +178,7 @@ def _plain_message(message: object, name: str) -> dict:
 def encode_chat(tokenizer: Tokenizer, template: str, messages: list[dict]) -> np.ndarray:
     """Ids of a rendered conversation, uint32 (n,): what a model is given to answer it. Raises ChatError."""
     guard = _Guard(tokenizer, template, messages)
+    guard.check_fields(messages)
     return guard.encode(guard.render(messages, add_generation_prompt=True))
 
 

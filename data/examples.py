@@ -18,12 +18,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from config import UserError
 from data.chat import OTHER_ROLES, ChatError, conversion, plain_messages
-from data.prompts import encode_answer, encode_prompt, fit_conversation, kept_tokens
+from data.dataset import open_dataset, open_split
+from data.prompts import encode_prompt, fit_conversation, kept_tokens
 from data.sources import SourceError, TextFile, Unit, first_row, jsonl_rows, row_name
 from data.tokenizer import Tokenizer
 
@@ -39,6 +41,7 @@ CONVERSIONS = {  # rows of other shapes -> what to make of a row r
     ("prompt", "chosen"): "{'prompt': r['prompt'], 'response': r['chosen']}",
 }
 ROWS_PER_UNIT = 256  # at least, for best-fit to choose from
+SHOWN_CHARS = 400  # of a part of an example
 
 
 @dataclass(frozen=True)
@@ -192,7 +195,8 @@ def _examples(row: object, packing: Packing, tokenizer: Tokenizer) -> list[Examp
     else:
         prompt, answer = (row[name] for name in FIELDS[packing.kind])
         asked = encode_prompt(tokenizer, prompt)
-        answer = encode_answer(tokenizer, f" {answer}" if packing.kind == CLASSIFICATION else answer, prompt)
+        is_label = packing.kind == CLASSIFICATION
+        answer = tokenizer.encode(f" {answer}" if is_label else answer, behind="text" if prompt or is_label else None)
         ids = np.concatenate([asked, np.append(answer, np.uint32(tokenizer.eot))])
         stay = kept_tokens(tokenizer, ids, room, response=len(answer) + 1)
         found = [(ids[stay], stay >= len(asked), len(ids) - len(stay))]
@@ -245,3 +249,19 @@ def packed(found: Sequence[Example], row_tokens: int, eot: int) -> tuple[np.ndar
             tokens[row, place:end], loss[row, place:end], start[row, place] = example.ids, example.scored, 1
             place = end
     return tokens, loss, start
+
+
+def first_example(folder: Path, tokenizer: Tokenizer) -> str:
+    """The first training example of a data folder as a JSON string, what the loss counts between [[ and ]]; the middle
+    of what is long is left out."""
+    stream = open_split(open_dataset(folder), "train")
+    tokens, loss, start = (stream.windows(np.array([0]), stream.row_tokens, track)[0]
+                           for track in (None, "loss", "start"))
+    end = (*np.flatnonzero(start), len(tokens))[1]
+    end = int(np.flatnonzero(loss[:end])[-1]) + 1  # not what fills the row
+    parts = []
+    for part in np.split(np.arange(end), np.flatnonzero(np.diff(loss[:end])) + 1):
+        text = b"".join(map(tokenizer.spelling, tokens[part].tolist())).decode(errors="replace")
+        text = text if len(text) <= SHOWN_CHARS else f"{text[:SHOWN_CHARS // 2]} ... {text[-SHOWN_CHARS // 2:]}"
+        parts.append(f"[[{text}]]" if loss[part[0]] else text)
+    return json.dumps("".join(parts), ensure_ascii=False)

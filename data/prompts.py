@@ -20,11 +20,6 @@ def encode_prompt(tokenizer: Tokenizer, text: str) -> np.ndarray:
     return ids if len(ids) and tokenizer.bos_token is None else np.insert(ids, 0, tokenizer.start)
 
 
-def encode_answer(tokenizer: Tokenizer, text: str, prompt: str) -> np.ndarray:
-    """Ids of what follows a plain prompt, uint32 (n,): it begins no text of its own, unless the prompt is empty."""
-    return tokenizer.encode(text, behind="text" if prompt else None)
-
-
 def answer_room(max_seq_len: int, max_new_tokens: int) -> int:
     """How many places of the context a prompt that is longer leaves free for its answer when it is cut: as many as the
     answer may need, but at most half. (An answer's last token needs none: even a full context is continued by one.)"""

@@ -29,7 +29,7 @@ class SavedRun:
     dir: Path
     config: Config
     tokenizer: Tokenizer
-    chat_template: str | None  # None: it was not trained on conversations
+    chat_template: str | None  # None: neither it nor what it started from was trained on conversations
     checkpoint: Path | None  # None: none was chosen
 
     @property
@@ -104,6 +104,13 @@ def load_base(path: Path) -> dict[str, Tensor]:
 
 
 # ---- What a run takes over from the one it starts from ---------------------------------------------------------------
+
+def kept_template(data_dir: Path, parent) -> str | None:
+    """The chat template of a run: that of the chats it learns from, else the parent's, whose chats it may still know.
+    parent: as for take_over, or None."""
+    of_chats = load_template(data_dir)
+    return parent.chat_template if of_chats is None and parent is not None else of_chats
+
 
 def take_over(config: Config, given: set[str], parent) -> Config:
     """config with the parent's [model] and tokenizer, of a fork also its [lora]. given: the knobs that the user named;

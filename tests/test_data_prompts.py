@@ -10,7 +10,7 @@ from data import prompts
 from data.chat import DEFAULT_TEMPLATE
 from data.prompts import answer_room, encode_prompt, fit_chat, fit_conversation, fit_prompt, kept_tokens
 from data.tokenizer import Tokenizer, load_tokenizer
-from tests.test_data_chat import BRACKETS, CHATML, chatml_tokenizer, loaded
+from tests.test_data_chat import BRACKETS, CHATML, KINDS, SPECIALS, chatml_tokenizer, hugging_face_folder, loaded
 
 BYTES = load_tokenizer("bytes")
 
@@ -55,6 +55,34 @@ def test_a_plain_prompt_is_behind_what_begins_a_text_and_an_empty_one_is_its_sta
     begun = with_bos(BYTES, "<|endoftext|>")
     assert [spelled(encode_prompt(some, text)) for some in (BYTES, begun) for text in ("ab", "")] == [
         "ab", "#", "#ab", "#"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_part_of_a_text_has_the_ids_that_it_has_in_the_whole(kind, tmp_path):
+    """Cut at each border of the whole's tokens: no kind of tokenizer puts its mark before a part."""
+    from tokenizers import Tokenizer as HuggingFace
+    folder = hugging_face_folder(tmp_path / "hf", kind)
+    ours, hf = load_tokenizer(str(folder)), HuggingFace.from_file(str(folder / "tokenizer.json"))
+    for text in ("What is 2 + 2? It is 4.", "  It  is\n\n4.\n It", "Be brief.", "\nis", "é中😀 is"):
+        whole = hf.encode(text, add_special_tokens=False)
+        assert ours.encode(text).tolist() == whole.ids
+        for number, ((_, end), (start, _)) in enumerate(zip(whole.offsets, whole.offsets[1:], strict=False), start=1):
+            if start == end and len(ours.encode(text[:end])) == number:  # else the part before reads otherwise alone
+                assert [*ours.encode(text[:end]), *ours.encode(text[end:], behind="text")] == whole.ids, text[end:]
+        behind = hf.encode("<s>" + text, add_special_tokens=False).ids
+        assert [ours.special_ids["<s>"], *ours.encode(text, behind="special")] == behind
+    assert set(SPECIALS) == set(ours.special_ids)
+
+
+def test_a_chat_too_long_keeps_the_token_that_its_template_begins_with(tmp_path):
+    """Also where tokenizer_config.json alone names it, as for Llama 3's shape of a file without post_processor."""
+    ours = load_tokenizer(str(hugging_face_folder(tmp_path / "hf", "byte-level")))
+    assert ours.bos_token is None and ours.named["bos_token"] == "<s>"
+    talk = [{"role": "system", "content": "Be brief. " * 9}, {"role": "user", "content": "It is"},
+            {"role": "assistant", "content": "4"}]
+    template = "{{ bos_token }}" + CHATML
+    for ids in (fit_chat(ours, template, talk[:2], 20)[0], fit_conversation(ours, template, talk, 20)[0][0]):
+        assert len(ids) == 20 and ids[0] == ours.special_ids["<s>"]
 
 
 def test_whatever_the_lengths_the_ends_of_prompt_and_response_stay():

@@ -8,13 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer as HuggingFace
 
 from config import ModelConfig
 from data.chat import DEFAULT_TEMPLATE
+from data.examples import Packing, examples
+from data.sources import RowsUnit
 from data.tokenizer import load_tokenizer, train_bpe
 from model import GPT
 from tasks import tasks
 from tasks.tasks import Answer, Chat, Choice, Labelled, Task, TaskError, read_task
+from tests.test_data_chat import KINDS, hugging_face_folder
 from tests.test_data_prompts import with_bos
 
 BYTES = load_tokenizer("bytes")
@@ -130,6 +134,40 @@ def test_a_continuation_has_the_ids_that_the_whole_has_behind_the_context():
     whole, context = bpe.encode("foobarbaz").tolist(), bpe.encode("foo").tolist()
     assert whole[:len(context)] != context  # they merge indeed
     assert tasks.encode_pair(bpe, "foo", "barbaz", 265) == (tuple(context), tuple(whole[len(context):]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pairs_are_split_as_the_harness_splits_them_whatever_begins_a_text(kind, tmp_path):
+    """lm_eval/api/model.py: an empty context is the token for the beginning, and the continuation is encoded without
+    one; else both encodings have it. Its tok_encode is the tokenizer's encode, here the library's."""
+    hf = HuggingFace.from_file(str(hugging_face_folder(tmp_path / "hf", kind) / "tokenizer.json"))
+    ours = load_tokenizer(str(tmp_path / "hf"))
+    start = hf.token_to_id("<s>")  # bos_token of tokenizer_config.json
+    for context in ("", "It is", "What is 2 + 2?", "It is ", "It\n\n", "Wh"):
+        for continuation in (" 4.", "4", "at is 2", " It is brief"):
+            text = context.rstrip()
+            before = hf.encode(text).ids if context else [start]
+            whole = hf.encode(context + continuation).ids if context else [
+                start, *hf.encode(continuation, add_special_tokens=False).ids]
+            assert tasks.encode_pair(ours, context, continuation, ours.vocab_size) == (
+                tuple(before), tuple(whole[len(before):]))
+            assert start not in whole[len(before):]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_labels_have_the_ids_that_they_have_behind_a_text_and_in_training(kind, tmp_path):
+    hf = HuggingFace.from_file(str(hugging_face_folder(tmp_path / "hf", kind) / "tokenizer.json"))
+    ours, labels = load_tokenizer(str(tmp_path / "hf")), ["brief", "4", "is it"]
+    spelled, _ = tasks.encode_labels(ours, labels, ours.vocab_size)
+    packing = Packing("classification", 99)
+    for label, ids in zip(labels, spelled, strict=True):
+        whole = hf.encode(f"It is {label}")
+        before = hf.encode("It is").ids
+        assert whole.ids == [*before, *ids]
+        path = tmp_path / "rows.jsonl"
+        path.write_text(json.dumps({"text": "It is", "label": label}) + "\n")
+        [(example, _)] = examples(RowsUnit(str(path), path.stat().st_size, None, end=path.stat().st_size), packing, ours)
+        assert example.ids[example.scored].tolist() == [*ids, ours.eot] and example.ids.tolist()[:-1] == whole.ids
 
 
 def scored_by_definition(model64: GPT, query: str, choices: tuple[str, ...], max_seq_len: int) -> list[float]:
@@ -292,7 +330,7 @@ def test_one_label_is_no_set():
 def test_labels_that_the_tokenizer_cannot_tell_apart_are_refused():
     class Blind:  # as a tokenizer that lowers all letters
         eot, bos_token = 0, None
-        def encode(self, text: str) -> np.ndarray:
+        def encode(self, text: str, *, behind: str) -> np.ndarray:
             return np.frombuffer(text.lower().encode(), np.uint8)
     with pytest.raises(TaskError, match="'a', 'A': to the run's tokenizer two of them are the same text"):
         tasks.encode_labels(Blind(), ["a", "A"], 257)
@@ -475,13 +513,14 @@ GOOD = '{"query": "q", "choices": ["a", "b"], "gold": 1}'
     ('{"prompt": "p", "response": ""}', "response is empty"),
     ('{"prompt": "p", "reference": []}', r"reference = \[\] should be a list of at least 1 text$"),
     ('{"prompt": ["p"], "reference": "r"}', "prompt = .* should be a text"),
-    ('{"messages": [{"role": "user", "content": "a"}]}', "should be a list of at least two"),
+    ('{"messages": [{"role": "user", "content": "a"}]}', "has one message; it should have at least two"),
+    ('{"messages": [{"role": "human", "content": "a"}, {"role": "assistant", "content": "b"}]}', "the role 'human'"),
     ('{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "a"}]}',
      "the last message is of the role 'user', not assistant"),
     ('{"messages": [{"role": "user"}, {"role": "assistant", "content": "a"}]}',
-     r"messages\[0\] = .* should have a role and content"),
+     'message 1 is not {"role", "content"}'),
     ('{"messages": [{"role": "user", "content": 1}, {"role": "assistant", "content": "a"}]}',
-     r"messages\[0\].content = 1 should be a text"),
+     'message 1 is not {"role", "content"} with a text in both'),
     ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]}',
      "the last message's content is empty"),
 ])
@@ -490,7 +529,7 @@ def test_a_line_that_is_wrong_is_named_with_its_file(tmp_path, line, message):
     with pytest.raises(TaskError, match=message) as caught:
         read_task(path)
     text = str(caught.value)
-    assert text.startswith(f"task '{path}' line 3: ") and "\n" not in text and len(text) < len(str(path)) + 300
+    assert text.startswith(f"task '{path}' line 3: ") and "\n" not in text and len(text) < len(str(path)) + 500
 
 
 def test_a_file_without_examples_or_none_at_all_is_an_error(tmp_path):
