@@ -221,8 +221,8 @@ def _turn(guard: "_Guard", messages: list[dict], number: int) -> tuple[np.ndarra
                         "data.chat_template)")
     if header.strip() and asked == guard.render(messages[:number], add_generation_prompt=False):
         raise ChatError(f"the chat template begins the assistant's turns with {header[:40]!r} but has no generation "
-                        "prompt, so a model would not be asked with it; write "
-                        f"{{{{ {json.dumps(header, ensure_ascii=False)} if add_generation_prompt }}}} at the end of the "
+                        "prompt, so a model would not be asked with it; write {{ "
+                        f"{json.dumps(header, ensure_ascii=False)} if add_generation_prompt }}}} at the end of the "
                         "template (--chat-template, data.chat_template)")
     ending = guard.pattern.search(tail)
     end = len(told) - len(tail) + (ending.end() if ending else 0)
@@ -284,8 +284,8 @@ class _Guard:
         for name in sorted({key for message in messages for key in message} - {"role", "content", "weight"}):
             without = [{key: value for key, value in message.items() if key != name} for message in messages]
             if self.render(messages, add_generation_prompt=False) == self.render(without, add_generation_prompt=False):
-                raise ChatError(f"has {name!r} in its messages, which the chat template does not show; remove it there, "
-                                "or name a template that shows it (--chat-template, data.chat_template)")
+                raise ChatError(f"has {name!r} in its messages, which the chat template does not show; remove it "
+                                "there, or name a template that shows it (--chat-template, data.chat_template)")
 
     def told(self, messages: list[dict], asked: str) -> tuple[str, str, str]:
         """The rendering of messages, of which the last is an answer to `asked`; what the template itself writes before

@@ -99,9 +99,11 @@ SHAPES = {
 {{- '<|start|>' + m['role'] + '<|end|>\n\n' + m['content'] | trim + '<|eot|>' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|start|>assistant<|end|>\n\n' }}{% endif %}""",
     "strict": """{{ bos_token }}{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}
-{{- raise_exception('roles must take turns') }}{% endif %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + '[/INST]' }}
+{{- raise_exception('roles must take turns') }}{% endif %}
+{%- if m.role == 'user' %}{{ '[INST] ' + m.content + '[/INST]' }}
 {%- else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}""",
-    "turns": """{{ bos_token }}{% if messages and messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}
+    "turns": """{{ bos_token }}{% if messages and messages[0].role == 'system' %}
+{{- raise_exception('no system role') }}{% endif %}
 {%- for m in messages %}{{ '<|start|>' + ('model' if m.role == 'assistant' else m.role) + '\n' + m.content | trim }}
 {{- '<|end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|start|>model\n' }}{% endif %}""",
     "taking": """{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}
@@ -119,10 +121,12 @@ SHAPES = {
 {{ '<|assistant|>' }}
 {% endif %}
 {% endfor %}""",
-    "capitals": """{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content + ' ' }}{% elif m.role == 'user' %}
+    "capitals": """{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content + ' ' }}
+{%- elif m.role == 'user' %}
 {{- 'USER: ' + m.content + ' ' }}{% else %}{{ 'ASSISTANT: ' + m.content + eos_token }}{% endif %}{% endfor %}
 {%- if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}""",
-    "names": """{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif %}{{ bos_token }}
+    "names": """{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif %}
+{{- bos_token }}
 {%- for m in messages %}{% if m.role == 'user' %}{{ 'User: ' + m.content + '\n\n' }}{% elif m.role == 'assistant' %}
 {{- 'Assistant: ' + m.content + eos_token }}{% else %}{{ m.content + '\n\n' }}{% endif %}{% endfor %}
 {%- if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}""",
@@ -131,23 +135,28 @@ SHAPES = {
 {{- '<|start|><|' + m.role + '|>' }}{% generation %}{{ m.content.strip() + '<|end|>' }}{% endgeneration %}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|start|><|assistant|>' }}{% endif %}""",
     "sections": """{% for m in messages %}{% if m.role == 'system' %}{{ m.content + '\n\n' }}{% elif m.role == 'user' %}
-{{- '### Instruction:\n' + m.content + '\n\n' }}{% else %}{{ '### Response:\n' + m.content + eos_token + '\n\n' }}{% endif %}
+{{- '### Instruction:\n' + m.content + '\n\n' }}{% else %}
+{{- '### Response:\n' + m.content + eos_token + '\n\n' }}{% endif %}
 {%- endfor %}{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}""",
-    "tables": """{{ (bos_token, eos_token, unk_token, pad_token, sep_token is defined) | tojson }}{{ strftime_now('%%') }}
+    "tables": """{{ (bos_token, eos_token, unk_token, pad_token, sep_token is defined) | tojson }}
+{{- strftime_now('%%') }}
 {%- for m in messages %}{{ m | tojson(indent=1) }}{{ '<|end|>' if m.role == 'assistant' }}{% endfor %}""",
 }
 TALKS = [TALK, TALK[1:], TALK[1:2], TALK[:2], [{"role": "system", "content": ""}, *TALK[1:3]],
          [{"role": "user", "content": ""}], [{"role": "user", "content": "\n  hi \n"}],
-         [*TALK[1:3], {"role": "user", "content": "So?"}, {"role": "assistant", "content": "<think>\nhm\n</think>\n\nYes"}],
+         [*TALK[1:3], {"role": "user", "content": "So?"},
+          {"role": "assistant", "content": "<think>\nhm\n</think>\n\nYes"}],
          [*TALK[1:3], {"role": "user", "content": "So?"}]]
 SPECIALS = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start|>", "<|end|>", "<|eot|>", "<|user|>",
             "<|assistant|>", "<|system|>", "<|pad|>"]
 TAKERS = {"<|user|>": "rstrip", "<|assistant|>": "rstrip", "<|eot|>": "lstrip"}  # of blanks beside them
-KINDS = {"byte-level": (None, {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}),
-         "metaspace first": (None, {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}),
-         "metaspace always": (None, {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}),
-         "prepend": ({"type": "Sequence", "normalizers": [
-             {"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]}, None)}
+METASPACE = {"type": "Metaspace", "replacement": "▁"}
+KINDS = {  # normalizer, pre_tokenizer
+    "byte-level": (None, {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}),
+    "metaspace first": (None, METASPACE | {"prepend_scheme": "first", "split": False}),
+    "metaspace always": (None, METASPACE | {"prepend_scheme": "always", "split": True}),
+    "prepend": ({"type": "Sequence", "normalizers": [
+        {"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]}, None)}
 
 
 def hugging_face_folder(folder: Path, kind: str) -> Path:
@@ -159,7 +168,9 @@ def hugging_face_folder(folder: Path, kind: str) -> Path:
     hf.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False) if kind == "byte-level" else \
         pre_tokenizers.Metaspace()
     texts = [message["content"] for talk in TALKS for message in talk] * 3 + [*SHAPES.values(), string.printable]
-    alphabet = pre_tokenizers.ByteLevel.alphabet() if kind == "byte-level" else [*string.printable, "▁", "中", "😀"]
+    alphabet = [*string.printable, "▁", "中", "😀"]
+    if kind == "byte-level":
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
     hf.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=520, initial_alphabet=sorted(alphabet),
                                                       show_progress=False))
     file = json.loads(hf.to_str()) | {"normalizer": normalizer, "pre_tokenizer": splits}
@@ -305,7 +316,8 @@ def test_special_tokens_of_the_template_are_ids_and_those_in_messages_are_text(t
     (DEFAULT_TEMPLATE, ["It is 4.<|endoftext|>", "49<|endoftext|>"]),
     # names in which the contents stand too, a thought before each
     ("{% for m in messages %}<|im|>{{ m.role[0] * 49 }}49: {{ m.content }}<|im_end|>{% endfor %}"
-     "{% if add_generation_prompt %}<|im|>{% endif %}", ["a" * 49 + "49:  It is 4.\n<|im_end|>", "a" * 49 + "49: 49<|im_end|>"]),
+     "{% if add_generation_prompt %}<|im|>{% endif %}",
+     ["a" * 49 + "49:  It is 4.\n<|im_end|>", "a" * 49 + "49: 49<|im_end|>"]),
 ], ids=["chatml", "brackets", "default", "names"])
 def test_the_assistant_writes_all_behind_the_generation_prompt_and_the_token_that_ends_it(tokenizer, template, written):
     [(ids, mask)] = encode_conversation(tokenizer, template, TALK)
@@ -344,8 +356,10 @@ def test_a_turn_of_weight_0_is_given_and_not_learnt(tokenizer):
 @pytest.mark.parametrize(("template", "talk", "words"), [
     ("{% for m in messages %}{{ m.content if loop.last else '...' }}{% endfor %}", TALK,
      "asks for message 3 with .* but writes .* once it is answered"),
-    (CHATML + "{% if add_generation_prompt %}<think>{% endif %}", TALK, "asks for message 3 with '<think>' but writes ' It"),
-    (BRACKETS.replace("messages[0]", "messages[1]"), TALK[2:3], "message 1 is the assistant's, and .*begin with the user"),
+    (CHATML + "{% if add_generation_prompt %}<think>{% endif %}", TALK,
+     "asks for message 3 with '<think>' but writes ' It"),
+    (BRACKETS.replace("messages[0]", "messages[1]"), TALK[2:3],
+     "message 1 is the assistant's, and .*begin with the user"),
     (CHATML, [TALK[1] | {"name": "Ann"}, TALK[2]], "has 'name' in its messages, which the chat template does not show"),
 ])
 def test_what_cannot_be_trained_as_it_is_asked_is_refused_with_the_reason(tokenizer, template, talk, words):
@@ -369,15 +383,16 @@ def test_a_field_that_the_template_shows_is_honoured(tokenizer):
 
 
 @pytest.mark.parametrize(("message", "words"), [
-    ({"role": "assistant", "content": None, "tool_calls": [{"id": 1}]}, "message 1 has tool_calls, which is not learnt"),
+    ({"role": "assistant", "content": None, "tool_calls": [{"id": 1}]}, "message 1 has tool_calls, which is not"),
     ({"role": "assistant", "content": "", "function_call": {"name": "f"}}, "message 1 has function_call"),
     ({"role": "tool", "content": "x", "tool_call_id": "1"}, "message 1 has tool_call_id"),
-    ({"role": "assistant", "content": "a", "weight": 0.5}, "message 1 has the weight 0.5; it should be 0 .not learnt. or 1"),
+    ({"role": "assistant", "content": "a", "weight": 0.5}, "message 1 has the weight 0.5; it should be 0 "),
     ({"role": "assistant", "content": "a", "weight": True}, "message 1 has the weight true"),
     ({"role": "user", "content": "a", "weight": 1}, "has the weight 1, but it is the user's"),
-    ({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, 'a part of the type "image_url"; only text'),
+    ({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, 'a part of the type "image_url"; only'),
     ({"role": "user", "content": [{"type": "text"}]}, "message 1 is not"),
-    ({"role": "user", "content": 3}, "message 1 is not"), ({"role": "user"}, "message 1 is not"), ("hi", "message 1 is not"),
+    ({"role": "user", "content": 3}, "message 1 is not"), ({"role": "user"}, "message 1 is not"),
+    ("hi", "message 1 is not"),
     ({"role": "gpt", "content": "a"}, "the role 'gpt', which is called assistant here; convert the file: python -c"),
     ({"role": "User", "content": "a"}, "the role 'User', which is called user here"),
 ])

@@ -398,8 +398,9 @@ GOOD = {"prompt": "a", "response": "b"}
     ({"text": "a", "label": "b"}, "is not prompt/response"),
     ({"messages": []}, "is not prompt/response"),
     ({"prompt": "a", "response": "b", "completion": "b"}, "has both a response and a completion"),
-    ({"prompt": [{"role": "user", "content": "a"}], "completion": []}, 'has [{"role": "user", "content": "a"}] as its prompt; it should be text (turns go into'),
-    ({"prompt": "a", "response": "b", "system": "Be brief."}, "has 'system', which is not honoured here; put what it says"),
+    ({"prompt": [{"role": "user"}], "completion": []},
+     'has [{"role": "user"}] as its prompt; it should be text (turns go into one list, messages)'),
+    ({"prompt": "a", "response": "b", "system": "Be brief."}, "has 'system', which is not honoured here; put what it"),
     ({"prompt": "a", "response": "b", "rejected": "c"}, "has 'rejected', which is not honoured here"),
     ({"prompt": "a", "response": "b", "weight": 0}, "has 'weight', which is not honoured here"),
     ([1], "is not prompt/response"),
@@ -417,7 +418,7 @@ def test_a_row_that_is_no_example_is_named_by_file_and_line(row, words, tmp_path
     ([{"role": "user"}], "message 1 is not"),
     ([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}],
      "has no message of the role assistant with a weight, only of assistant, user"),
-    ([{"role": "user", "content": "a"}, {"role": "gpt", "content": "b"}], "the role 'gpt', which is called assistant here"),
+    ([{"role": "user", "content": "a"}, {"role": "gpt", "content": "b"}], "the role 'gpt', which is called assistant"),
     ([{"role": "user", "content": "a"}, {"role": "robot", "content": "b"}, {"role": "assistant", "content": "b"}],
      "role robot is none of"),
 ])
@@ -530,7 +531,8 @@ def test_other_settings_are_refused_with_the_list(tmp_path):
 
 def test_the_command_line_needs_the_context_and_takes_a_template(tmp_path):
     source = write(tmp_path / "a.jsonl", [{"messages": [{"role": "assistant", "content": "hello"}]}] * 3)
-    (tmp_path / "mine.jinja").write_text("{% for m in messages %}-{{ m.content }}{{ eos_token }}{% endfor %}{{ '-' if add_generation_prompt }}")
+    (tmp_path / "mine.jinja").write_text("{% for m in messages %}-{{ m.content }}{{ eos_token }}{% endfor %}"
+                                         "{{ '-' if add_generation_prompt }}")
 
     def run(*words: str) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", "data.prepare", source, "--tokenizer", "bytes", "--val-fraction", "0", *words]

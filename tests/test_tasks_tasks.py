@@ -166,7 +166,8 @@ def test_labels_have_the_ids_that_they_have_behind_a_text_and_in_training(kind, 
         assert whole.ids == [*before, *ids]
         path = tmp_path / "rows.jsonl"
         path.write_text(json.dumps({"text": "It is", "label": label}) + "\n")
-        [(example, _)] = examples(RowsUnit(str(path), path.stat().st_size, None, end=path.stat().st_size), packing, ours)
+        size = path.stat().st_size
+        [(example, _)] = examples(RowsUnit(str(path), size, None, end=size), packing, ours)
         assert example.ids[example.scored].tolist() == [*ids, ours.eot] and example.ids.tolist()[:-1] == whole.ids
 
 
