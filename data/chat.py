@@ -266,7 +266,8 @@ class _Guard:
         self.spelled = re.compile("|".join(map(re.escape, self.specials)))
         self.pattern = re.compile("|".join(map(self._as_text, self.specials)))
         used = set(template) | set(json.dumps(messages, ensure_ascii=False))
-        self.mark, self.content = [chr(code) for code in range(0xE000, 0xF900) if chr(code) not in used][:2]
+        unused = (chr(code) for code in range(0xE000, 0xF900) if chr(code) not in used)
+        self.mark, self.content = next(unused), next(unused)
         self._encoded: dict[tuple[str, str | None], np.ndarray] = {}  # turns share their beginnings
 
     def _as_text(self, token: str) -> str:
@@ -293,7 +294,9 @@ class _Guard:
         told = self.render(messages, add_generation_prompt=False)
         marked = self.render([*messages[:-1], messages[-1] | {"content": self.content}], add_generation_prompt=False)
         head, _, tail = marked.rpartition(self.content)
-        return told, head.removeprefix(asked) if head.startswith(asked) else "", tail if told.endswith(tail) else ""
+        if not told.endswith(tail):  # it depends on the content: from the last special token
+            tail = told[max((match.start() for match in self.pattern.finditer(told, len(asked))), default=len(told)):]
+        return told, head.removeprefix(asked) if head.startswith(asked) else "", tail
 
     def _hidden(self, value: object) -> object:
         if isinstance(value, str):

@@ -345,6 +345,20 @@ def test_a_template_that_rewrites_earlier_turns_gives_one_example_for_each_turn(
     assert answer_lead(tokenizer, THINKING) == "<think>\n\n</think>\n\n" and answer_lead(tokenizer, CHATML) == ""
 
 
+def test_a_turn_is_encoded_as_what_follows_its_prompt_also_where_the_whole_merges_over_its_start(folders):
+    tokenizer = load_tokenizer(str(folders["prepend"]))
+    merging = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    [(ids, mask)] = encode_conversation(tokenizer, merging, [{"role": "user", "content": "Wh"},
+                                                             {"role": "assistant", "content": "at"}])
+    assert tokenizer.decode(ids[mask]) == "at</s>" and ids.tolist()[:-1] != tokenizer.encode("What").tolist()
+
+
+def test_the_end_of_an_answer_is_found_though_what_follows_depends_on_it(tokenizer):
+    template = CHATML.replace("'<|im_end|>'", "'<|im_end|>' + '!' * (message['content'] | length)")
+    [(ids, mask)] = encode_conversation(tokenizer, template, TALK[1:3])
+    assert tokenizer.decode(ids[mask]) == " It is 4.\n<|im_end|>"
+
+
 def test_a_turn_of_weight_0_is_given_and_not_learnt(tokenizer):
     talk = [message | {"weight": 0} if message["role"] == "assistant" else message for message in TALK]
     talk[-1] = TALK[-1] | {"weight": 1}

@@ -85,6 +85,22 @@ def test_a_chat_too_long_keeps_the_token_that_its_template_begins_with(tmp_path)
         assert len(ids) == 20 and ids[0] == ours.special_ids["<s>"]
 
 
+def test_where_text_merges_over_the_start_of_a_turn_each_turn_is_an_example_and_is_learnt_once():
+    tokenizer = chatml_tokenizer()
+    merging = ("{% for m in messages %}{{ ('th' if m.role == 'assistant' else 'Q') + m.content + eos_token }}"
+               "{% endfor %}{{ 'th' if add_generation_prompt }}")
+    talk = [{"role": role, "content": text} for q, a in (("1", "e answer"), ("2", "49"), ("3", "It is"))
+            for role, text in (("user", q), ("assistant", a))]
+    whole = fit_conversation(tokenizer, merging, talk)
+    asked = [fit_chat(tokenizer, merging, talk[:end], 10**6)[0].tolist() for end in (1, 3, 5)]
+    assert [ids[:int(written.argmax())].tolist() for ids, written, _ in whole] == asked
+    assert len(tokenizer.encode("the")) < len(tokenizer.encode("th")) + len(tokenizer.encode("e"))  # it merges indeed
+    for room in range(8, len(whole[-1][0]) + 1):  # the last loses turns: of those left, its own alone is learnt
+        found = fit_conversation(tokenizer, merging, talk, room)
+        learnt = [tokenizer.decode(ids[written]) for ids, written, _ in found]
+        assert learnt == [f"{text}<|endoftext|>" for text in ("e answer", "49", "It is")], room
+
+
 def test_whatever_the_lengths_the_ends_of_prompt_and_response_stay():
     draw, begun = random.Random(0), with_bos(BYTES, "<|endoftext|>")
     for _ in range(2000):

@@ -445,6 +445,16 @@ def test_an_answer_in_a_chat_ends_with_what_ends_a_turn_there_and_with_no_other_
     assert row["finished"] and row["prediction"] == text[:text.index(end)].decode(errors="replace") != ""
 
 
+def test_what_a_template_writes_before_its_answers_is_no_part_of_one(monkeypatch):
+    template = ("{% for m in messages %}{{ m.role[0] }}{{ '<think></think>' if m.role == 'assistant' }}{{ m.content }}"
+                "{{ eos_token }}{% endfor %}{{ 'a' if add_generation_prompt }}")
+    answers = ["<think></think>b", "b<think></think>"]
+    monkeypatch.setattr(tasks, "continue_greedily", lambda *some, **more: (answers, [True, True]))
+    result, rows = tasks.generation(make_model(), BYTES, Task(Path("f"), [chat("a"), chat("a")]), template,
+                                    metrics=("exact_match",), max_new_tokens=5, stop=(), batch_size=2)
+    assert [row["prediction"] for row in rows] == ["b", "b<think></think>"]
+
+
 def test_a_chat_that_the_template_refuses_or_a_run_without_one_is_an_error():
     model, bad = talkative_model(), Chat(3, ({"role": "robot", "content": "beep"},), ("yes",))
     arguments = dict(metrics=("f1",), max_new_tokens=9, stop=(), batch_size=2)
