@@ -8,7 +8,6 @@ sandbox: they can change nothing and open nothing. What is too long is cut by pr
 import functools
 import json
 import re
-import shlex
 import sys
 from pathlib import Path
 
@@ -121,56 +120,6 @@ def _compiled(template: str):
         return environment.from_string(template)
     except jinja2.TemplateSyntaxError as error:
         raise ChatError(f"the chat template is not valid Jinja at line {error.lineno}: {error.message}") from None
-
-
-# ---- Messages as files have them -------------------------------------------------------------------------------------
-
-OTHER_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "ai": "assistant",
-               "model": "assistant"}
-RENAMED = (f"{{'messages': [m | {{'role': {OTHER_ROLES}.get(m['role'].lower(), m['role'].lower())}} "
-           "for m in r['messages']]}")
-
-
-def conversion(expression: str, path: str = "IN.jsonl") -> str:
-    """A command that makes OUT.jsonl of a JSONL file by a Python expression of its rows r."""
-    return (f'python -c "import json, sys; [print(json.dumps({expression})) for r in map(json.loads, filter(str.strip, '
-            f"open(sys.argv[1], encoding='utf-8')))]\" {shlex.quote(path)} > OUT.jsonl")
-
-
-def plain_messages(messages: object) -> list[dict]:
-    """Messages as templates take them: without fields that say nothing, their content a text, also where a list of
-    parts spells it. Raises ChatError for what is none, or would change the meaning unseen."""
-    if not isinstance(messages, list) or not messages:
-        raise ChatError('has no messages; it should have a list of {"role", "content"}')
-    return [_plain_message(message, f"message {number}") for number, message in enumerate(messages, start=1)]
-
-
-def _plain_message(message: object, name: str) -> dict:
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise ChatError(f'{name} is not {{"role", "content"}} with a text in both')
-    message = {key: value for key, value in message.items() if value not in (None, [], {})}
-    tools = sorted({"tool_calls", "function_call", "tool_call_id", "audio"} & message.keys())
-    if tools:
-        raise ChatError(f"{name} has {tools[0]}, which is not learnt here; spell it out in the content, or remove the "
-                        "row")
-    role, weight, content = message["role"], message.get("weight", 1), message.get("content")
-    known = OTHER_ROLES.get(role.lower(), role.lower())
-    if known != role and known in ("system", "user", "assistant"):
-        raise ChatError(f"{name} has the role {role!r}, which is called {known} here; convert the file: "
-                        f"{conversion(RENAMED)}")
-    if isinstance(weight, bool) or weight not in (0, 1):
-        raise ChatError(f"{name} has the weight {json.dumps(weight)}; it should be 0 (not learnt) or 1")
-    if "weight" in message and weight == 1 and role != "assistant":
-        raise ChatError(f"{name} has the weight 1, but it is the {role}'s: only turns of the assistant are learnt")
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    for part in parts if isinstance(parts, list) else [parts]:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind not in (None, "text"):
-            raise ChatError(f"{name} has a part of the type {json.dumps(kind)}; only text is learnt here")
-        if kind is None or not isinstance(part.get("text"), str):
-            raise ChatError(f'{name} is not {{"role", "content"}} with a text in both, or parts {{"type": "text", '
-                            '"text"}')
-    return message | {"content": "".join(part["text"] for part in parts)}
 
 
 # ---- Messages -> tokens ----------------------------------------------------------------------------------------------

@@ -1,10 +1,8 @@
 """Examples to learn from: rows of JSONL to tokens, which of them the loss counts, and whole examples packed into rows.
 
-The kind of a file is seen from its fields: prompt/response {"prompt", "response"} (or "completion"), classification
-{"text", "label"} (the response is " " + label), chat {"messages": [{"role", "content"}, ...]}; {"text"} alone is plain
-text, which is not this file's. A prompt is encoded alone, then its response as what follows it, then end-of-text, so
-that a prompt has the tokens in training that it has when it is asked. The loss counts responses only. Fields that would
-change what is learnt are refused by name. A row too long is cut, dropped or refused (data.too_long).
+What a row says is rows.py's. A prompt is encoded alone, then its response (of a classification " " + label) as what
+follows it, then end-of-text, so that a prompt has the tokens in training that it has when it is asked. The loss counts
+responses only. A row too long is cut, dropped or refused (data.too_long).
 
 A row holds max_seq_len + 1 tokens: whole examples, then end-of-text without loss. Examples are packed best-fit
 decreasing (Johnson 1973) within a unit of sources.py, about 1 MB of rows, so that packing needs no state between units
@@ -22,24 +20,13 @@ from pathlib import Path
 
 import numpy as np
 
-from config import UserError
-from data.chat import OTHER_ROLES, ChatError, conversion, plain_messages
+from data.chat import ChatError
 from data.dataset import open_dataset, open_split
 from data.prompts import encode_prompt, fit_conversation, kept_tokens
-from data.sources import SourceError, TextFile, Unit, first_row, jsonl_rows, row_name
+from data.rows import CHAT, CLASSIFICATION, FIELDS, ExampleError, plain_row
+from data.sources import Unit, jsonl_rows, row_name
 from data.tokenizer import Tokenizer
 
-TEXT, PROMPT_RESPONSE, CLASSIFICATION, CHAT = "text", "prompt/response", "classification", "chat"
-FIELDS = {CHAT: ("messages",), PROMPT_RESPONSE: ("prompt", "response"), CLASSIFICATION: ("text", "label")}
-MEANING = ("system", "history", "tools", "functions", "tool_calls", "function_call", "parallel_tool_calls", "documents",
-           "images", "chosen", "rejected", "weight", "chat_template_kwargs")  # of a row, which nothing here honours
-CONVERSIONS = {  # rows of other shapes -> what to make of a row r
-    ("conversations",): f"{{'messages': [{{'role': {OTHER_ROLES}.get(m['from'], m['from']), 'content': m['value']}} "
-                        "for m in r['conversations']]}",
-    ("instruction", "output"): r"{'prompt': r['instruction'] + ('\n\n' + r['input'] if r.get('input') else '') + "
-                               r"'\n\n', 'response': r['output']}",
-    ("prompt", "chosen"): "{'prompt': r['prompt'], 'response': r['chosen']}",
-}
 ROWS_PER_UNIT = 256  # at least, for best-fit to choose from
 SHOWN_CHARS = 400  # of a part of an example
 
@@ -76,41 +63,7 @@ def template_hash(template: str) -> str:
     return hashlib.sha256(template.encode()).hexdigest()[:16]
 
 
-class ExampleError(UserError):
-    """A row that is no example, or does not fit."""
-
-
 # ---- Rows -> examples ------------------------------------------------------------------------------------------------
-
-def kind_of_row(row: object, text_field: str) -> str:
-    """What a row of JSONL holds. A text_field other than "text" was named by the user: plain text."""
-    if isinstance(row, dict) and not (text_field != "text" and text_field in row):
-        for kind, names in FIELDS.items():
-            if all(name in row or (name == "response" and "completion" in row) for name in names):
-                return kind
-    return TEXT
-
-
-def find_kind(files: Sequence[TextFile], text_field: str) -> str:
-    """The kind that all files have, by their first rows. Raises SourceError if they differ, or are of another shape
-    that can be converted."""
-    kinds: dict[str, str] = {}
-    for file in files:
-        row = first_row(file) if file.kind == "jsonl" else {}
-        if row is None:
-            continue
-        kind = kind_of_row(row, text_field)
-        kinds.setdefault(kind, file.path)
-        for names, expression in CONVERSIONS.items():
-            if kind == TEXT and isinstance(row, dict) and {*names} <= row.keys() and text_field not in row:
-                raise SourceError(f"source {file.path!r} has rows of {', '.join(names)}; convert it first: "
-                                  f"{conversion(expression, file.path)}")
-    if len(kinds) > 1:
-        (one, first), (other, second) = list(kinds.items())[:2]
-        raise SourceError(f"source {first!r} holds {one} but {second!r} holds {other}; prepare one kind at a time, "
-                          "from a folder of its own")
-    return next(iter(kinds), TEXT)
-
 
 def examples(unit: Unit, packing: Packing, tokenizer: Tokenizer) -> Iterator[tuple[Example | None, int]]:
     """(example, invalid UTF-8 sequences replaced in its row) of the rows of a unit, of a conversation one or several;
@@ -143,48 +96,6 @@ def _naming(unit: Unit, number: int) -> Iterator[None]:
 
 def _text_of_row(row: dict) -> str:
     return json.dumps(row, sort_keys=True)
-
-
-def plain_row(row: object, kind: str) -> dict:
-    """The FIELDS of a row, its completion called response. Raises ExampleError or ChatError if it is no example of this
-    kind, has nothing to learn, or another field that would change what is learnt."""
-    found = kind_of_row(row, "text")
-    if found != kind:
-        names = f"only {', '.join(row)}" if isinstance(row, dict) else json.dumps(row)[:40]
-        raise ExampleError(f"is not {kind}, as the first row is: it should have {' and '.join(FIELDS[kind])} but has "
-                           f"{names}; keep one kind in a file")
-    unseen = [name for name in MEANING if row.get(name) not in (None, [], {}, "")]
-    if unseen:
-        raise ExampleError(f"has {unseen[0]!r}, which is not honoured here; put what it says into "
-                           f"{' or '.join(FIELDS[kind])}, or remove it")
-    if kind == CHAT:
-        return {"messages": _learnable(plain_messages(row["messages"]))}
-    if kind == PROMPT_RESPONSE and "completion" in row:
-        if "response" in row:
-            raise ExampleError("has both a response and a completion; remove one")
-        row = row | {"response": row["completion"]}
-    for name in FIELDS[kind]:
-        allowed = str | int if name == "label" else str
-        if not isinstance(row[name], allowed) or isinstance(row[name], bool):
-            raise ExampleError(f"has {json.dumps(row[name])[:40]} as its {name}; it should be text (turns go into one "
-                               "list, messages)")
-    answer = FIELDS[kind][1]
-    if not str(row[answer]).strip():
-        raise ExampleError(f"has an empty {answer}: there is nothing to learn from it; fill it in or remove the row")
-    return {name: row[name] for name in FIELDS[kind]}
-
-
-def _learnable(messages: list[dict]) -> list[dict]:
-    learnt = [i for i, message in enumerate(messages) if message["role"] == "assistant" and message.get("weight") != 0]
-    empty = next((i for i in learnt if not messages[i]["content"].strip()), None)
-    if empty is not None:
-        raise ExampleError(f"message {empty + 1}, the assistant's, is empty: there is nothing to learn from it; fill "
-                           'it in, give it "weight": 0 or remove the row')
-    if not learnt:
-        roles = ", ".join(sorted({message["role"] for message in messages}))
-        raise ExampleError(f"has no message of the role assistant{' with a weight' * ('assistant' in roles)}, only of "
-                           f"{roles}: there is nothing to learn from it; remove the row or mend its roles")
-    return messages
 
 
 def _examples(row: object, packing: Packing, tokenizer: Tokenizer) -> list[Example | None]:

@@ -31,18 +31,8 @@ import files
 from config import ConfigError, MachineError, UserError, exit_cleanly
 from data.chat import DEFAULT_TEMPLATE, TEMPLATE_FILE, read_template, save_template
 from data.dataset import INDEX_FORMAT, files_of, load_index
-from data.examples import (
-    CHAT,
-    ROWS_PER_UNIT,
-    TEXT,
-    Example,
-    Packing,
-    examples,
-    find_kind,
-    first_example,
-    packed,
-    texts_of_examples,
-)
+from data.examples import ROWS_PER_UNIT, Example, Packing, examples, first_example, packed, texts_of_examples
+from data.rows import CHAT, TEXT, find_kind
 from data.shards import TRACKS
 from data.sources import (
     KINDS,

@@ -30,9 +30,10 @@ from tqdm import tqdm
 import kernels
 import sample
 from config import UserError
-from data.chat import ChatError, answer_lead, plain_messages
+from data.chat import ChatError, answer_lead
 from data.loader import IGNORED
 from data.prompts import answer_room, encode_prompt, fit_chat, fit_prompt
+from data.rows import ExampleError, plain_messages, refuse_unseen
 from data.tokenizer import Tokenizer, replace_surrogates
 from model import GPT, KVCache
 from tasks import scores
@@ -124,7 +125,10 @@ def read_task(path: Path) -> Task:
             raise wrong(f"is not JSON: {error}") from None
         if not isinstance(row, dict):
             raise wrong(f"holds {_shown(row)}, not an object with fields")
-        example = _example(row, number, wrong)
+        try:
+            example = _example(row, number, wrong)
+        except ExampleError as error:
+            raise wrong(str(error)) from None
         if task.examples and type(example) is not type(task.examples[0]):
             raise wrong(f"is {KINDS[type(example)]}, the lines before it {task.kind}; a file holds one kind")
         task.examples.append(example)
@@ -139,6 +143,7 @@ def _example(row: dict, line: int, wrong: WrongLine) -> Example:
         return Choice(line, _text(row["query"], "query", wrong), choices, _index(row, "gold", choices, wrong))
     if {"ctx", "endings", "label"} <= row.keys():
         return _hellaswag(row, line, wrong)
+    refuse_unseen(row)
     if {"text", "label"} <= row.keys():
         text, label = _text(row["text"], "text", wrong), row["label"]
         label = str(label) if isinstance(label, int) and not isinstance(label, bool) else label
@@ -168,10 +173,7 @@ def _hellaswag(row: dict, line: int, wrong: WrongLine) -> Choice:
 
 
 def _chat(messages: object, line: int, wrong: WrongLine) -> Chat:
-    try:
-        messages = plain_messages(messages)
-    except ChatError as error:
-        raise wrong(str(error)) from None
+    messages = plain_messages(messages)
     messages = [message | {"content": replace_surrogates(message["content"])} for message in messages]
     if len(messages) < 2:
         raise wrong("has one message; it should have at least two, the last one the answer")

@@ -17,7 +17,6 @@ from data.chat import (
     encode_chat,
     encode_conversation,
     load_template,
-    plain_messages,
     read_template,
     render,
     save_template,
@@ -394,32 +393,6 @@ def test_a_field_that_the_template_shows_is_honoured(tokenizer):
     named = CHATML.replace("message['role'] +", "message['role'] + (' ' + message.name if message.name else '') +")
     [(ids, _)] = encode_conversation(tokenizer, named, [TALK[1] | {"name": "Ann"}, TALK[2]])
     assert tokenizer.decode(ids).startswith("<|im_start|>user Ann\n")
-
-
-@pytest.mark.parametrize(("message", "words"), [
-    ({"role": "assistant", "content": None, "tool_calls": [{"id": 1}]}, "message 1 has tool_calls, which is not"),
-    ({"role": "assistant", "content": "", "function_call": {"name": "f"}}, "message 1 has function_call"),
-    ({"role": "tool", "content": "x", "tool_call_id": "1"}, "message 1 has tool_call_id"),
-    ({"role": "assistant", "content": "a", "weight": 0.5}, "message 1 has the weight 0.5; it should be 0 "),
-    ({"role": "assistant", "content": "a", "weight": True}, "message 1 has the weight true"),
-    ({"role": "user", "content": "a", "weight": 1}, "has the weight 1, but it is the user's"),
-    ({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, 'a part of the type "image_url"; only'),
-    ({"role": "user", "content": [{"type": "text"}]}, "message 1 is not"),
-    ({"role": "user", "content": 3}, "message 1 is not"), ({"role": "user"}, "message 1 is not"),
-    ("hi", "message 1 is not"),
-    ({"role": "gpt", "content": "a"}, "the role 'gpt', which is called assistant here; convert the file: python -c"),
-    ({"role": "User", "content": "a"}, "the role 'User', which is called user here"),
-])
-def test_a_message_that_would_be_misunderstood_is_refused_by_name(message, words):
-    with pytest.raises(ChatError, match=words):
-        plain_messages([message])
-
-
-def test_parts_of_text_are_their_text_and_what_says_nothing_is_gone():
-    parts = [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]
-    assert plain_messages([{"role": "user", "content": parts, "name": None, "tool_calls": []},
-                           {"role": "assistant", "content": "c", "weight": 0}]) == [
-        {"role": "user", "content": "a b"}, {"role": "assistant", "content": "c", "weight": 0}]
 
 
 def test_a_tokenizer_without_a_token_for_the_beginning_says_so():

@@ -437,27 +437,6 @@ def test_a_field_of_a_conversation_that_would_change_it_is_refused_by_name(field
         tmp_path, [talk, talk | {field: True}], max_seq_len=100)
 
 
-SHAREGPT = {"conversations": [{"from": "human", "value": "é \"q\"'"}, {"from": "gpt", "value": "b\n"}]}
-ROLES = {"messages": [{"role": "Human", "content": "a"}, {"role": "gpt", "content": "b"}]}
-
-
-@pytest.mark.parametrize(("row", "expected"), [
-    (SHAREGPT, {"messages": [{"role": "user", "content": "é \"q\"'"}, {"role": "assistant", "content": "b\n"}]}),
-    (ROLES, {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}),
-    ({"instruction": "Add.", "input": "1 2", "output": "3"}, {"prompt": "Add.\n\n1 2\n\n", "response": "3"}),
-    ({"instruction": "Hi", "output": "Ho"}, {"prompt": "Hi\n\n", "response": "Ho"}),
-    ({"prompt": "p", "chosen": "good", "rejected": "bad"}, {"prompt": "p", "response": "good"}),
-], ids=["sharegpt", "roles", "alpaca", "alpaca without input", "preferences"])
-def test_rows_of_another_shape_are_refused_with_a_command_that_converts_them(row, expected, tmp_path):
-    text = refusal(tmp_path, [row, row], max_seq_len=100)
-    command = text[text.index("python -c "):].replace("IN.jsonl", str(tmp_path / "in.jsonl"))
-    assert "line 1" in text or str(tmp_path / "in.jsonl") in command
-    subprocess.run(command.replace("python", sys.executable, 1), shell=True, check=True, cwd=tmp_path)
-    converted = tmp_path / "OUT.jsonl"
-    assert [json.loads(line) for line in converted.read_text().splitlines()] == [expected] * 2
-    prepared(str(converted), tmp_path / "done", max_seq_len=100, val_fraction=0.0)
-
-
 def test_prompt_and_completion_are_a_prompt_and_its_response(tmp_path):
     rows = [{"prompt": row["prompt"], "completion": row["response"]} for row in PAIRS]
     prepared(write(tmp_path / "a.jsonl", rows), tmp_path / "one")

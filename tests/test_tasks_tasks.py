@@ -525,6 +525,7 @@ GOOD = '{"query": "q", "choices": ["a", "b"], "gold": 1}'
     ('{"prompt": "p", "reference": []}', r"reference = \[\] should be a list of at least 1 text$"),
     ('{"prompt": ["p"], "reference": "r"}', "prompt = .* should be a text"),
     ('{"messages": [{"role": "user", "content": "a"}]}', "has one message; it should have at least two"),
+    ('{"prompt": "p", "response": "r", "system": "s"}', "has 'system', which is not honoured here"),
     ('{"messages": [{"role": "human", "content": "a"}, {"role": "assistant", "content": "b"}]}', "the role 'human'"),
     ('{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "a"}]}',
      "the last message is of the role 'user', not assistant"),
