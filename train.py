@@ -333,7 +333,7 @@ def train(config: Config, given: set[str], *, world: World, stop: StopRequest) -
             model, optimizer, progress = starting.build(start, config, parent, machine, world)
         with distributed.raise_on_all_ranks(world):
             if world.is_main:
-                write_run_files(config, tokenizer, kept_template(data_dir, parent))
+                write_run_files(config, tokenizer, kept_template(config, data_dir, parent))
             log = metrics.RunLog(Path(config.train.out_dir), resume_step=start.step, enabled=world.is_main,
                                  tracker=config.train.tracker, config=dataclasses.asdict(config))
         stack.callback(log.close)

@@ -131,6 +131,11 @@ def encode_chat(tokenizer: Tokenizer, template: str, messages: list[dict]) -> np
     return guard.encode(guard.render(messages, add_generation_prompt=True))
 
 
+def learnt_turns(messages: list[dict]) -> list[int]:
+    """Which messages are learnt: the assistant's but those of weight 0."""
+    return [i for i, message in enumerate(messages) if message["role"] == "assistant" and message.get("weight") != 0]
+
+
 def encode_conversation(tokenizer: Tokenizer, template: str,
                         messages: list[dict]) -> list[tuple[np.ndarray, np.ndarray]]:
     """What there is to learn from a conversation: ids (n,) uint32 up to the end of an answer, and which of them the
@@ -143,8 +148,7 @@ def encode_conversation(tokenizer: Tokenizer, template: str,
     """
     guard = _Guard(tokenizer, template, messages)
     guard.check_fields(messages)
-    turns = [_turn(guard, messages, number) for number, message in enumerate(messages)
-             if message["role"] == "assistant" and message.get("weight") != 0]
+    turns = [_turn(guard, messages, number) for number in learnt_turns(messages)]
     ids = [np.concatenate(turn) for turn in turns]
     written = [np.arange(len(some)) >= len(asked) for some, (asked, _) in zip(ids, turns, strict=True)]
     if any(not np.array_equal(some, ids[-1][:len(some)]) for some in ids):

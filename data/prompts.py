@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from data.chat import encode_chat, encode_conversation
+from data.chat import encode_chat, encode_conversation, learnt_turns
 from data.tokenizer import Tokenizer
 
 
@@ -66,9 +66,8 @@ def fit_conversation(tokenizer: Tokenizer, template: str, messages: list[dict],
     """The examples of a conversation to learn from: ids, uint32 (n <= room,), which of them the loss counts, bool (n,),
     and how many tokens were cut. Raises ChatError (see encode_conversation)."""
     found = encode_conversation(tokenizer, template, messages)
-    learnt = [i for i, message in enumerate(messages) if message["role"] == "assistant" and message.get("weight") != 0]
     fitted = []
-    for last, (ids, written) in zip(learnt[-len(found):], found, strict=True):
+    for last, (ids, written) in zip(learnt_turns(messages)[-len(found):], found, strict=True):
         tokens = len(ids)
         if tokens > room:
             talk = messages[:last + 1]

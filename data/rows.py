@@ -10,6 +10,7 @@ import shlex
 from collections.abc import Sequence
 
 from config import UserError
+from data.chat import learnt_turns
 from data.sources import SourceError, TextFile, first_row
 
 TEXT, PROMPT_RESPONSE, CLASSIFICATION, CHAT = "text", "prompt/response", "classification", "chat"
@@ -104,7 +105,7 @@ def refuse_unseen(row: dict) -> None:
 
 
 def _learnable(messages: list[dict]) -> list[dict]:
-    learnt = [i for i, message in enumerate(messages) if message["role"] == "assistant" and message.get("weight") != 0]
+    learnt = learnt_turns(messages)
     empty = next((i for i in learnt if not messages[i]["content"].strip()), None)
     if empty is not None:
         raise ExampleError(f"message {empty + 1}, the assistant's, is empty: there is nothing to learn from it; fill "

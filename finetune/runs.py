@@ -14,7 +14,7 @@ import checkpoint
 import files
 from checkpoint import CheckpointError
 from config import Config, ConfigError, LoraConfig, ModelConfig, differences, load_run_config
-from data.chat import load_template
+from data.chat import load_template, read_template
 from data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from finetune import lora
 from model import GPT
@@ -105,11 +105,13 @@ def load_base(path: Path) -> dict[str, Tensor]:
 
 # ---- What a run takes over from the one it starts from ---------------------------------------------------------------
 
-def kept_template(data_dir: Path, parent) -> str | None:
-    """The chat template of a run: that of the chats it learns from, else the parent's, whose chats it may still know.
-    parent: as for take_over, or None."""
-    of_chats = load_template(data_dir)
-    return parent.chat_template if of_chats is None and parent is not None else of_chats
+def kept_template(config: Config, data_dir: Path, parent) -> str | None:
+    """The chat template of a run: that of the chats it learns from, else the one named, else the parent's, whose chats
+    it may still know. parent: as for take_over, or None. Raises ChatError."""
+    template = load_template(data_dir)
+    if template is None and config.data.chat_template is not None:
+        template = read_template(config.data.chat_template)
+    return parent.chat_template if template is None and parent is not None else template
 
 
 def take_over(config: Config, given: set[str], parent) -> Config:

@@ -435,7 +435,8 @@ def generation(model: GPT, tokenizer: Tokenizer, task: Task, template: str | Non
     texts, finished = continue_greedily(model, tokenizer, prompts, ends=sample.end_tokens(tokenizer, template),
                                         max_new_tokens=max_new_tokens, stop=stop, batch_size=batch_size)
     if template is not None:
-        texts = [text.removeprefix(answer_lead(tokenizer, template)) for text in texts]
+        lead = answer_lead(tokenizer, template)
+        texts = [text.removeprefix(lead) for text in texts]
     result, each = scores.text_scores(texts, [example.references for example in task.examples], metrics)
     rows = [{**asdict(example), "prediction": text, "finished": is_finished, **score}
             for example, text, is_finished, score in zip(task.examples, texts, finished, each, strict=True)]

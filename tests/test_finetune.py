@@ -218,9 +218,12 @@ def test_a_run_on_chat_holds_its_template_and_hands_it_on(tune):
     plain = run(chat, "plain")  # prepared anew, in a folder of its own
     assert load_template(plain) == DEFAULT_TEMPLATE
     assert load_template(Path("parent")) is None
-    for name, more in (("third", ()), ("adapted", ("lora.rank=2",))):  # rows that are no chats do not take it away
+    Path("other.jinja").write_text("{{ messages[0].content }}")
+    # rows that are no chats do not take it away
+    for name, more, kept in (("third", (), "mine.jinja"), ("adapted", ("lora.rank=2",), "mine.jinja"),
+                             ("named", ("data.chat_template=other.jinja",), "other.jinja")):
         third = run(["tune.toml", "data.source=pairs.jsonl"], name, "train.init_from=first", "train.max_steps=1", *more)
-        assert load_template(third) == load_template(first)
+        assert load_template(third) == Path(kept).read_text()
 
 
 def test_a_template_that_is_not_there_is_refused_before_anything_is_written(tune):
