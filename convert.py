@@ -27,7 +27,7 @@ import cli
 import config as configuration
 import files
 from config import Config, ConfigError, ModelConfig, TrainConfig, UserError, exit_cleanly
-from data.chat import load_template, save_template
+from data.chat import check_template, load_template, save_template
 from data.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Tokenizer, from_vocab_and_merges, load_tokenizer
 from finetune import lora
 from finetune.runs import (
@@ -382,14 +382,15 @@ def _tokenizer(folder: Path, table: dict) -> Tokenizer:
 
 
 def _chat_template(folder: Path) -> str | None:
-    """chat_template.jinja, else that of tokenizer_config.json (of a list of named ones the default)."""
+    """chat_template.jinja, else that of tokenizer_config.json (of a list of named ones the default). Raises ChatError.
+    """
     template = load_template(folder)
     if template is None and (folder / TOKENIZER_CONFIG_FILE).exists():
         template = _read_json(folder / TOKENIZER_CONFIG_FILE).get("chat_template")
     if isinstance(template, list):
         template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}.get(
             "default")
-    return template if isinstance(template, str) else None
+    return check_template(template, folder / TOKENIZER_CONFIG_FILE) if isinstance(template, str) else None
 
 
 def _open_parts(folder: Path, table: str) -> dict:
@@ -572,10 +573,10 @@ def to_hf(run: Path, folder: Path, *, dtype: str = "float32", note: Callable[[st
         "config.json": hf_config(config, family, bos=bos, eos=eos, dtype=dtype),
         GENERATION_FILE: {"pad_token_id": eos} | saved.generation | {
             "bos_token_id": bos, "eos_token_id": [eos, *more_ends] if more_ends else eos},
-        TOKENIZER_CONFIG_FILE: {
-            "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": tokenizer.bos_token or tokenizer.eot_token,
-            "eos_token": tokenizer.eot_token, "model_max_length": config.max_seq_len,
-            "clean_up_tokenization_spaces": False}}
+        TOKENIZER_CONFIG_FILE: {  # a template shows a bos_token if there is one
+            "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.max_seq_len,
+            "clean_up_tokenization_spaces": False} | (
+                {"bos_token": tokenizer.eot_token} if saved.chat_template is None else {}) | tokenizer.named}
     with _new_folder(folder) as temporary:
         checkpoint.write_tensor_file(temporary / WEIGHTS_FILE, theirs)
         tokenizer.save(temporary / TOKENIZER_FILE)  # may write a tokenizer_config.json, of which ours says more

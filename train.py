@@ -37,7 +37,7 @@ import start as starting
 import trackers
 from cli import StopRequest, commit, note
 from config import Config, ConfigError, MachineError, UserError
-from data.chat import TEMPLATE_FILE, load_template, save_template
+from data.chat import TEMPLATE_FILE, save_template
 from data.dataset import Dataset, open_dataset, open_split
 from data.loader import MicroBatch, TrainLoader, ValLoader
 from data.prepare import PreparationStopped
@@ -45,7 +45,7 @@ from data.prepared import ensure_prepared
 from data.tokenizer import Tokenizer, load_tokenizer
 from data.verify_shards import BackgroundVerifier
 from distributed import Machine, World
-from finetune.runs import files_to_save, run_lock, save_generation
+from finetune.runs import files_to_save, kept_template, run_lock, save_generation
 from kernels import self_check
 from model import GPT, flops_per_token, padded_vocab_size
 from optim import LossScale, Optimizer, clip_gradients, learning_rate
@@ -346,7 +346,7 @@ def train(config: Config, given: set[str], *, world: World, stop: StopRequest) -
         train_data.go_on_after(progress.step, progress.tokens // config.model.max_seq_len)
         with distributed.raise_on_all_ranks(world):
             if world.is_main:
-                write_run_files(config, tokenizer, load_template(data_dir), parent)
+                write_run_files(config, tokenizer, kept_template(config, data_dir, parent), parent)
             log = metrics.RunLog(Path(config.train.out_dir), resume_step=start.step, enabled=world.is_main,
                                  tracker=config.train.tracker, config=dataclasses.asdict(config))
         stack.callback(log.close)

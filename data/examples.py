@@ -1,9 +1,8 @@
 """Examples to learn from: rows of JSONL to tokens, which of them the loss counts, and whole examples packed into rows.
 
-The kind of a file is seen from its fields: prompt/response {"prompt", "response"}, classification {"text", "label"}
-(the response is " " + label), chat {"messages": [{"role", "content"}, ...]}; {"text"} alone is plain text, which is not
-this file's. A prompt is encoded alone, then its response, then end-of-text, so that a prompt has the tokens in training
-that it has when it is asked. The loss counts responses only. A row too long is cut, dropped or refused (data.too_long).
+What a row says is rows.py's. A prompt is encoded alone, then its response (of a classification " " + label) as what
+follows it, then end-of-text, so that a prompt has the tokens in training that it has when it is asked. The loss counts
+responses only. A row too long is cut, dropped or refused (data.too_long).
 
 A row holds max_seq_len + 1 tokens: whole examples, then end-of-text without loss. Examples are packed best-fit
 decreasing (Johnson 1973) within a unit of sources.py, about 1 MB of rows, so that packing needs no state between units
@@ -17,18 +16,19 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from config import UserError
 from data.chat import ChatError
+from data.dataset import open_dataset, open_split
 from data.prompts import encode_prompt, fit_conversation, kept_tokens
-from data.sources import SourceError, TextFile, Unit, first_row, jsonl_rows, row_name
+from data.rows import CHAT, CLASSIFICATION, FIELDS, ExampleError, plain_row
+from data.sources import Unit, jsonl_rows, row_name
 from data.tokenizer import Tokenizer
 
-TEXT, PROMPT_RESPONSE, CLASSIFICATION, CHAT = "text", "prompt/response", "classification", "chat"
-FIELDS = {CHAT: ("messages",), PROMPT_RESPONSE: ("prompt", "response"), CLASSIFICATION: ("text", "label")}
 ROWS_PER_UNIT = 256  # at least, for best-fit to choose from
+SHOWN_CHARS = 400  # of a part of an example
 
 
 @dataclass(frozen=True)
@@ -63,42 +63,17 @@ def template_hash(template: str) -> str:
     return hashlib.sha256(template.encode()).hexdigest()[:16]
 
 
-class ExampleError(UserError):
-    """A row that is no example, or does not fit."""
-
-
 # ---- Rows -> examples ------------------------------------------------------------------------------------------------
 
-def kind_of_row(row: object, text_field: str) -> str:
-    """What a row of JSONL holds. A text_field other than "text" was named by the user: plain text."""
-    if isinstance(row, dict) and not (text_field != "text" and text_field in row):
-        for kind, names in FIELDS.items():
-            if all(name in row for name in names):
-                return kind
-    return TEXT
-
-
-def find_kind(files: Sequence[TextFile], text_field: str, kind: str = "auto") -> str:
-    """The kind that all files have: text if that was asked for, else by their first rows. Raises SourceError if they
-    differ."""
-    kinds: dict[str, str] = {TEXT: ""} if kind == TEXT else {}
-    for file in files if kind != TEXT else ():
-        row = first_row(file) if file.kind == "jsonl" else {}
-        if row is not None:
-            kinds.setdefault(kind_of_row(row, text_field), file.path)
-    if len(kinds) > 1:
-        (one, first), (other, second) = list(kinds.items())[:2]
-        raise SourceError(f"source {first!r} holds {one} but {second!r} holds {other}; prepare one kind at a time, "
-                          "from a folder of its own, or all as plain text (--kind text, data.kind=text)")
-    return next(iter(kinds), TEXT)
-
-
 def examples(unit: Unit, packing: Packing, tokenizer: Tokenizer) -> Iterator[tuple[Example | None, int]]:
-    """(example, invalid UTF-8 sequences replaced in it) of each row of a unit; None for one dropped as too long. Raises
-    ExampleError naming the row."""
+    """(example, invalid UTF-8 sequences replaced in its row) of the rows of a unit, of a conversation one or several;
+    None for one dropped as too long. Raises ExampleError naming the row."""
     for number, row, invalid in jsonl_rows(unit):
         with _naming(unit, number):
-            yield _example(row, packing, tokenizer), invalid
+            found = _examples(row, packing, tokenizer)
+        for example in found:
+            yield example, invalid
+            invalid = 0  # it is the row's
 
 
 def texts_of_examples(unit: Unit, kind: str) -> Iterator[tuple[list[str], str]]:
@@ -106,9 +81,9 @@ def texts_of_examples(unit: Unit, kind: str) -> Iterator[tuple[list[str], str]]:
     """
     for number, row, _ in jsonl_rows(unit):
         with _naming(unit, number):
-            check_row(row, kind)
+            row = plain_row(row, kind)
         parts = [m["content"] for m in row["messages"]] if kind == CHAT else [str(row[name]) for name in FIELDS[kind]]
-        yield parts, _text_of_row(row, kind)
+        yield parts, _text_of_row(row)
 
 
 @contextmanager
@@ -119,56 +94,28 @@ def _naming(unit: Unit, number: int) -> Iterator[None]:
         raise ExampleError(f"source {row_name(unit, number)} {error}") from None
 
 
-def _text_of_row(row: dict, kind: str) -> str:
-    return json.dumps({name: row[name] for name in FIELDS[kind]}, sort_keys=True)
+def _text_of_row(row: dict) -> str:
+    return json.dumps(row, sort_keys=True)
 
 
-def check_row(row: object, kind: str) -> None:
-    """Raise ExampleError if a row is no example of this kind or has nothing to learn."""
-    found = kind_of_row(row, "text")
-    if found != kind:
-        names = f"only {', '.join(row)}" if isinstance(row, dict) else json.dumps(row)[:40]
-        raise ExampleError(f"is not {kind}, as the first row is: it should have {' and '.join(FIELDS[kind])} but has "
-                           f"{names}; keep one kind in a file")
-    if kind == CHAT:
-        _check_messages(row["messages"])
-        return
-    for name in FIELDS[kind]:
-        allowed = str | int if name == "label" else str
-        if not isinstance(row[name], allowed) or isinstance(row[name], bool):
-            raise ExampleError(f"has {json.dumps(row[name])[:40]} as its {name}; it should be text")
-    answer = FIELDS[kind][1]
-    if not str(row[answer]).strip():
-        raise ExampleError(f"has an empty {answer}: there is nothing to learn from it; fill it in or remove the row")
-
-
-def _check_messages(messages: object) -> None:
-    if not isinstance(messages, list) or not messages:
-        raise ExampleError('has no messages; it should have a list of {"role", "content"}')
-    for number, message in enumerate(messages, start=1):
-        if not isinstance(message, dict) or any(not isinstance(message.get(k), str) for k in ("role", "content")):
-            raise ExampleError(f"message {number} is not {{\"role\", \"content\"}} with a text in both")
-        if message["role"] == "assistant" and not message["content"].strip():
-            raise ExampleError(f"message {number}, the assistant's, is empty: there is nothing to learn from it; fill "
-                               "it in or remove the row")
-    if not any(message["role"] == "assistant" for message in messages):
-        roles = ", ".join(sorted({str(message.get("role")) for message in messages}))
-        raise ExampleError(f"has no message of the role assistant, only of {roles}: there is nothing to learn from it; "
-                           "remove the row or mend its roles")
-
-
-def _example(row: dict, packing: Packing, tokenizer: Tokenizer) -> Example | None:
-    check_row(row, packing.kind)
+def _examples(row: object, packing: Packing, tokenizer: Tokenizer) -> list[Example | None]:
+    row = plain_row(row, packing.kind)
     room = packing.row_tokens if packing.too_long == "cut" else sys.maxsize
     if packing.kind == CHAT:
-        ids, scored, cut = fit_conversation(tokenizer, packing.chat_template, row["messages"], room)
+        found = fit_conversation(tokenizer, packing.chat_template, row["messages"], room)
     else:
         prompt, answer = (row[name] for name in FIELDS[packing.kind])
-        prompt = encode_prompt(tokenizer, prompt)
-        answer = tokenizer.encode(f" {answer}" if packing.kind == CLASSIFICATION else answer)
-        ids = np.concatenate([prompt, np.append(answer, np.uint32(tokenizer.eot))])
+        asked = encode_prompt(tokenizer, prompt)
+        is_label = packing.kind == CLASSIFICATION
+        answer = tokenizer.encode(f" {answer}" if is_label else answer, behind="text" if prompt or is_label else None)
+        ids = np.concatenate([asked, np.append(answer, np.uint32(tokenizer.eot))])
         stay = kept_tokens(tokenizer, ids, room, response=len(answer) + 1)
-        ids, scored, cut = ids[stay], stay >= len(prompt), len(ids) - len(stay)
+        found = [(ids[stay], stay >= len(asked), len(ids) - len(stay))]
+    return [_fitted(*each, _text_of_row(row), packing) for each in found]
+
+
+def _fitted(ids: np.ndarray, scored: np.ndarray, cut: int, text: str, packing: Packing) -> Example | None:
+    """The example, or None if it is to be dropped as too long. Raises ExampleError."""
     if len(ids) > packing.row_tokens:
         if packing.too_long == "drop":
             return None
@@ -179,7 +126,7 @@ def _example(row: dict, packing: Packing, tokenizer: Tokenizer) -> Example | Non
     scored[:1] = False  # nothing of the example stands before it
     if not scored.any():
         raise ExampleError("has nothing to learn: no token stands before its response, which is one token")
-    return Example(ids, scored, _text_of_row(row, packing.kind), cut)
+    return Example(ids, scored, text, cut)
 
 
 # ---- Examples -> rows ------------------------------------------------------------------------------------------------
@@ -213,3 +160,19 @@ def packed(found: Sequence[Example], row_tokens: int, eot: int) -> tuple[np.ndar
             tokens[row, place:end], loss[row, place:end], start[row, place] = example.ids, example.scored, 1
             place = end
     return tokens, loss, start
+
+
+def first_example(folder: Path, tokenizer: Tokenizer) -> str:
+    """The first training example of a data folder as a JSON string, what the loss counts between [[ and ]]; the middle
+    of what is long is left out."""
+    stream = open_split(open_dataset(folder), "train")
+    tokens, loss, start = (stream.windows(np.array([0]), stream.row_tokens, track)[0]
+                           for track in (None, "loss", "start"))
+    end = (*np.flatnonzero(start), len(tokens))[1]
+    end = int(np.flatnonzero(loss[:end])[-1]) + 1  # not what fills the row
+    parts = []
+    for part in np.split(np.arange(end), np.flatnonzero(np.diff(loss[:end])) + 1):
+        text = b"".join(map(tokenizer.spelling, tokens[part].tolist())).decode(errors="replace")
+        text = text if len(text) <= SHOWN_CHARS else f"{text[:SHOWN_CHARS // 2]} ... {text[-SHOWN_CHARS // 2:]}"
+        parts.append(f"[[{text}]]" if loss[part[0]] else text)
+    return json.dumps("".join(parts), ensure_ascii=False)

@@ -32,7 +32,8 @@ import files
 from config import ConfigError, MachineError, UserError, exit_cleanly
 from data.chat import DEFAULT_TEMPLATE, TEMPLATE_FILE, read_template, save_template
 from data.dataset import INDEX_FORMAT, files_of, load_index
-from data.examples import CHAT, ROWS_PER_UNIT, TEXT, Example, Packing, examples, find_kind, packed, texts_of_examples
+from data.examples import ROWS_PER_UNIT, Example, Packing, examples, first_example, packed, texts_of_examples
+from data.rows import CHAT, TEXT, find_kind
 from data.shards import TRACKS
 from data.source_files import FORMATS
 from data.sources import (
@@ -122,7 +123,8 @@ class Encoder:
                 {"loss": loss.reshape(-1), "start": start.reshape(-1)},
                 {"examples": len(members), "tokens": sum(len(example.ids) for example in members),
                  "response_tokens": sum(int(example.scored.sum()) for example in members), **ends,
-                 "truncated": sum(example.cut > 0 for example in members), "dropped": dropped[split]})
+                 "truncated": sum(example.cut > 0 for example in members), "dropped": dropped[split],
+                 "cut_tokens": sum(example.cut for example in members)})
         return encoded, invalid_in_all
 
 
@@ -392,6 +394,8 @@ def _fill(folder: OutputFolder, texts: Texts, tokenizer_name: str, *, packing: P
         folder.discard()
         raise
     cli.note(f"{folder.path}: {_summary(index)}")
+    if packing is not None:
+        cli.note(f"its first example, with what the loss counts in [[ ]]: {first_example(folder.path, tokenizer)}")
     return index
 
 
@@ -482,11 +486,13 @@ def _summary(index: dict) -> str:
         tokens, text_bytes = (sum(shard[key] for shard in shards) for key in ("tokens", "text_bytes"))
         line = f"{split} {tokens:,} tokens of {text_bytes:,} bytes in {len(shards)} shard{'s' * (len(shards) != 1)}"
         if lengths := index.get("examples", {}).get(split):
-            cut = f", {lengths['truncated']:,} cut to fit" if lengths["truncated"] else ""
+            count, tokens_before = lengths["examples"], lengths["tokens"] + lengths["cut_tokens"]
+            cut = (f"; {lengths['truncated']:,} cut to fit, then {min(lengths['shortest'], index['row_tokens'])} to "
+                   f"{index['row_tokens']}, {lengths['tokens'] / count:.1f} on average" if lengths["truncated"] else "")
             dropped = f", {lengths['dropped']:,} left out as too long" if lengths["dropped"] else ""
-            line += (f" ({lengths['examples']:,} examples of {lengths['shortest']} to {lengths['longest']} tokens, "
-                     f"{lengths['tokens'] / lengths['examples']:.1f} on average, {lengths['response_tokens']:,} tokens "
-                     f"with loss{cut}{dropped}, rows {100 * lengths['tokens'] / tokens:.1f} % full)")
+            line += (f" ({count:,} examples of {lengths['shortest']} to {lengths['longest']} tokens, "
+                     f"{tokens_before / count:.1f} on average{cut}; {lengths['response_tokens']:,} tokens with loss"
+                     f"{dropped}, rows {100 * lengths['tokens'] / tokens:.1f} % full)")
         lines.append(line)
     replaced = f", {index['invalid_utf8']:,} invalid UTF-8 sequences replaced" if index["invalid_utf8"] else ""
     if "row_tokens" in index:

@@ -19,7 +19,7 @@ import cli
 from config import ConfigError, DataConfig, MachineError
 from data.chat import DEFAULT_TEMPLATE
 from data.dataset import INDEX_FILE, load_index
-from data.examples import CHAT, PROMPT_RESPONSE, TEXT, Packing, find_kind, template_hash
+from data.examples import Packing, template_hash
 from data.prepare import (
     DEFAULT_TOKENIZER,
     PROGRESS_FILE,
@@ -28,6 +28,7 @@ from data.prepare import (
     made_with,
     refuse_differences,
 )
+from data.rows import CHAT, PROMPT_RESPONSE, TEXT, find_kind
 from data.sources import SourceError, describe, find_files
 from data.tokenizer import TOKENIZER_FILE, tokenizer_identity
 

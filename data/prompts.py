@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from data.chat import encode_chat, encode_conversation, encode_special
+from data.chat import encode_chat, encode_conversation, encode_special, learnt_turns
 from data.tokenizer import Tokenizer
 
 
@@ -44,7 +44,7 @@ def kept_tokens(tokenizer: Tokenizer, ids: np.ndarray, room: int, *, response: i
     """
     prompt = len(ids) - response
     excess = max(0, prompt - _prompt_room(room, response))
-    bos = int(tokenizer.bos_token is not None and prompt > excess and ids[0] == tokenizer.start)
+    bos = int("bos_token" in tokenizer.named and prompt > excess and ids[0] == tokenizer.start)
     return np.delete(np.arange(len(ids)), slice(bos, bos + excess))[:room]
 
 
@@ -65,18 +65,22 @@ def fit_chat(tokenizer: Tokenizer, template: str, messages: list[dict], room: in
 
 
 def fit_conversation(tokenizer: Tokenizer, template: str, messages: list[dict],
-                     room: int = sys.maxsize) -> tuple[np.ndarray, np.ndarray, int]:
-    """Ids, uint32 (n <= room,), of a conversation to learn from, which of them the assistant wrote, bool (n,), and how
-    many tokens were cut; what follows the last answer goes first. Raises ChatError (see encode_conversation)."""
-    def encode(some: list[dict]) -> tuple[np.ndarray, np.ndarray]:
-        return encode_conversation(tokenizer, template, some)
-
-    ids, written = encode(messages)
-    if len(ids) <= room:
-        return ids, written, 0
-    last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=len(messages))
-    fitted, written, _ = _fit(tokenizer, messages[:last + 1], encode, room)
-    return fitted, written, len(ids) - len(fitted)
+                     room: int = sys.maxsize) -> list[tuple[np.ndarray, np.ndarray, int]]:
+    """The examples of a conversation to learn from: ids, uint32 (n <= room,), which of them the loss counts, bool (n,),
+    and how many tokens were cut. Raises ChatError (see encode_conversation)."""
+    found = encode_conversation(tokenizer, template, messages)
+    fitted = []
+    for last, (ids, written) in zip(learnt_turns(messages)[-len(found):], found, strict=True):
+        tokens = len(ids)
+        if tokens > room:
+            talk = messages[:last + 1]
+            if len(found) > 1:  # each turn before has an example of its own
+                talk = [message | {"weight": 0} if message["role"] == "assistant" else message for message in talk]
+                talk[-1] = messages[last]
+            ids, written, _ = _fit(tokenizer, talk, lambda some: encode_conversation(tokenizer, template, some)[-1],
+                                   room)
+        fitted.append((ids, written, tokens - len(ids)))
+    return fitted
 
 
 def _fit(tokenizer: Tokenizer, messages: list[dict], encode: Callable[[list[dict]], tuple[np.ndarray, np.ndarray]],

@@ -36,6 +36,7 @@ from data.tokenizer_file import (
     bytes_of_word,
     decoding_of,
     pair_of,
+    put_behind,
     ranks_and_pattern,
     recovered_merges,
     token_before_text,
@@ -45,6 +46,7 @@ from data.tokenizer_file import (
 END_OF_TEXT = "<|endoftext|>"
 OTHER_ENDS = ("<|end_of_text|>", "</s>", "<eos>", "[SEP]")  # what others call it: Llama 3, Llama 2, Gemma, BERT
 TOKENIZER_FILE, TOKENIZER_CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
+NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))  # by transformers
 
 OPENAI = "https://openaipublic.blob.core.windows.net"
 TIKTOKEN_FILES = {  # what tiktoken downloads for a name
@@ -73,28 +75,34 @@ class Tokenizer:
     ranks: token -> id, which is also the priority of its merge; pattern: the split into words, None = no split;
     end_of_text: the special token that ends a text, or its id, None = the one by a known name. Attributes: name;
     vocab_size, the highest id + 1; special_ids, the special tokens and their ids; eot, eot_token: end-of-text's id and
-    spelling; bos_token: what the tokenizer.json puts before every text, or None; start: the id before a text with
-    nothing before it, bos_token's or else eot; byte_level: any ids, decoded with decode_bytes, give the bytes of their
-    text, one id after the other; cuttable: the ids of a text are those of its parts when it is cut at a CUT; unknown:
-    the id of text that the vocabulary cannot spell, or None; added_ids: those of special and other added tokens.
+    spelling; bos_token: what the tokenizer.json puts before every text, or None; named: special tokens by
+    transformers' names, those of tokenizer_config.json and these two, which templates see; start: the id before a text
+    with nothing before it, bos_token's, else that of the named one or eot; strips: special token -> whether it takes
+    the blanks on its left and on its right, None = none does; byte_level: any ids, decoded with decode_bytes, give the
+    bytes of their text, one id after the other; cuttable: the ids of a text are those of its parts when it is cut at a
+    CUT; unknown: the id of text that the vocabulary cannot spell, or None; added_ids: those of special and other added
+    tokens.
     """
 
     def __init__(self, name: str, specials: dict[str, int], *, ranks: dict[bytes, int] | None = None,
                  pattern: str | None = None, hf=None, decoding: Decoding | None = None, file_text: str | None = None,
-                 bos_token: str | None = None, end_of_text: str | int | None = None):
+                 bos_token: str | None = None, end_of_text: str | int | None = None,
+                 named: dict[str, str] | None = None, strips: dict[str, tuple[bool, bool]] | None = None):
         self.name, self.special_ids, self.bos_token = name, specials, bos_token
         self.eot_token = _end_of_text(name, specials, end_of_text)
         self.eot = specials[self.eot_token]
         self.added_ids = frozenset(specials.values())
-        self.start = specials.get(bos_token, self.eot)
+        self.named = ({} if bos_token is None else {"bos_token": bos_token}) | (named or {}) | {
+            "eos_token": self.eot_token}
+        self.strips = strips or {}
+        self.start = specials.get(bos_token or self.named.get("bos_token"), self.eot)
         self.cuttable = hf is None  # all the patterns may be cut
         self.byte_level, self.unknown = hf is None or decoding.byte_level, None
         self._ranks, self._pattern, self._hf = ranks, pattern, hf
         self._file_text = file_text  # a tokenizer.json that was read is written back as it was
         if hf is not None:
-            hf.encode_special_tokens = True  # text that spells a special token is plain text
-            hf.no_truncation()
-            hf.no_padding()
+            self._hf_behind = {}  # made where they are asked for
+            _without_special_tokens(hf)
             spelled = [(decoding.spelling(word), i) for word, i in hf.get_vocab(with_added_tokens=False).items()]
             added = hf.get_added_tokens_decoder()
             spelled += [(token.content.encode(), i) for i, token in added.items()]
@@ -120,13 +128,16 @@ class Tokenizer:
                         for t in (self, other))
         return ours == theirs
 
-    def encode(self, text: str) -> np.ndarray:
+    def encode(self, text: str, *, behind: str | None = None) -> np.ndarray:
         """Ids of the text, uint32 (n,); a lone surrogate counts as U+FFFD.
 
         They are those of tiktoken's encode_ordinary and of the `tokenizers` library for the whole text, except that
-        windows (see the top) may change a few in a text made for the purpose.
+        windows (see the top) may change a few in a text made for the purpose. behind: what stands before it, "special"
+        token or other "text", None = nothing: SentencePiece's kinds begin a text with a mark, and only that.
         """
         text = replace_surrogates(text)
+        if self._hf is not None and behind is not None:
+            return np.array(self._behind(behind).encode(text, add_special_tokens=False).ids, dtype=np.uint32)
         if self._pattern is None or len(text) <= PIECE_CHARS:
             return self._encode_piece(text)
         parts = []
@@ -140,6 +151,16 @@ class Tokenizer:
         if self._pattern is None:
             return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint32)
         return self._encoding.encode_to_numpy(text, disallowed_special=())  # twice as fast as encode_ordinary's list
+
+    def _behind(self, what: str):
+        """The library's tokenizer for what stands behind a special token or other text; most are the same."""
+        if what not in self._hf_behind:
+            file = json.loads(self._file_text)
+            parts = {name: put_behind(file.get(name), text=what == "text") for name in ("normalizer", "pre_tokenizer")}
+            is_same = all(file.get(name) == part for name, part in parts.items())
+            self._hf_behind[what] = self._hf if is_same else _without_special_tokens(type(self._hf).from_str(
+                json.dumps(file | parts)))
+        return self._hf_behind[what]
 
     def _encode_windows(self, text: str) -> Iterator[np.ndarray]:
         """Ids of a text without a legal cut: each window keeps its first three quarters, the next one starts there.
@@ -227,15 +248,25 @@ class Tokenizer:
         return hashlib.sha256(self.file_text.encode()).hexdigest()
 
     def save(self, path: Path) -> None:
-        """Write a Hugging Face tokenizer.json, whole or not at all; before it a tokenizer_config.json with the
-        eos_token, if that does not show from the special tokens' names."""
+        """Write a Hugging Face tokenizer.json, whole or not at all; before it a tokenizer_config.json with the named
+        tokens that it does not show itself, if there are any."""
         path = Path(path)
         config = path.with_name(TOKENIZER_CONFIG_FILE)
-        if _known_end(self.special_ids) == self.eot_token:
-            config.unlink(missing_ok=True)
+        shown = {"eos_token": _known_end(self.special_ids), "bos_token": self.bos_token}
+        named = {name: token for name, token in self.named.items() if shown.get(name) != token}
+        if named:
+            files.write_whole(config, json.dumps(named, ensure_ascii=False) + "\n")
         else:
-            files.write_whole(config, json.dumps({"eos_token": self.eot_token}, ensure_ascii=False) + "\n")
+            config.unlink(missing_ok=True)
         files.write_whole(path, self.file_text)
+
+
+def _without_special_tokens(hf):
+    """The library's tokenizer, to which text that spells a special token is now plain text."""
+    hf.encode_special_tokens = True
+    hf.no_truncation()
+    hf.no_padding()
+    return hf
 
 
 def replace_surrogates(text: str) -> str:
@@ -276,7 +307,7 @@ def load_tokenizer(name_or_path: str, *, end_of_text: int | None = None) -> Toke
     path = _tokenizer_path(name_or_path)
     with _reading(path, f"is not a Hugging Face {TOKENIZER_FILE}", "copy it again, or name another"):
         return _from_file_text(path.read_text(encoding="utf-8"), tokenizer_identity(name_or_path),
-                               end_of_text=_configured_end(path) or end_of_text)
+                               end_of_text=end_of_text, named=_configured(path))
 
 
 @contextmanager
@@ -302,7 +333,7 @@ def tokenizer_identity(name_or_path: str) -> str:
     path = _tokenizer_path(name_or_path)
     with _reading(path, "cannot be read", "copy it again"):
         name = f"{TOKENIZER_FILE}:{files.sha256(path)[:12]}"
-    end = _configured_end(path)
+    end = _configured(path).get("eos_token")
     return name if end in (None, END_OF_TEXT, *OTHER_ENDS) else f"{name}+{end}"
 
 
@@ -383,15 +414,16 @@ def _known_end(specials: dict[str, int]) -> str | None:
     return next((token for token in (END_OF_TEXT, *OTHER_ENDS) if token in specials), None)
 
 
-def _configured_end(path: Path) -> str | None:
-    """The eos_token of the tokenizer_config.json beside a tokenizer.json, None if there is none."""
+def _configured(path: Path) -> dict[str, str]:
+    """The NAMED tokens of the tokenizer_config.json beside a tokenizer.json; none without one."""
     config = path.with_name(TOKENIZER_CONFIG_FILE)
     if path.name != TOKENIZER_FILE or not config.exists():
-        return None
+        return {}
     with _reading(config, "cannot be read as Hugging Face's", "copy it again"):
-        token = files.parse_json(config.read_text(encoding="utf-8")).get("eos_token")
-        token = token["content"] if isinstance(token, dict) else token
-    return token if isinstance(token, str) else None
+        table = files.parse_json(config.read_text(encoding="utf-8"))
+        tokens = {name: table.get(name) for name in NAMED}
+        tokens = {name: token["content"] if isinstance(token, dict) else token for name, token in tokens.items()}
+    return {name: token for name, token in tokens.items() if isinstance(token, str)}
 
 
 # ---- Hugging Face's files --------------------------------------------------------------------------------------------
@@ -414,15 +446,17 @@ def from_vocab_and_merges(folder: Path, *, end_of_text: int | None = None) -> To
             bytes_of_word(word)  # raises KeyError
         text = byte_level_file(vocab, merges, GPT2_PATTERN, specials)
         name = f"{TOKENIZER_FILE}:{hashlib.sha256(text.encode()).hexdigest()[:12]}"
-        return _from_file_text(text, name, end_of_text=_configured_end(folder / TOKENIZER_FILE) or end_of_text)
+        return _from_file_text(text, name, end_of_text=end_of_text, named=_configured(folder / TOKENIZER_FILE))
 
 
-def _from_file_text(text: str, name: str, *, end_of_text: str | int | None = None) -> Tokenizer:
+def _from_file_text(text: str, name: str, *, end_of_text: int | None = None,
+                    named: dict[str, str] | None = None) -> Tokenizer:
     """The tokenizer of a tokenizer.json: encoded by tiktoken if that gives the same ids, else by `tokenizers`."""
     file = files.parse_json(text)
     specials = {t["content"]: t["id"] for t in file["added_tokens"] if t["special"]}
     options = {"file_text": text, "bos_token": token_before_text(file.get("post_processor")),
-               "end_of_text": end_of_text}
+               "end_of_text": (named or {}).get("eos_token", end_of_text), "named": named,
+               "strips": {t["content"]: (t["lstrip"], t["rstrip"]) for t in file["added_tokens"] if t["special"]}}
     try:
         ranks, pattern = ranks_and_pattern(file, specials)
     except KeyError:

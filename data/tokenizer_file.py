@@ -185,3 +185,22 @@ def token_before_text(processor: dict | None) -> str | None:
         case {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": token}}, *_]}:
             return token
     return None
+
+
+def put_behind(part: object, *, text: bool) -> object:
+    """A normalizer or pre_tokenizer for what stands behind a special token or, text=True, behind other text: without
+    the space or SentencePiece's mark that it puts before a beginning. The library takes every call for a beginning."""
+    if isinstance(part, list):
+        return [put_behind(step, text=text) for step in part
+                if not (text and isinstance(step, dict) and step.get("type") == "Prepend")]
+    if not isinstance(part, dict):
+        return part
+    match part.get("type"):
+        case "Prepend" if text:
+            return None
+        case "Metaspace" if text or part.get("prepend_scheme") == "first":
+            part = {key: value for key, value in part.items() if key != "add_prefix_space"}
+            return part | {"prepend_scheme": "never"}
+        case "ByteLevel" if text:
+            return part | {"add_prefix_space": False}
+    return {key: put_behind(value, text=text) for key, value in part.items()}

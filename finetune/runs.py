@@ -18,7 +18,7 @@ import checkpoint
 import files
 from checkpoint import CheckpointError
 from config import Config, ConfigError, LoraConfig, ModelConfig, differences, load_run_config
-from data.chat import load_template, turn_end
+from data.chat import load_template, read_template, turn_end
 from data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from finetune import lora
 from model import GPT
@@ -34,7 +34,7 @@ class SavedRun:
     dir: Path
     config: Config
     tokenizer: Tokenizer
-    chat_template: str | None  # None: it was not trained on conversations
+    chat_template: str | None  # None: neither it nor what it started from was trained on conversations
     checkpoint: Path | None  # None: none was chosen
     generation: dict  # RUN/generation_config.json; empty if there is none
 
@@ -163,6 +163,15 @@ def load_base(path: Path) -> dict[str, Tensor]:
 
 
 # ---- What a run takes over from the one it starts from ---------------------------------------------------------------
+
+def kept_template(config: Config, data_dir: Path, parent) -> str | None:
+    """The chat template of a run: that of the chats it learns from, else the one named, else the parent's, whose chats
+    it may still know. parent: as for take_over, or None. Raises ChatError."""
+    template = load_template(data_dir)
+    if template is None and config.data.chat_template is not None:
+        template = read_template(config.data.chat_template)
+    return parent.chat_template if template is None and parent is not None else template
+
 
 def take_over(config: Config, given: set[str], parent) -> Config:
     """config with the parent's [model] and tokenizer, of a fork also its [lora]. given: the knobs that the user named;

@@ -106,7 +106,7 @@ def make_app(served: Served, batcher: Batcher, *, api_key: str | None = None,
     @router.api_route("/tokenizer_info", methods=READING)
     async def tokenizer_info() -> Response:
         template = {} if served.template is None else {"chat_template": served.template}
-        return as_response({"eos_token": tokenizer.eot_token, "bos_token": tokenizer.bos_token} | template)
+        return as_response({"bos_token": None} | tokenizer.named | template)
 
     @router.post("/tokenize")
     async def tokenize(request: Request) -> Response:

@@ -30,9 +30,10 @@ import cli
 import kernels
 import sample
 from config import ModelConfig, UserError
-from data.chat import ChatError
+from data.chat import ChatError, answer_lead
 from data.loader import IGNORED
 from data.prompts import answer_room, encode_prompt, fit_chat, fit_prompt
+from data.rows import ExampleError, plain_messages, refuse_unseen
 from data.source_files import to_rows
 from data.text import HEAD_BYTES, refuse_formats, row_of, utf8_blocks
 from data.tokenizer import Tokenizer
@@ -133,7 +134,10 @@ def read_task(path: Path) -> Task:
             is_array = not task.examples and line.lstrip().startswith(b"[")
             raise wrong(f"{problem}; make rows of this array: {to_rows(str(path))}" if is_array else problem)
         replaced += surrogates
-        example = _example(row, number, wrong)
+        try:
+            example = _example(row, number, wrong)
+        except ExampleError as error:
+            raise wrong(str(error)) from None
         if task.examples and type(example) is not type(task.examples[0]):
             raise wrong(f"is {KINDS[type(example)]}, the lines before it {task.kind}; a file holds one kind")
         task.examples.append(example)
@@ -150,12 +154,13 @@ def _example(row: dict, line: int, wrong: WrongLine) -> Example:
         return Choice(line, _text(row["query"], "query", wrong), choices, _index(row, "gold", choices, wrong))
     if {"ctx", "endings", "label"} <= row.keys():
         return _hellaswag(row, line, wrong)
+    refuse_unseen(row)
     if {"text", "label"} <= row.keys():
         text, label = _text(row["text"], "text", wrong), row["label"]
         label = str(label) if isinstance(label, int) and not isinstance(label, bool) else label
         return Labelled(line, text, _text(label, "label", wrong, may_be_empty=False))
-    if "prompt" in row and ("reference" in row or "response" in row):
-        name = "reference" if "reference" in row else "response"
+    name = next((name for name in ("reference", "response", "completion") if name in row), None)
+    if "prompt" in row and name is not None:
         references = _texts(row[name], name, wrong, at_least=1) if isinstance(row[name], list) else (
             _text(row[name], name, wrong, may_be_empty=False),)
         return Answer(line, _text(row["prompt"], "prompt", wrong), references)
@@ -179,13 +184,9 @@ def _hellaswag(row: dict, line: int, wrong: WrongLine) -> Choice:
 
 
 def _chat(messages: object, line: int, wrong: WrongLine) -> Chat:
-    if not isinstance(messages, list) or len(messages) < 2:
-        raise wrong(f"messages = {_shown(messages)} should be a list of at least two, the last one the answer")
-    for number, message in enumerate(messages):
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise wrong(f"messages[{number}] = {_shown(message)} should have a role and content")
-        for name in ("role", "content"):
-            _text(message[name], f"messages[{number}].{name}", wrong, may_be_empty=name == "content")
+    messages = plain_messages(messages)
+    if len(messages) < 2:
+        raise wrong("has one message; it should have at least two, the last one the answer")
     if messages[-1]["role"] != "assistant":
         raise wrong(f"the last message is of the role {messages[-1]['role']!r}, not assistant: there is no answer to "
                     "compare with")
@@ -338,13 +339,12 @@ def multiple_choice(model: GPT, tokenizer: Tokenizer, task: Task, *, batch_size:
 
 def encode_pair(tokenizer: Tokenizer, context: str, continuation: str, vocab_size: int) -> Request:
     """Both texts' ids as the harness splits them: blanks that end the context begin the continuation, the whole is
-    encoded, and what follows as many ids as the context alone has is the continuation's."""
-    def encode(text: str) -> tuple[int, ...]:
-        return tuple(sample.known_ids(encode_prompt(tokenizer, text), vocab_size))
-
-    before, whole = context.rstrip(), context + continuation
-    ids = encode(before) if before else ()
-    return ids or (tokenizer.eot,), encode(whole)[len(ids):]
+    encoded, and what follows as many ids as the context alone has is the continuation's. What begins every text, or
+    stands for an empty context, is the context's."""
+    before, whole = (sample.known_ids(tokenizer.encode(text), vocab_size)
+                     for text in (context.rstrip(), context + continuation))
+    start = [tokenizer.start] if tokenizer.bos_token is not None or not before else []
+    return (*start, *before), tuple(whole[len(before):])
 
 
 # ---- Classification and generation -----------------------------------------------------------------------------------
@@ -431,9 +431,9 @@ def choose_labels(task: Task, names: list[str] | None) -> list[str]:
 
 
 def encode_labels(tokenizer: Tokenizer, labels: list[str], vocab_size: int) -> tuple[list[tuple[int, ...]], bool]:
-    """The ids of ' label' each, and whether end-of-text stands behind them: it does if one label's ids begin another's,
-    which otherwise could never be the likelier one."""
-    spelled = [tuple(sample.known_ids(tokenizer.encode(f" {label}"), vocab_size)) for label in labels]
+    """The ids of ' label' each behind a text, and whether end-of-text stands behind them: it does if one label's ids
+    begin another's, which otherwise could never be the likelier one."""
+    spelled = [tuple(sample.known_ids(tokenizer.encode(f" {label}", behind="text"), vocab_size)) for label in labels]
     if len(set(spelled)) < len(labels):
         raise TaskError(f"labels {', '.join(map(repr, labels))}: to the run's tokenizer two of them are the same text")
     needs_end = any(a != b and b[:len(a)] == a for a in spelled for b in spelled)
@@ -446,12 +446,15 @@ def generation(model: GPT, tokenizer: Tokenizer, task: Task, template: str | Non
     """The scores of the greedy continuations of the prompts, and of each example the prediction. template: the run's,
     for a chat; ends: the run's end_ids; too_long: the run's, "error" cuts no prompt. A continuation ends with one of
     ends, before a stop text, or unfinished: at max_new_tokens, or where the context is full, since a model that no
-    longer sees its prompt answers nothing."""
+    longer sees its prompt answers nothing. What a template writes before its answers is no part of one."""
     template = template if task.kind == "chat" else None
     prompts, cut = encode_asked(model.config, tokenizer, task, template, too_long=too_long,
                                 max_new_tokens=max_new_tokens)
     texts, finished = continue_greedily(model, tokenizer, prompts, ends=ends, max_new_tokens=max_new_tokens, stop=stop,
                                         batch_size=batch_size)
+    if template is not None:
+        lead = answer_lead(tokenizer, template)
+        texts = [text.removeprefix(lead) for text in texts]
     result, each = scores.text_scores(texts, [example.references for example in task.examples], metrics)
     rows = [{**asdict(example), "prediction": text, "finished": is_finished, **score}
             for example, text, is_finished, score in zip(task.examples, texts, finished, each, strict=True)]

@@ -36,7 +36,7 @@ from config import (
     to_toml,
 )
 from convert import ConvertError, from_hf, model_config, read_config, read_hf, to_hf
-from data.chat import load_template, save_template
+from data.chat import ChatError, encode_chat, load_template, save_template
 from data.prompts import encode_prompt
 from data.tokenizer import load_tokenizer, train_bpe
 from finetune.runs import read_folder, read_run, take_over
@@ -574,6 +574,46 @@ def test_the_chat_template_of_tokenizer_config_is_kept(tmp_path, template, expec
     assert load_template(tmp_path / "run") == expected
 
 
+def test_the_named_tokens_of_tokenizer_config_go_through_a_run_and_its_export(tmp_path):
+    folder = make_hf(tmp_path / "hf")
+    file = json.loads((folder / "tokenizer.json").read_text())
+    for number, token in enumerate(("<s>", "<pad>")):
+        file["added_tokens"].append(file["added_tokens"][0] | {"id": 299 + number, "content": token})
+    (folder / "tokenizer.json").write_text(json.dumps(file))
+    table = json.loads((folder / "tokenizer_config.json").read_text())
+    named = {"bos_token": "<s>", "eos_token": "<|endoftext|>", "pad_token": "<pad>", "unk_token": "<s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(table | named))
+    (folder / "chat_template.jinja").write_text("{{ bos_token }}{{ pad_token }}")
+    from_hf(folder, tmp_path / "run")
+    to_hf(tmp_path / "run", tmp_path / "out")
+    for saved in (tmp_path / "run", tmp_path / "out"):
+        tokenizer = load_tokenizer(saved)
+        assert tokenizer.named == named and tokenizer.start == 299
+        assert encode_chat(tokenizer, load_template(saved), []).tolist() == [299, 300]
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["bos_token_id"] == 299
+
+
+def test_an_export_with_a_template_names_no_token_that_the_template_would_show_and_the_run_would_not(tmp_path):
+    folder = make_hf(tmp_path / "hf")
+    table = json.loads((folder / "tokenizer_config.json").read_text()) | {"bos_token": None}
+    (folder / "tokenizer_config.json").write_text(json.dumps(table))
+    (folder / "chat_template.jinja").write_text("{{ bos_token }}x")
+    from_hf(folder, tmp_path / "run")
+    to_hf(tmp_path / "run", tmp_path / "out")
+    assert "bos_token" not in json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer_config.json"])
+def test_a_template_that_is_no_jinja_is_found_at_conversion_and_names_its_file(name, tmp_path):
+    folder, bad = make_hf(tmp_path / "hf"), "{% for m in messages %}{{ m.content | nofilter }}{% endfor %}"
+    if name.endswith(".json"):
+        bad = json.dumps(json.loads((folder / name).read_text()) | {"chat_template": bad})
+    (folder / name).write_text(bad)
+    with pytest.raises(ChatError, match=f"hf/{name}': the chat template is not valid Jinja at line 1: No filter named"):
+        from_hf(folder, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_zero_biases_added_by_an_export_stay_if_training_moved_them(tmp_path):
     folder = make_hf(tmp_path / "hf", replace(SMALL, bias=False))
     assert read_hf(folder).model.bias is False
@@ -852,7 +892,7 @@ def test_a_converted_run_starts_another_but_cannot_go_on(tmp_path):
     from_hf(make_hf(tmp_path / "hf"), tmp_path / "run")
     run, new = str(tmp_path / "run"), str(tmp_path / "new")
     found = start._choose_start(Config(train=TrainConfig(out_dir=new, init_from=run)), None, None, print)
-    assert found == start.Init(f"{run}/checkpoints/step_00000000")
+    assert found == start.Start("init", f"{run}/checkpoints/step_00000000")
     for knobs in ({"out_dir": new, "fork_from": run}, {"out_dir": run}):
         with pytest.raises(checkpoint.CheckpointError, match="without optimizer state.*train.init_from="):
             start._choose_start(Config(train=TrainConfig(**knobs)), None, None, print)

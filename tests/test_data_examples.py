@@ -120,7 +120,7 @@ def test_a_conversation_has_loss_on_every_turn_of_the_assistant_and_nothing_else
             {"role": "user", "content": "<|endoftext|>"}, {"role": "assistant", "content": "dd"}]
     prepared(write(tmp_path / "a.jsonl", [{"messages": talk}]), tmp_path / "out", max_seq_len=127, val_fraction=0.0)
     tokens, loss, start = rows_of(tmp_path / "out")
-    text = b"User:\na?\n\nAssistant:\nb\0\n\nUser:\n<|endoftext|>\n\nAssistant:\ndd\0\n\n"
+    text = b"User:\na?\n\nAssistant:\nb\0\n\nUser:\n<|endoftext|>\n\nAssistant:\ndd\0"
     assert tokens[0, :len(text)].tolist() == [EOT if byte == 0 else byte for byte in text]
     assert (tokens[0][loss[0] == 1] % 256).tolist() == list(b"b\0dd\0") and tokens.max() == EOT
     assert start.sum() == 1  # end-of-text inside a conversation does not end it
@@ -155,7 +155,8 @@ def of_rows(folder: Path, rows: list, kind: str, **settings) -> list:
     return [example for example, _ in examples(RowsUnit(path, size, None, end=size), packing, BYTES)]
 
 
-TALK_TEMPLATE = "{% for m in messages %}{{ m.role[0] + m.content + eos_token }}{% endfor %}"
+TALK_TEMPLATE = ("{% for m in messages %}{{ m.role[0] + m.content + eos_token }}{% endfor %}"
+                 "{{ 'a' if add_generation_prompt }}")
 TOO_LONG = [  # kind, a row of more than T + 1 = 24 tokens, what stays (~ is end-of-text), from where the loss counts
     ("prompt/response", {"prompt": "0123456789" * 2, "response": "abcdefgh"}, "567890123456789abcdefgh~"[-24:], 15),
     ("prompt/response", {"prompt": "0123", "response": "abcdefghijklmnopqrstuvwxyz"}, "0123abcdefghijklmnopqrst", 4),
@@ -205,7 +206,10 @@ def test_many_rows_of_which_some_are_too_long_are_prepared_and_counted(tmp_path,
     said = capsys.readouterr().err
     counts = index["examples"]["train"]
     assert (counts["examples"], counts["truncated"], counts["longest"]) == (300, 30, 200 + 3 + 5 + 1)
-    assert "300 examples of 12 to 209 tokens" in said and "30 cut" in said
+    lengths = [len(row["text"]) + len(" good") + 1 for row in rows]
+    assert (f"300 examples of 12 to 209 tokens, {np.mean(lengths):.1f} on average; 30 cut to fit, then 12 to {T + 1}, "
+            f"{np.minimum(lengths, T + 1).mean():.1f} on average; " in said)
+    assert counts["tokens"] == sum(len(ids) for ids, _ in examples_in(tmp_path / "out"))
     assert max(len(ids) for ids, _ in examples_in(tmp_path / "out")) == T + 1
 
 
@@ -222,14 +226,19 @@ def test_what_is_reported_is_what_is_there(tmp_path, capsys):
     lengths = [len(ids) for ids, _ in found]
     assert index["examples"]["train"] == {
         "examples": len(found), "tokens": sum(lengths), "response_tokens": sum(sum(loss) for _, loss in found),
-        "shortest": min(lengths), "longest": max(lengths), "truncated": 0, "dropped": 0}
+        "shortest": min(lengths), "longest": max(lengths), "truncated": 0, "dropped": 0, "cut_tokens": 0}
     shard = index["shards"][0]
     assert shard["documents"] == len(found) and index["row_tokens"] == T + 1
     assert shard["text_bytes"] == sum(i != EOT for ids, _ in found for i in ids)
     full = 100 * sum(lengths) / shard["tokens"]
-    assert f"{len(found)} examples of {min(lengths)} to {max(lengths)} tokens" in notes[-1]
-    assert f"rows {full:.1f} % full" in notes[-1]
-    assert len(notes) == 1 and f"prompt/response in rows of {T + 1} tokens, loss on the responses" in notes[-1]
+    summary, example = notes
+    assert f"{len(found)} examples of {min(lengths)} to {max(lengths)} tokens, {np.mean(lengths):.1f} on" in summary
+    assert f"rows {full:.1f} % full" in summary
+    assert f"prompt/response in rows of {T + 1} tokens, loss on the responses" in summary
+    ids, loss = found[0]
+    asked, answer = (bytes(i for i, scored in zip(ids, loss, strict=True) if scored == part and i != EOT).decode()
+                     for part in (0, 1))
+    assert example.endswith(f': "{asked}[[{answer}<|endoftext|>]]"')
 
 
 def test_packing_puts_every_example_once_into_rows_that_hold_it_and_wastes_little():
@@ -388,6 +397,12 @@ GOOD = {"prompt": "a", "response": "b"}
                       "prompt"),
     ({"text": "a", "label": "b"}, "is not prompt/response"),
     ({"messages": []}, "is not prompt/response"),
+    ({"prompt": "a", "response": "b", "completion": "b"}, "has both a response and a completion"),
+    ({"prompt": [{"role": "user"}], "completion": []},
+     'has [{"role": "user"}] as its prompt; it should be text (turns go into one list, messages)'),
+    ({"prompt": "a", "response": "b", "system": "Be brief."}, "has 'system', which is not honoured here; put what it"),
+    ({"prompt": "a", "response": "b", "rejected": "c"}, "has 'rejected', which is not honoured here"),
+    ({"prompt": "a", "response": "b", "weight": 0}, "has 'weight', which is not honoured here"),
     ([1], "is not prompt/response"),
 ])
 def test_a_row_that_is_no_example_is_named_by_file_and_line(row, words, tmp_path):
@@ -401,6 +416,9 @@ def test_a_row_that_is_no_example_is_named_by_file_and_line(row, words, tmp_path
     ([{"role": "user", "content": "a"}], "has no message of the role assistant, only of user"),
     ([{"role": "user", "content": "a"}, {"role": "assistant", "content": " "}], "message 2, the assistant's, is empty"),
     ([{"role": "user"}], "message 1 is not"),
+    ([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}],
+     "has no message of the role assistant with a weight, only of assistant, user"),
+    ([{"role": "user", "content": "a"}, {"role": "gpt", "content": "b"}], "the role 'gpt', which is called assistant"),
     ([{"role": "user", "content": "a"}, {"role": "robot", "content": "b"}, {"role": "assistant", "content": "b"}],
      "role robot is none of"),
 ])
@@ -408,6 +426,46 @@ def test_a_conversation_that_cannot_be_learnt_from_is_named_by_file_and_line(mes
     good = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     text = refusal(tmp_path, [good, {"messages": messages}], max_seq_len=100)
     assert "in.jsonl' line 2 " in text and words in text
+
+
+@pytest.mark.parametrize("field", ["tools", "functions", "parallel_tool_calls", "system", "documents"])
+def test_a_field_of_a_conversation_that_would_change_it_is_refused_by_name(field, tmp_path):
+    talk = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    prepared(write(tmp_path / "null.jsonl", [talk | {field: None, "id": 3, "source": "here"}]), tmp_path / "fine",
+             max_seq_len=100, val_fraction=0.0)  # what says nothing, and what stays outside
+    assert f"in.jsonl' line 2 has '{field}', which is not honoured here" in refusal(
+        tmp_path, [talk, talk | {field: True}], max_seq_len=100)
+
+
+def test_prompt_and_completion_are_a_prompt_and_its_response(tmp_path):
+    rows = [{"prompt": row["prompt"], "completion": row["response"]} for row in PAIRS]
+    prepared(write(tmp_path / "a.jsonl", rows), tmp_path / "one")
+    prepared(write(tmp_path / "a.jsonl", PAIRS), tmp_path / "two")
+    assert rows_of(tmp_path / "one")[0].tolist() == rows_of(tmp_path / "two")[0].tolist()
+
+
+def test_a_conversation_in_parts_of_text_and_with_a_weight_of_0(tmp_path):
+    talk = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "?"}]},
+            {"role": "assistant", "content": "no", "weight": 0}, {"role": "user", "content": "b"},
+            {"role": "assistant", "content": "yes", "weight": 1}]
+    [example] = of_rows(tmp_path, [{"messages": talk}], "chat")
+    assert bytes(i % 256 for i in example.ids) == b"ua?\0ano\0ub\0ayes\0"
+    assert bytes(i % 256 for i in example.ids[example.scored]) == b"yes\0"
+
+
+def test_a_template_that_rewrites_turns_gives_examples_that_are_cut_each_by_itself(tmp_path, capsys):
+    rewriting = ("{% for m in messages %}{{ m.role[0] + (m.content if loop.last or m.role == 'user' else '..') }}"
+                 "{{ eos_token }}{% endfor %}{{ 'a' if add_generation_prompt }}")
+    talk = [{"role": role, "content": word * 5} for role, word in (
+        ("user", "A"), ("assistant", "B"), ("user", "C"), ("assistant", "D"))]
+    found = of_rows(tmp_path, [{"messages": talk}], "chat", chat_template=rewriting)
+    assert [bytes(i % 256 for i in example.ids) for example in found] == [
+        b"uAAAAA\0aBBBBB\0", b"uCCCCC\0aDDDDD\0"]  # the second without its oldest turn
+    assert [bytes(i % 256 for i in example.ids[example.scored]) for example in found] == [b"BBBBB\0", b"DDDDD\0"]
+    assert [example.cut for example in found] == [0, 11]
+    index = prepared(write(tmp_path / "a.jsonl", [{"messages": talk}] * 3), tmp_path / "out", val_fraction=0.0,
+                     chat_template=rewriting)
+    assert index["examples"]["train"]["examples"] == 6
 
 
 def test_a_line_that_is_not_json_is_named(tmp_path):
@@ -471,7 +529,8 @@ def test_other_settings_are_refused_with_the_list(tmp_path):
 
 def test_the_command_line_needs_the_context_and_takes_a_template(tmp_path):
     source = write(tmp_path / "a.jsonl", [{"messages": [{"role": "assistant", "content": "hello"}]}] * 3)
-    (tmp_path / "mine.jinja").write_text("{% for m in messages %}-{{ m.content }}{{ eos_token }}{% endfor %}")
+    (tmp_path / "mine.jinja").write_text("{% for m in messages %}-{{ m.content }}{{ eos_token }}{% endfor %}"
+                                         "{{ '-' if add_generation_prompt }}")
 
     def run(*words: str) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", "data.prepare", source, "--tokenizer", "bytes", "--val-fraction", "0", *words]

@@ -103,7 +103,8 @@ def test_a_template_of_the_parent_reaches_the_process_byte_for_byte_and_no_file_
     monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))  # the child's; others use the machine's at the same time
     monkeypatch.setattr(tempfile, "tempdir", None)  # ours: look again
     Path("chat.jsonl").write_text(json.dumps({"messages": [{"role": "assistant", "content": "é"}]}) + "\n")
-    template = "{% for m in messages %}\r\n中{{ m.content }}{{ eos_token }}{% endfor %}"
+    template = ("{% for m in messages %}\r\n中{{ m.content }}{{ eos_token }}{% endfor %}"
+                "{{ '中' if add_generation_prompt }}")
     data = DataConfig(source=("chat.jsonl",), tokenizer="bytes", val_fraction=0.0, too_long="drop", dir="out")
     ensure_prepared(data, 64, template)
     assert Path("out", "chat_template.jinja").read_bytes() == template.encode()

@@ -218,8 +218,12 @@ def test_a_run_on_chat_holds_its_template_and_hands_it_on(tune):
     plain = run(chat, "plain")  # prepared anew, in a folder of its own
     assert load_template(plain) == DEFAULT_TEMPLATE
     assert load_template(Path("parent")) is None
-    third = run(["tune.toml", "data.source=pairs.jsonl"], "third", "train.init_from=first", "train.max_steps=1")
-    assert load_template(third) is None
+    Path("other.jinja").write_text("{{ messages[0].content }}")
+    # rows that are no chats do not take it away
+    for name, more, kept in (("third", (), "mine.jinja"), ("adapted", ("lora.rank=2",), "mine.jinja"),
+                             ("named", ("data.chat_template=other.jinja",), "other.jinja")):
+        third = run(["tune.toml", "data.source=pairs.jsonl"], name, "train.init_from=first", "train.max_steps=1", *more)
+        assert load_template(third) == Path(kept).read_text()
 
 
 def test_a_template_that_is_not_there_is_refused_before_anything_is_written(tune):
@@ -326,7 +330,6 @@ def test_a_start_killed_before_the_first_checkpoint_can_be_repeated(tune, monkey
     (["lora.rank=2", "lora.alpha=0"], "lora.alpha = 0.0 should be above 0"),
     (["train.init_from=nowhere"], "train.init_from = 'nowhere' does not exist"),
     (["data.tokenizer=bpe:260"], "differs from that of 'parent'"),
-    (["data.val_fraction=0"], "leaves nothing to validate on"),
 ])
 def test_what_does_not_fit_is_refused_before_anything_is_written(tune, words, message):
     with pytest.raises(UserError, match=message):

@@ -485,7 +485,7 @@ def test_a_chat_longer_than_the_context_has_the_tokens_that_training_has_before_
     template = ("{% for m in messages %}{{ m.role[0] + ':' + m.content + eos_token }}{% endfor %}"
                 "{% if add_generation_prompt %}a:{% endif %}")
     talk = [{"role": "user", "content": said}, {"role": "assistant", "content": answer}]
-    ids, written, _ = fit_conversation(BYTES, template, talk, config.max_seq_len + 1)
+    [(ids, written, _)] = fit_conversation(BYTES, template, talk, config.max_seq_len + 1)
     start, new_tokens = len(ids) - len(answer) - 1, len(answer) + 1
     assert len(ids) == 33 and written.argmax() == start and written[start:].all()
     assert sample.fit_context(BYTES, said, config, max_new_tokens=new_tokens, chat_template=template) == (

@@ -9,13 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer as HuggingFace
 
 from config import ModelConfig, UserError
 from data.chat import DEFAULT_TEMPLATE, turn_end
+from data.examples import Packing, examples
+from data.sources import RowsUnit
 from data.tokenizer import load_tokenizer, train_bpe
 from model import GPT
 from tasks import tasks
 from tasks.tasks import Answer, Chat, Choice, Labelled, Task, TaskError, read_task
+from tests.test_data_chat import KINDS, hugging_face_folder
 from tests.test_data_prompts import with_bos
 
 BYTES = load_tokenizer("bytes")
@@ -132,6 +136,41 @@ def test_a_continuation_has_the_ids_that_the_whole_has_behind_the_context():
     whole, context = bpe.encode("foobarbaz").tolist(), bpe.encode("foo").tolist()
     assert whole[:len(context)] != context  # they merge indeed
     assert tasks.encode_pair(bpe, "foo", "barbaz", 265) == (tuple(context), tuple(whole[len(context):]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pairs_are_split_as_the_harness_splits_them_whatever_begins_a_text(kind, tmp_path):
+    """lm_eval/api/model.py: an empty context is the token for the beginning, and the continuation is encoded without
+    one; else both encodings have it. Its tok_encode is the tokenizer's encode, here the library's."""
+    hf = HuggingFace.from_file(str(hugging_face_folder(tmp_path / "hf", kind) / "tokenizer.json"))
+    ours = load_tokenizer(str(tmp_path / "hf"))
+    start = hf.token_to_id("<s>")  # bos_token of tokenizer_config.json
+    for context in ("", "It is", "What is 2 + 2?", "It is ", "It\n\n", "Wh"):
+        for continuation in (" 4.", "4", "at is 2", " It is brief"):
+            text = context.rstrip()
+            before = hf.encode(text).ids if context else [start]
+            whole = hf.encode(context + continuation).ids if context else [
+                start, *hf.encode(continuation, add_special_tokens=False).ids]
+            assert tasks.encode_pair(ours, context, continuation, ours.vocab_size) == (
+                tuple(before), tuple(whole[len(before):]))
+            assert start not in whole[len(before):]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_labels_have_the_ids_that_they_have_behind_a_text_and_in_training(kind, tmp_path):
+    hf = HuggingFace.from_file(str(hugging_face_folder(tmp_path / "hf", kind) / "tokenizer.json"))
+    ours, labels = load_tokenizer(str(tmp_path / "hf")), ["brief", "4", "is it"]
+    spelled, _ = tasks.encode_labels(ours, labels, ours.vocab_size)
+    packing = Packing("classification", 99)
+    for label, ids in zip(labels, spelled, strict=True):
+        whole = hf.encode(f"It is {label}")
+        before = hf.encode("It is").ids
+        assert whole.ids == [*before, *ids]
+        path = tmp_path / "rows.jsonl"
+        path.write_text(json.dumps({"text": "It is", "label": label}) + "\n")
+        size = path.stat().st_size
+        [(example, _)] = examples(RowsUnit(str(path), size, None, end=size), packing, ours)
+        assert example.ids[example.scored].tolist() == [*ids, ours.eot] and example.ids.tolist()[:-1] == whole.ids
 
 
 def scored_by_definition(model64: GPT, query: str, choices: tuple[str, ...], max_seq_len: int) -> list[float]:
@@ -303,7 +342,7 @@ def test_one_label_is_no_set():
 def test_labels_that_the_tokenizer_cannot_tell_apart_are_refused():
     class Blind:  # as a tokenizer that lowers all letters
         eot, bos_token = 0, None
-        def encode(self, text: str) -> np.ndarray:
+        def encode(self, text: str, *, behind: str) -> np.ndarray:
             return np.frombuffer(text.lower().encode(), np.uint8)
     with pytest.raises(TaskError, match="'a', 'A': to the run's tokenizer two of them are the same text"):
         tasks.encode_labels(Blind(), ["a", "A"], 257)
@@ -431,6 +470,16 @@ def test_an_answer_in_a_chat_ends_with_what_ends_a_turn_there_and_with_no_other_
     assert row["finished"] and row["prediction"] == text[:text.index(end)].decode(errors="replace") != ""
 
 
+def test_what_a_template_writes_before_its_answers_is_no_part_of_one(monkeypatch):
+    template = ("{% for m in messages %}{{ m.role[0] }}{{ '<think></think>' if m.role == 'assistant' }}{{ m.content }}"
+                "{{ eos_token }}{% endfor %}{{ 'a' if add_generation_prompt }}")
+    answers = ["<think></think>b", "b<think></think>"]
+    monkeypatch.setattr(tasks, "continue_greedily", lambda *some, **more: (answers, [True, True]))
+    result, rows = tasks.generation(make_model(), BYTES, Task(Path("f"), [chat("a"), chat("a")]), template,
+                                    ends=ENDS, metrics=("exact_match",), max_new_tokens=5, stop=(), batch_size=2)
+    assert [row["prediction"] for row in rows] == ["b", "b<think></think>"]
+
+
 def test_a_chat_that_the_template_refuses_or_a_run_without_one_is_an_error():
     model, bad = talkative_model(), Chat(3, ({"role": "robot", "content": "beep"},), ("yes",))
     arguments = dict(
@@ -524,13 +573,15 @@ GOOD = '{"query": "q", "choices": ["a", "b"], "gold": 1}'
     ('{"prompt": "p", "response": ""}', "response is empty"),
     ('{"prompt": "p", "reference": []}', r"reference = \[\] should be a list of at least 1 text$"),
     ('{"prompt": ["p"], "reference": "r"}', "prompt = .* should be a text"),
-    ('{"messages": [{"role": "user", "content": "a"}]}', "should be a list of at least two"),
+    ('{"messages": [{"role": "user", "content": "a"}]}', "has one message; it should have at least two"),
+    ('{"prompt": "p", "response": "r", "system": "s"}', "has 'system', which is not honoured here"),
+    ('{"messages": [{"role": "human", "content": "a"}, {"role": "assistant", "content": "b"}]}', "the role 'human'"),
     ('{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "a"}]}',
      "the last message is of the role 'user', not assistant"),
     ('{"messages": [{"role": "user"}, {"role": "assistant", "content": "a"}]}',
-     r"messages\[0\] = .* should have a role and content"),
+     'message 1 is not {"role", "content"}'),
     ('{"messages": [{"role": "user", "content": 1}, {"role": "assistant", "content": "a"}]}',
-     r"messages\[0\].content = 1 should be a text"),
+     'message 1 is not {"role", "content"} with a text in both'),
     ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]}',
      "the last message's content is empty"),
 ])
@@ -539,7 +590,7 @@ def test_a_line_that_is_wrong_is_named_with_its_file(tmp_path, line, message):
     with pytest.raises(TaskError, match=message) as caught:
         read_task(path)
     text = str(caught.value)
-    assert text.startswith(f"task '{path}' line 3: ") and "\n" not in text and len(text) < len(str(path)) + 300
+    assert text.startswith(f"task '{path}' line 3: ") and "\n" not in text and len(text) < len(str(path)) + 500
 
 
 def test_a_file_without_examples_or_none_at_all_is_an_error(tmp_path):
