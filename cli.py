@@ -22,17 +22,18 @@ def note(text: str) -> None:
 
 class StopRequest:
     """Set by SIGTERM, SIGINT or SIGUSR1, polled by what goes on for long; signal: its name. A second Ctrl-C does not
-    wait."""
+    wait. interrupts: the first signal raises KeyboardInterrupt instead, for what may end anywhere."""
 
-    def __init__(self):
-        self.signal: str | None = None
+    def __init__(self, *, interrupts: bool = False):
+        self.signal, self._interrupts = None, interrupts
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame) -> None:
-        if self.signal is not None and number == signal.SIGINT:
+        is_first, name = self.signal is None, signal.Signals(number).name
+        self.signal = self.signal or name
+        if self._interrupts if is_first else number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.signal = signal.Signals(number).name
 
     def __call__(self) -> bool:
         return self.signal is not None

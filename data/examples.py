@@ -23,7 +23,7 @@ import numpy as np
 from config import UserError
 from data.chat import ChatError
 from data.prompts import encode_prompt, fit_conversation, kept_tokens
-from data.sources import SourceError, TextFile, Unit, first_row, jsonl_rows, row_name
+from data.sources import SKIP_BAD, SourceError, TextFile, Unit, first_row, jsonl_rows, row_name
 from data.tokenizer import Tokenizer
 
 TEXT, PROMPT_RESPONSE, CLASSIFICATION, CHAT = "text", "prompt/response", "classification", "chat"
@@ -78,11 +78,11 @@ def kind_of_row(row: object, text_field: str) -> str:
     return TEXT
 
 
-def find_kind(files: Sequence[TextFile], text_field: str) -> str:
+def find_kind(files: Sequence[TextFile], text_field: str, *, skip_bad: bool = False) -> str:
     """The kind that all files have, by their first rows. Raises SourceError if they differ."""
     kinds: dict[str, str] = {}
     for file in files:
-        row = first_row(file) if file.kind == "jsonl" else {}
+        row = first_row(file, skip_bad=skip_bad) if file.kind == "jsonl" else {}
         if row is not None:
             kinds.setdefault(kind_of_row(row, text_field), file.path)
     if len(kinds) > 1:
@@ -115,7 +115,7 @@ def _naming(unit: Unit, number: int) -> Iterator[None]:
     try:
         yield
     except (ExampleError, ChatError) as error:
-        raise ExampleError(f"source {row_name(unit, number)} {error}") from None
+        raise ExampleError(f"source {row_name(unit, number)} {error}; or {SKIP_BAD}") from None
 
 
 def _text_of_row(row: dict, kind: str) -> str:

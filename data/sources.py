@@ -13,11 +13,15 @@ import os
 import re
 import sysconfig
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
+
+import numpy as np
 
 import cli
 from config import MachineError, UserError
@@ -39,6 +43,13 @@ SEARCH_BYTES = 1 << 12  # read at first to find a cut
 FIRST_ROW_BYTES = 1 << 12  # read at least, to see what a .jsonl holds
 PARQUET_ROWS = 1024  # read at a time
 FEW_DOCUMENTS = 100  # with fewer the text is split by characters
+
+WHOLE_BYTES = 64 << 20  # of a file that are hashed; of a longer one SAMPLES times SAMPLE_BYTES, spread over it
+SAMPLES, SAMPLE_BYTES = 64, 64 << 10
+
+
+SKIP_BAD = "leave such rows out (--bad-rows skip, data.bad_rows=skip)"
+BAD_ROW = f"mend or remove the row, or {SKIP_BAD}"
 
 
 class SourceError(UserError):
@@ -118,13 +129,30 @@ def _kind(path: Path) -> tuple[str, str] | None:
     return next((kind for suffix, kind in KINDS.items() if path.name.lower().endswith(suffix)), None)
 
 
-def describe(source: str) -> dict:
-    """What index.json says about a source: its name without its place, and names and sizes of its files as a hash.
-    Raises SourceError."""
+def describe(source: str, *, content: bool = True) -> dict:
+    """What index.json says about a source: its name without its place, names and sizes of its files as a hash, and
+    (content) what is in them as another. Raises SourceError."""
     files = find_files(source)
+    hashed = {"content": _content_hash(files)} if content else {}
     listing = "".join(f"{file.name}\0{file.bytes}\n" for file in files)
     return {"name": source if source == STDLIB else Path(source).absolute().name, "files": len(files),
-            "bytes": sum(file.bytes for file in files), "listing": hashlib.sha256(listing.encode()).hexdigest()[:16]}
+            "bytes": sum(file.bytes for file in files), "listing": hashlib.sha256(listing.encode()).hexdigest()[:16],
+            **hashed}
+
+
+def _content_hash(files: Sequence[TextFile]) -> str:
+    """blake2b over what is in the files: edits that keep the size show. Not their time, which differs in every copy."""
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files:
+        with _reading(file.path), open(file.path, "rb", buffering=0) as opened:
+            if file.bytes > WHOLE_BYTES:
+                for sample in range(SAMPLES):
+                    opened.seek(sample * (file.bytes - SAMPLE_BYTES) // (SAMPLES - 1))
+                    digest.update(opened.read(SAMPLE_BYTES))
+            else:
+                while block := opened.read(UNIT_BYTES):
+                    digest.update(block)
+    return digest.hexdigest()
 
 
 @contextmanager
@@ -206,6 +234,8 @@ class RowsUnit:
     lines: bytes = b""
     first_line: int | None = None  # number of the first of `lines` in the file, from 1
     group: int | None = None
+    bad: frozenset[int] = frozenset()  # numbers in the unit of rows that are left out of it: see without_bad_rows
+    is_empty: bool = False  # what is in it was handed on; it still stands for its bad rows
     ends = True
 
     def content(self) -> bytes:
@@ -213,16 +243,20 @@ class RowsUnit:
         return self.lines or _read_range(self.path, self.start, self.end)
 
     def texts(self, text_field: str) -> Iterator[tuple[str, int]]:
+        if self.is_empty:
+            return iter(())
         return self._jsonl_texts(text_field) if self.group is None else self._parquet_texts(text_field)
 
     def _jsonl_texts(self, text_field: str) -> Iterator[tuple[str, int]]:
         for number, value, invalid in jsonl_rows(self):
             text = value.get(text_field) if isinstance(value, dict) else None
             if not isinstance(text, str):
-                found = f"fields {', '.join(value)}" if isinstance(value, dict) else json.dumps(value)[:40]
-                raise SourceError(f"source {row_name(self, number)} has no text in a field {text_field!r}, only "
-                                  f"{found}; name the field (--text-field, data.text_field), or call the fields of "
-                                  "examples prompt and response, text and label, or messages")
+                found = json.dumps(value)[:40] if not isinstance(value, dict) else \
+                    f"{json.dumps(value[text_field])[:40]} in it" if text_field in value else \
+                    f"fields {', '.join(value)}"
+                raise SourceError(f"source {row_name(self, number)} has no text in a field {text_field!r}, only {found}"
+                                  f"; {BAD_ROW}, or name the field (--text-field, data.text_field), or call the fields "
+                                  "of examples prompt and response, text and label, or messages")
             clean = replace_surrogates(text)  # JSON may spell them as \ud800
             yield clean, invalid + clean.count("\ufffd") - text.count("\ufffd")
 
@@ -233,11 +267,19 @@ class RowsUnit:
         if kind not in ("string", "large_string"):
             raise SourceError(f"source {self.path!r} has no column {text_field!r} of text but {kind}, of its columns "
                               f"{', '.join(names)}; name the column (--text-field, data.text_field)")
-        with _reading(self.path):
-            for batch in file.iter_batches(batch_size=PARQUET_ROWS, row_groups=[self.group], columns=[text_field]):
-                for value in batch.column(0):
-                    if value.is_valid:
-                        yield _decoded(value.as_buffer().to_pybytes())  # as_py() fails where it is not UTF-8
+        batches = file.iter_batches(batch_size=PARQUET_ROWS, row_groups=[self.group], columns=[text_field])
+        numbers = itertools.count()
+        while True:
+            with _reading(self.path):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            for value, number in zip(batch.column(0), numbers, strict=False):
+                if value.is_valid:
+                    yield _decoded(value.as_buffer().to_pybytes())  # as_py() fails where it is not UTF-8
+                elif number not in self.bad:
+                    raise SourceError(f"source {row_name(self, number)} has no text in a field {text_field!r}, only "
+                                      f"null in it; {BAD_ROW}, or name the column (--text-field, data.text_field)")
 
 
 Unit = TextUnit | FilesUnit | RowsUnit
@@ -257,12 +299,42 @@ def jsonl_rows(unit: RowsUnit) -> Iterator[tuple[int, object, int]]:
         try:
             value = json.loads(line.removeprefix("\ufeff"))
         except (ValueError, RecursionError) as error:
-            raise SourceError(f"source {row_name(unit, number)} is not JSON: {error}") from None
+            raise SourceError(f"source {row_name(unit, number)} is not JSON: {error}; {BAD_ROW}") from None
         yield number, value, invalid
 
 
+def without_bad_rows(unit: Unit, text_field: str | None, read: Callable[[Unit], Iterable] | None = None) -> Unit:
+    """The unit without the rows that `read` (left out: texts_of) refuses; their numbers in it are its `bad`."""
+    read = read or partial(texts_of, text_field=text_field)
+    if not isinstance(unit, RowsUnit) or unit.is_empty:
+        return unit
+    if unit.group is not None:
+        file = _open_parquet(unit.path)
+        with _reading(unit.path):
+            if text_field in file.schema_arrow.names:  # else reading it says so
+                column = file.read_row_group(unit.group, columns=[text_field]).column(0)
+                unit = replace(unit, bad=frozenset(np.flatnonzero(column.is_null()).tolist()))
+        return unit
+    try:
+        deque(read(replace(unit, first_line=unit.first_line or 1)), maxlen=0)  # to find it takes reading up to there
+        return unit
+    except UserError:
+        rows, bad = unit.content().split(b"\n"), set()
+    for number, row in enumerate(rows):
+        try:
+            deque(read(replace(unit, lines=row + b"\n", first_line=number + 1)), maxlen=0)
+        except UserError:
+            bad.add(number)
+    # a blank line each, so that the others keep their numbers
+    return replace(unit, lines=b"\n".join(b"" if number in bad else row for number, row in enumerate(rows)) or b"\n",
+                   bad=unit.bad | bad)
+
+
 def row_name(unit: RowsUnit, number: int) -> str:
-    """Where a row of a .jsonl stands, for a message."""
+    """Where a row stands, for a message."""
+    if unit.group is not None:
+        groups = _open_parquet(unit.path).metadata
+        return f"{unit.path!r} row {1 + number + sum(groups.row_group(g).num_rows for g in range(unit.group))}"
     first_line = unit.first_line
     if first_line is None:
         with open(unit.path, "rb") as opened:
@@ -271,9 +343,12 @@ def row_name(unit: RowsUnit, number: int) -> str:
     return f"{unit.path!r} line {first_line + number}"
 
 
-def first_row(file: TextFile) -> object | None:
+def first_row(file: TextFile, *, skip_bad: bool = False) -> object | None:
     """The first row of a .jsonl that is not blank; None if there is none."""
-    return next((row for unit in _row_units(file, None, FIRST_ROW_BYTES) for _, row, _ in jsonl_rows(unit)), None)
+    units = _row_units(file, None, FIRST_ROW_BYTES)
+    if skip_bad:
+        units = (without_bad_rows(unit, None, jsonl_rows) for unit in units)
+    return next((row for unit in units for _, row, _ in jsonl_rows(unit)), None)
 
 
 # ---- Files -> units, in order ----------------------------------------------------------------------------------------
@@ -410,10 +485,15 @@ class Texts:
     text_field: str | None  # None: rows are no plain text
     val_split: str
     row_unit_bytes: int  # of text of rows in a unit
+    skip_bad: bool = False  # rows that cannot be used are left out
 
     @property
     def bytes(self) -> int:
         return sum(file.text_bytes for file in self.files + self.val_files)
+
+    def readable(self, unit: Unit, read: Callable[[Unit], Iterable] | None = None) -> Unit:
+        """The unit, without its bad rows if they are left out; read as in without_bad_rows."""
+        return without_bad_rows(unit, self.text_field, read) if self.skip_bad else unit
 
     def units(self, *, cuttable: bool) -> Iterator[Unit]:
         """All units, in order: the same at each call. cuttable: a cut changes no ids, so a .txt is cut every 1 MB."""
@@ -431,7 +511,8 @@ class Texts:
     def _split_by_characters(self, unit_bytes: int) -> Iterator[Unit]:
         """The last val_fraction of the characters is val (nanoGPT's way)."""
         def units() -> Iterator[Unit]:
-            return whole_document_units(self.files, "train", val_fraction=0.0, unit_bytes=unit_bytes)
+            return map(self.readable, whole_document_units(self.files, "train", val_fraction=0.0,
+                                                           unit_bytes=unit_bytes))
 
         lengths = [sum(len(text) for text, _ in texts_of(unit, self.text_field)) for unit in units()]
         train_left = int(sum(lengths) * (1 - self.val_fraction))
@@ -440,6 +521,8 @@ class Texts:
                 yield unit if length <= train_left else replace(unit, split="val")
                 train_left = max(0, train_left - length)
                 continue
+            if isinstance(unit, RowsUnit) and unit.bad:
+                yield replace(unit, split="train", is_empty=True)
             for text, invalid in texts_of(unit, self.text_field):
                 head, tail = text[:train_left], text[train_left:]
                 if head:
@@ -463,28 +546,30 @@ class Texts:
 
 
 def choose_split(files: list[TextFile], val_files: list[TextFile], val_fraction: float, text_field: str | None, *,
-                 row_unit_bytes: int = 0) -> Texts:
+                 row_unit_bytes: int = 0, skip_bad: bool = False) -> Texts:
     """How the texts are split; text_field None: rows stay whole, whatever they hold; row_unit_bytes: of rows in a unit,
-    at least. Raises SourceError if there is no text."""
+    at least; skip_bad: leave out rows that cannot be used. Raises SourceError if there is no text."""
+    read = jsonl_rows if text_field is None else partial(texts_of, text_field=text_field)
+
     def documents(file: TextFile) -> Iterator[object]:
         if file.kind == "txt":
             yield file
             return
         for unit in _row_units(file, None):
-            yield from jsonl_rows(unit) if text_field is None else texts_of(unit, text_field)
+            yield from read(without_bad_rows(unit, text_field, read) if skip_bad else unit)
 
     counts = []
     for named, limit in ((files, FEW_DOCUMENTS), (val_files, 1)):  # after the limit nothing more is read
         found = itertools.chain.from_iterable(map(documents, named))
         counts.append(sum(1 for _ in itertools.islice(found, limit)))
         if named and not counts[-1]:
-            raise SourceError(f"source {named[0].path!r} holds no text: every row is empty")
+            raise SourceError(f"source {named[0].path!r} holds no text: every row is empty{' or bad' * skip_bad}")
     if val_files or val_fraction == 0.0:
         val_split = "given" if val_files else "none"
     else:
         val_split = "hash" if counts[0] == FEW_DOCUMENTS else "rows" if text_field is None else "characters"
     row_unit_bytes = min(max(UNIT_BYTES, row_unit_bytes), LONGEST_UNIT_BYTES)
-    return Texts(files, val_files, val_fraction, text_field, val_split, row_unit_bytes)
+    return Texts(files, val_files, val_fraction, text_field, val_split, row_unit_bytes, skip_bad)
 
 
 def split_of(texts: Iterable[str], val_fraction: float) -> str:
