@@ -2,11 +2,10 @@
 
 Writes DIR/train_00000.bin, val_00000.bin, ..., tokenizer.json and, last, index.json. The bytes depend on the text and
 the settings alone, not on paths, time or the number of workers. The sources are cut into units of about 1 MB, in order,
-which worker processes read and encode; this process appends their tokens, in order, to the open shard of their split,
-and writes .progress.json every few seconds: units done and tokens in each open shard. After kill -9, a stop or a row
-that cannot be used the same command cuts the open shards back to that, and goes on with the next unit. If the sources
-were changed meanwhile (a bad row was mended), it goes back to the last such point before which their units are what
-they were: each point holds a hash over them. Memory holds a few units for each worker.
+which worker processes read and encode (encode_units.py); this process appends their tokens, in order, to the open shard
+of their split, and writes .progress.json (output_folder.py) every few seconds. After kill -9, a stop or a row that
+cannot be used the same command cuts the open shards back to that, and goes on with the next unit: of sources that were
+changed meanwhile, with the first unit that is another. Memory holds a few units for each worker.
 
 A document ends with end-of-text. A text split by characters may be cut inside a document: its first part, the end of
 train, then has no end-of-text, for the document did not end there; its rest starts val.
@@ -15,38 +14,31 @@ train, then has no end-of-text, for the document did not end there; its rest sta
 import argparse
 import hashlib
 import itertools
-import json
 import math
 import os
-import re
 import signal
 import sys
-import threading
 import time
-from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import dataclass, replace
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 import cli
-import files
 from config import ConfigError, MachineError, UserError, exit_cleanly
-from data.chat import DEFAULT_TEMPLATE, TEMPLATE_FILE, read_template, save_template
-from data.dataset import INDEX_FORMAT, files_of, load_index
-from data.examples import CHAT, ROWS_PER_UNIT, TEXT, Example, Packing, examples, find_kind, packed, texts_of_examples
-from data.shards import TRACKS, track_path
+from data.chat import DEFAULT_TEMPLATE, read_template, save_template
+from data.dataset import INDEX_FORMAT
+from data.encode_units import BAD_ROWS_NAMED, Encoder, WorkerDied, encode_units, end_with, separator_of, worker_pool
+from data.examples import CHAT, ROWS_PER_UNIT, TEXT, ExampleError, Packing, find_kind, texts_of_examples
+from data.output_folder import Busy, OutputFolder
+from data.shards import TRACKS
 from data.sources import (
     KINDS,
     STDLIB,
     UNIT_BYTES,
-    RowsUnit,
+    SourceError,
     TextFile,
     Texts,
-    Unit,
     choose_split,
     describe,
     find_files,
@@ -54,7 +46,6 @@ from data.sources import (
     row_name,
     split_of,
     texts_of,
-    without_bad_rows,
 )
 from data.tokenizer import (
     END_OF_TEXT,
@@ -67,374 +58,17 @@ from data.tokenizer import (
     train_bpe,
 )
 from data.verify_shards import verify
-from data.write_shards import (
-    MAX_SHARD_TOKENS,
-    Encoded,
-    SplitWriter,
-    dtype_for,
-    part_path,
-    shard_path,
-    write_index,
-)
+from data.write_shards import MAX_SHARD_TOKENS, SplitWriter
 
 DEFAULT_TOKENIZER = "gpt2"
 SMALL_BYTES = 8 << 20  # below this, starting workers takes longer than they save
-UNITS_PER_WORKER = 3  # encoded or waiting at a time
 CHECKPOINT_SECONDS = 5.0
 BPE_SAMPLE_BYTES = 200_000_000
 NOTE_SECONDS = 30.0
-POINTS = 1000  # kept to go back to, at most
-BAD_ROWS_NAMED = 3
-
-PROGRESS_FILE = ".progress.json"
-LOCK_FILE = ".lock"
-ORPHAN_SECONDS = 0.5  # between two looks whether the parent lives
-
-
-class Busy(UserError):
-    """Another process is preparing the same folder."""
-
-
-class WorkerDied(MachineError):
-    """Of too little memory, or by the signal that was to end us all."""
 
 
 class PreparationStopped(Exception):
     """should_stop() said so; what is done is kept, and the same call goes on."""
-
-
-# ---- Encoding units, here or in worker processes ---------------------------------------------------------------------
-
-@dataclass
-class EncodedUnit:
-    splits: dict[str, Encoded]
-    counts: Counter  # invalid_utf8: sequences replaced; bad_rows: left out; separators: end-of-text spelled in the text
-    bad_rows: list[tuple[RowsUnit, int]]  # the first few, for row_name()
-    digest: bytes  # of what is in the unit
-
-
-class Encoder:
-    """Encodes units; each worker process has one. packing: the units hold examples, not texts; skip_bad: leave out rows
-    that cannot be used; parse_special: end-of-text spelled in a text ends a document."""
-
-    def __init__(self, tokenizer: Tokenizer, val_fraction: float, text_field: str, packing: Packing | None = None,
-                 skip_bad: bool = False, parse_special: bool = False):
-        self.settings = (val_fraction, text_field, packing, skip_bad, parse_special)
-        self.tokenizer, self.val_fraction, self.text_field = tokenizer, val_fraction, text_field
-        self.packing, self.skip_bad, self.parse_special = packing, skip_bad, parse_special
-        self.dtype = dtype_for(tokenizer.vocab_size)
-        self.token_bytes = tokenizer.token_bytes()
-
-    def encode(self, unit: Unit) -> EncodedUnit:
-        """Tokens by split, and what is to be said of the unit."""
-        unit = self._readable(unit)
-        splits, counts = self._encode_texts(unit) if self.packing is None else \
-            self._encode_examples(unit, self.packing)
-        bad = sorted(unit.bad) if isinstance(unit, RowsUnit) else []
-        named = [(replace(unit, lines=b""), number) for number in bad[:BAD_ROWS_NAMED]]
-        return EncodedUnit(splits, counts + Counter(bad_rows=len(bad)), named, self._digest(unit))
-
-    def digest(self, unit: Unit) -> bytes:
-        """A hash of what is in a unit and how it is split: where it is the same, so is what encode() makes of it."""
-        return self._digest(self._readable(unit))
-
-    def _readable(self, unit: Unit) -> Unit:
-        if not self.skip_bad:
-            return unit
-        read = None if self.packing is None else partial(examples, packing=self.packing, tokenizer=self.tokenizer)
-        return without_bad_rows(unit, self.text_field, read)
-
-    def _digest(self, unit: Unit) -> bytes:
-        bad = len(unit.bad) if isinstance(unit, RowsUnit) else 0
-        digest = hashlib.blake2b(f"{unit.split} {unit.ends} {bad}".encode(), digest_size=16)
-        if isinstance(unit, RowsUnit) and unit.group is None:
-            digest.update(unit.content())
-        else:
-            for text, _ in texts_of(unit, self.text_field):
-                data = text.encode()
-                digest.update(b"%d " % len(data) + data)
-        return digest.digest()
-
-    def _encode_texts(self, unit: Unit) -> tuple[dict[str, Encoded], Counter]:
-        tokens: dict[str, list[np.ndarray]] = {}
-        text_bytes, documents, counts = Counter(), Counter(), Counter()
-        separator = separator_of(self.tokenizer.eot_token)
-        for text, invalid in texts_of(unit, self.text_field):
-            split = unit.split or split_of([text], self.val_fraction)
-            parts = separator.split(text)
-            counts += Counter(invalid_utf8=invalid, separators=len(parts) - 1)
-            for number, part in enumerate(parts if self.parse_special else [text]):
-                if not part:
-                    continue
-                tokens.setdefault(split, []).append(self.tokenizer.encode(part).astype(self.dtype))
-                if unit.ends or (self.parse_special and number < len(parts) - 1):
-                    tokens[split].append(np.array([self.tokenizer.eot], dtype=self.dtype))
-                    documents[split] += 1
-                text_bytes[split] += len(part) if part.isascii() else len(part.encode())
-        return {split: Encoded(np.concatenate(parts), text_bytes[split], documents[split])
-                for split, parts in tokens.items()}, counts
-
-    def _encode_examples(self, unit: Unit, packing: Packing) -> tuple[dict[str, Encoded], Counter]:
-        found: dict[str, list[Example]] = {}
-        dropped, counts = Counter(), Counter()
-        for example, invalid in examples(unit, packing, self.tokenizer):
-            if example is None:
-                dropped[unit.split or "train"] += 1
-            else:
-                found.setdefault(unit.split or split_of([example.text], self.val_fraction), []).append(example)
-            counts["invalid_utf8"] += invalid
-        encoded = {}
-        for split in (*found, *(dropped.keys() - found.keys())):
-            members = found.get(split, [])
-            tokens, loss, start = packed(members, packing.row_tokens, self.tokenizer.eot)
-            lengths = [len(example.ids) + example.cut for example in members]
-            ends = {"shortest": min(lengths), "longest": max(lengths)} if members else {}
-            encoded[split] = Encoded(
-                tokens.astype(self.dtype).reshape(-1), int(self.token_bytes[tokens].sum()), len(members),
-                {"loss": loss.reshape(-1), "start": start.reshape(-1)},
-                {"examples": len(members), "tokens": sum(len(example.ids) for example in members),
-                 "response_tokens": sum(int(example.scored.sum()) for example in members), **ends,
-                 "truncated": sum(example.cut > 0 for example in members), "dropped": dropped[split]})
-        return encoded, counts
-
-
-def separator_of(eot_token: str) -> re.Pattern:
-    """End-of-text as a text may spell it: the tokenizer's, and the one that most collections use."""
-    return re.compile("|".join(re.escape(token) for token in sorted({END_OF_TEXT, eot_token})))
-
-
-_encoder: Encoder | None = None  # of a worker process
-
-
-def _start_worker(parent: int, tokenizer_file: str | None, settings: tuple) -> None:
-    global _encoder
-    end_with(parent)  # a pool that was killed cannot tell its workers, and they hold each other's end of its pipe
-    if tokenizer_file is not None:
-        _encoder = Encoder(load_tokenizer(tokenizer_file), *settings)
-
-
-def end_with(parent: int) -> None:
-    """End this process when the one that started it has ended."""
-    def wait() -> None:
-        while os.getppid() == parent:
-            time.sleep(ORPHAN_SECONDS)
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
-def _encode_in_worker(unit: Unit) -> EncodedUnit:
-    return _encoder.encode(unit)
-
-
-@contextmanager
-def worker_pool(workers: int, tokenizer_file: Path | None = None, settings: tuple = ()) -> Iterator:
-    """A pool of processes, with an Encoder each if there is a tokenizer; killed if the block ends by an exception."""
-    import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor
-    from concurrent.futures.process import BrokenProcessPool
-    # Processes inherit blocked signals: Ctrl-C reaches this one alone, which ends the workers in order. SIGINT comes
-    # second, for multiprocessing unblocks it when it starts its resource tracker, which ignores it anyway.
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
-    arguments = (os.getpid(), None if tokenizer_file is None else str(tokenizer_file), settings)
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, arguments)
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-    finished = False
-    try:
-        for _ in range(workers):
-            pool.submit(int)  # anything: a process starts
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-        yield pool
-        finished = True
-    except BrokenProcessPool:
-        raise WorkerDied("a worker process died (out of memory? It takes less with fewer --workers)") from None
-    finally:
-        for child in () if finished else multiprocessing.active_children():
-            child.kill()  # it may have minutes of work before it
-        pool.shutdown(cancel_futures=True)
-
-
-def encode_units(units: Iterator[Unit], encoder: Encoder, workers: int, tokenizer_file: Path) \
-        -> Iterator[tuple[int, EncodedUnit]]:
-    """(source bytes, what became of it) of each unit, in order; workers = 0: in this process."""
-    if not workers:
-        for unit in units:
-            yield unit.bytes, encoder.encode(unit)
-        return
-    pending = deque()
-    with worker_pool(workers, tokenizer_file, encoder.settings) as pool:
-        for unit in units:
-            pending.append((unit.bytes, pool.submit(_encode_in_worker, unit)))
-            if len(pending) >= UNITS_PER_WORKER * workers:
-                size, future = pending.popleft()
-                yield size, future.result()
-        for size, future in pending:
-            yield size, future.result()
-
-
-# ---- The output folder -----------------------------------------------------------------------------------------------
-
-class OutputFolder:
-    """The folder while it is being filled: locked, with .progress.json saying what is done: a point, as START, and
-    points before it to go back to, which hold the number of finished shards. is_changed: the sources are not what they
-    were.
-    """
-
-    START = {"units": 0, "digest": "", "invalid_utf8": 0, "bad_rows": 0, "separators": 0, "bad_rows_named": [],
-             "splits": {}}
-
-    def __init__(self, path: Path, settings: dict):
-        self.path, self.settings, self.is_changed = path, settings, False
-        self.progress = self.START | {"settings": settings, "tokenizer_sha256": None, "points": []}
-        self._made = not path.exists()
-        self._lock = ExitStack()
-
-    def open(self) -> dict | None:
-        """Make and lock the folder; the index if it is finished, else None. Raises UserError if it is not ours."""
-        try:
-            try:
-                files.make_folder(self.path)
-            except FileExistsError:
-                if not self.path.is_dir():
-                    raise
-            self._acquire_lock()
-            return self._claim()
-        except files.Locked:
-            raise Busy(f"another process is preparing {str(self.path)!r}; wait for it, or name another folder (--out, "
-                       "data.dir)") from None
-        except OSError as error:
-            raise UserError(f"output folder {str(self.path)!r} cannot be written: {error.strerror}; name another "
-                            "(--out, data.dir)") from None
-
-    def _acquire_lock(self) -> None:
-        path, is_ours = self.path / LOCK_FILE, False
-        while not is_ours:  # else whoever held it finished, and removed it between our open and our lock
-            self._lock.close()
-            lock = self._lock.enter_context(files.locked(path))
-            with suppress(FileNotFoundError):
-                is_ours = os.path.samestat(os.fstat(lock), os.stat(path))
-        self._lock.callback(path.unlink, missing_ok=True)
-
-    def _claim(self) -> dict | None:
-        index = load_index(self.path)
-        if index is not None:
-            refuse_differences(self.path, index, self.settings, way_out=another_folder(self.path))
-            if (self.path / PROGRESS_FILE).exists():  # killed right after index.json was written
-                self._remove_all_but(_files_in(index))
-            return index
-        names = {entry.name for entry in self.path.iterdir()} - {LOCK_FILE, f".{PROGRESS_FILE}.tmp"}
-        if PROGRESS_FILE in names:
-            try:
-                self.progress |= json.loads((self.path / PROGRESS_FILE).read_text(encoding="utf-8"))
-            except ValueError:
-                raise UserError(f"output folder {str(self.path)!r}: {PROGRESS_FILE} is damaged; remove the folder and "
-                                "start again") from None
-            theirs, sources = self.progress["settings"], {"sources", "val_sources"}
-            self.is_changed = (not all(same_sources(theirs[key], self.settings[key]) for key in sources)
-                               and all([source["name"] for source in theirs[key]]
-                                       == [source["name"] for source in self.settings[key]] for key in sources))
-            ours = {key: value for key, value in self.settings.items() if not (self.is_changed and key in sources)}
-            refuse_differences(self.path, self.progress, ours, way_out="it is not finished: give the command that began"
-                               " it again, name another folder (--out, data.dir) or remove it")
-            if not self.is_changed:
-                self.progress["settings"] = self.settings  # what becomes of bad rows may be another choice now
-        elif names:
-            raise UserError(f"output folder {str(self.path)!r} is not empty, it holds "
-                            f"{', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''}; name an empty or new "
-                            "one (--out, data.dir); to train on these shards as they are: data.source=[]")
-        return None
-
-    def save(self, **changes) -> None:
-        """Write .progress.json with changes."""
-        self.progress |= changes
-        files.write_whole(self.path / PROGRESS_FILE, json.dumps(self.progress))
-
-    def save_point(self, point: dict) -> None:
-        """Write .progress.json with what is done now, and keep what it said before."""
-        points = self.progress["points"]
-        if 0 < self.progress["units"] < point["units"]:
-            splits = {split: state | {"shards": len(state["shards"])}
-                      for split, state in self.progress["splits"].items()}
-            points = [*points, {key: self.progress[key] for key in self.START} | {"splits": splits}]
-        self.save(**point, points=points if len(points) < POINTS else points[1::2])
-
-    def points(self) -> dict[int, dict]:
-        """The points to go on from, by their units."""
-        now = {key: self.progress[key] for key in self.START}
-        shards = {split: state["shards"] for split, state in now["splits"].items()}
-        before = [point | {"splits": {split: state | {"shards": shards[split][:state["shards"]]}
-                                      for split, state in point["splits"].items()}}
-                  for point in self.progress["points"]]
-        return {point["units"]: point for point in (*before, now)}
-
-    def go_back(self, point: dict, **changes) -> None:
-        """Go on from a point, with the sources as they are now. What was made after it goes."""
-        units = point["units"]
-        self.save(**point, **changes, settings=self.settings,
-                  points=[earlier for earlier in self.progress["points"] if earlier["units"] < units])
-        keep = {PROGRESS_FILE}
-        for split, state in point["splits"].items():
-            keep |= _files_in(state)
-            is_open = shard_path(self.path, split, len(state["shards"])) if state["tokens"] else None
-            for path in () if is_open is None else (is_open, *(track_path(is_open, track) for track in TRACKS)):
-                keep |= {path.name, part_path(path).name}
-        self._remove_all_but(keep)
-
-    def finish(self, index: dict) -> None:
-        """Write index.json; what was needed on the way goes."""
-        write_index(self.path, index)
-        self._remove_all_but(_files_in(index))
-
-    def discard(self) -> None:
-        """Remove all that was written: a mistake of the user's leaves nothing behind."""
-        self._remove_all_but(set(), TOKENIZER_FILE, "tokenizer_config.json", TEMPLATE_FILE)
-
-    def _remove_all_but(self, keep: set[str], *others: str) -> None:
-        """Remove what prepare() makes on its way but the files to keep. Only for a folder with .progress.json."""
-        for pattern in ("*.tmp", ".train_*.part", ".val_*.part", "train_*.bin", "val_*.bin", PROGRESS_FILE, *others):
-            for path in self.path.glob(pattern):
-                if path.name not in keep:
-                    path.unlink(missing_ok=True)
-
-    def close(self) -> None:
-        """Let go of the lock, and of a folder made for nothing."""
-        with suppress(OSError):
-            self._lock.close()
-        if self._made:
-            with suppress(OSError):  # it is not empty
-                self.path.rmdir()
-
-
-def _files_in(index: dict) -> set[str]:
-    return {name for shard in index["shards"] for name in files_of(shard)}
-
-
-def refuse_differences(folder: Path, made: dict, ours: dict, *, way_out: str) -> None:
-    """Raise ConfigError listing how the settings that made a folder, of its index or its progress, differ from ours.
-    Where there was no choice yet, what was done then counts; where no row was bad, what becomes of them does not."""
-    theirs = {"bad_rows": "error", "parse_special": False} | made.get("settings", {})
-    if not made.get("bad_rows"):
-        theirs["bad_rows"] = ours.get("bad_rows")
-    if "kind" in theirs and not any(counts["truncated"] for counts in made.get("examples", {}).values()):
-        theirs = {"too_long": "cut"} | theirs
-    lines = [f"{key}: {json.dumps(theirs.get(key))} -> {json.dumps(ours[key])}" for key in ours
-             if theirs.get(key) != ours[key]
-             and not (key in ("sources", "val_sources") and same_sources(theirs.get(key, []), ours[key]))]
-    if lines:
-        raise ConfigError(f"data folder {str(folder)!r} was made with other settings ({'; '.join(lines)}); "
-                          f"{way_out}")
-
-
-def same_sources(theirs: list[dict], ours: list[dict]) -> bool:
-    """Whether sources are the same as far as both know: of older folders their content is not known."""
-    return len(theirs) == len(ours) and all(one.items() <= other.items() or other.items() <= one.items()
-                                            for one, other in zip(theirs, ours, strict=True))
-
-
-def another_folder(folder: Path) -> str:
-    """The ways out for a finished folder."""
-    return ("name another folder (--out, data.dir) or remove this one; to train on it as it is: data.source=[] "
-            f"data.dir={folder}")
 
 
 # ---- prepare() -------------------------------------------------------------------------------------------------------
@@ -522,11 +156,12 @@ def _fill(folder: OutputFolder, texts: Texts, tokenizer_name: str, packing: Pack
         tokenizer = _tokenizer_of(folder, texts, tokenizer_name, packing)
         encoder = Encoder(tokenizer, texts.val_fraction, texts.text_field, packing, texts.skip_bad,
                           settings["parse_special"])
-        if folder.is_changed:
+        if folder.changed:
             units = folder.progress["units"]
             folder.go_back(_point_before_changes(folder, texts, encoder))
-            cli.note(f"{folder.path}: a source was changed since this was begun; {folder.progress['units']:,} of the "
-                     f"{units:,} units that were done are still the same and stay, the rest is made anew")
+            cli.note(f"{folder.path}: {', '.join(folder.changed)} changed since this was begun; "
+                     f"{folder.progress['units']:,} of the {units:,} units that were done are still the same and stay, "
+                     "the rest is made anew")
         writers = {split: SplitWriter(folder.path, split, tokenizer, shard_tokens=settings["shard_tokens"],
                                       tracks=() if packing is None else TRACKS,
                                       state=folder.progress["splits"].get(split)) for split in ("train", "val")}
@@ -534,6 +169,8 @@ def _fill(folder: OutputFolder, texts: Texts, tokenizer_name: str, packing: Pack
     except UserError as error:
         if not folder.progress["units"]:
             folder.discard()
+            raise
+        if not isinstance(error, SourceError | ExampleError):
             raise
         raise type(error)(f"{error}; what was made before it is kept: then give the same command again, it goes on"
                           ) from None
@@ -562,7 +199,7 @@ def _tokenizer_of(folder: OutputFolder, texts: Texts, name: str, packing: Packin
     """The tokenizer, loaded or trained on the training split and saved in the folder, where a second start finds it;
     the chat template beside it."""
     path, vocab_size, known = folder.path / TOKENIZER_FILE, bpe_ids(name), folder.progress["tokenizer_sha256"]
-    if known is not None and (vocab_size is None or not folder.is_changed):
+    if known is not None and (vocab_size is None or not folder.changed):
         tokenizer = load_tokenizer(str(path))
         if tokenizer.fingerprint != known:
             raise UserError(f"tokenizer {str(path)!r} was changed meanwhile; remove the folder and start again")
@@ -574,10 +211,10 @@ def _tokenizer_of(folder: OutputFolder, texts: Texts, name: str, packing: Packin
     tokenizer = load_tokenizer(name) if vocab_size is None else \
         _train_tokenizer(texts, packing, vocab_size, folder.settings["parse_special"])
     if known not in (None, tokenizer.fingerprint):
-        cli.note(f"{folder.path}: a source was changed since this was begun, and with it {name}, which is trained on "
-                 "them: all is made anew")
+        cli.note(f"{folder.path}: {', '.join(folder.changed)} changed since this was begun, and with it {name}, which "
+                 "is trained on it: all is made anew")
         folder.go_back(folder.START, tokenizer_sha256=None)
-        folder.is_changed = False
+        folder.changed = []
     tokenizer.save(path)
     folder.save(tokenizer_sha256=tokenizer.fingerprint)
     return tokenizer
@@ -587,17 +224,17 @@ def _train_tokenizer(texts: Texts, packing: Packing | None, vocab_size: int, par
     """bpe:N; of more than a little text in a process of its own, for a signal cannot end the library's training."""
     cli.note(f"training tokenizer bpe:{vocab_size} on {min(texts.bytes, BPE_SAMPLE_BYTES) / 1e6:.1f} MB of text")
     if texts.bytes <= UNIT_BYTES:
-        return train_bpe(_training_texts(texts, packing, parse_special), vocab_size)
+        return _train(texts, packing, vocab_size, parse_special)
     started = time.monotonic()
     with worker_pool(1) as pool:
-        future = pool.submit(_train_in_worker, texts, packing, vocab_size, parse_special)
+        future = pool.submit(_train, texts, packing, vocab_size, parse_special)
         while True:
             with suppress(TimeoutError):
                 return future.result(NOTE_SECONDS)
             cli.note(f"training tokenizer bpe:{vocab_size}, {time.monotonic() - started:.0f} s so far")
 
 
-def _train_in_worker(texts: Texts, packing: Packing | None, vocab_size: int, parse_special: bool) -> Tokenizer:
+def _train(texts: Texts, packing: Packing | None, vocab_size: int, parse_special: bool) -> Tokenizer:
     return train_bpe(_training_texts(texts, packing, parse_special), vocab_size)
 
 
@@ -643,10 +280,10 @@ def _encode_texts(folder: OutputFolder, texts: Texts, encoder: Encoder, writers:
         workers = 1  # a signal cannot end its encoding of a unit
 
     def save() -> None:
-        folder.save_point(point | {"digest": digest.hex(), "bad_rows_named": named,
+        folder.save_point(point | {"digest": digest.hex(), "bad_rows_named": list(named),
                                    "splits": {name: writer.state() for name, writer in writers.items()}})
 
-    saved, saved_shards = time.monotonic(), None
+    saved, saved_shards = time.monotonic(), [len(writer.shards) for writer in writers.values()]
     from tqdm import tqdm
     with closing(encode_units(units, encoder, workers, folder.path / TOKENIZER_FILE)) as results, \
             tqdm(desc="preparing", total=texts.bytes, initial=skipped, unit="B", unit_scale=True, mininterval=1.0,

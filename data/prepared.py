@@ -19,13 +19,8 @@ from config import ConfigError, DataConfig, MachineError
 from data.chat import DEFAULT_TEMPLATE
 from data.dataset import INDEX_FILE, load_index
 from data.examples import CHAT, PROMPT_RESPONSE, TEXT, Packing, find_kind, template_hash
-from data.prepare import (
-    DEFAULT_TOKENIZER,
-    PROGRESS_FILE,
-    PreparationStopped,
-    another_folder,
-    refuse_differences,
-)
+from data.output_folder import PROGRESS_FILE, another_folder, refuse_differences
+from data.prepare import DEFAULT_TOKENIZER, PreparationStopped
 from data.sources import STDLIB, SourceError, describe, find_files
 from data.tokenizer import TOKENIZER_FILE, tokenizer_identity
 

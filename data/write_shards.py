@@ -121,7 +121,8 @@ def _open_part(path: Path, size: int, *, is_new: bool) -> None:
     if path.exists() and not part.exists():  # finished, but the process ended before that was written down
         files.rename(path, part)
     if not part.exists() or part.stat().st_size < size:
-        raise UserError(f"{str(part)!r} holds fewer bytes than were recorded; start again")
+        raise UserError(f"{str(part)!r} holds fewer bytes than were recorded; remove the "
+                        "folder and start again")
     os.truncate(part, size)
 
 

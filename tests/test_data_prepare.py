@@ -25,8 +25,8 @@ import pytest
 
 import files
 from config import MachineError, UserError
+from data import encode_units, output_folder, sources
 from data import prepare as module
-from data import sources
 from data.dataset import open_dataset, open_split
 from data.prepare import prepare
 from data.tokenizer import load_tokenizer, train_bpe
@@ -313,8 +313,8 @@ def test_examples_left_out_as_too_long_are_counted_and_said(tmp_path, monkeypatc
         assert packing.too_long == "drop"
         for example, invalid in examples(unit, packing, tokenizer):
             yield None if "x" in example.text else example, invalid
-    examples = module.examples
-    monkeypatch.setattr(module, "examples", leave_out)
+    examples = encode_units.examples
+    monkeypatch.setattr(encode_units, "examples", leave_out)
     rows = [{"prompt": "x" * (i % 3 == 0) + "a", "response": "b"} for i in range(30)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = {"max_seq_len": 99, "too_long": "drop"}
@@ -368,8 +368,8 @@ def test_stopped_anywhere_the_same_call_goes_on_to_the_same_bytes(stop_at, tmp_p
     with pytest.raises(module.PreparationStopped):
         prepare([str(tmp_path / "in")], tmp_path / "out", should_stop=lambda: next(asked) == stop_at, **settings)
     encoded = []
-    encode = module.Encoder.encode
-    monkeypatch.setattr(module.Encoder, "encode", lambda self, unit: encoded.append(unit) or encode(self, unit))
+    encode = encode_units.Encoder.encode
+    monkeypatch.setattr(encode_units.Encoder, "encode", lambda self, unit: encoded.append(unit) or encode(self, unit))
     prepare([str(tmp_path / "in")], tmp_path / "out", **settings)
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
     texts = sources.choose_split(sources.find_files(str(tmp_path / "in")), [], 0.05, "text")
@@ -650,8 +650,8 @@ def test_a_bad_row_keeps_what_is_done_and_once_mended_the_same_call_goes_on(how,
     assert len(finished) > 5
 
     MENDS[how](tmp_path / "in")
-    encoded, encode = [], module.Encoder.encode
-    monkeypatch.setattr(module.Encoder, "encode", lambda self, unit: encoded.append(unit) or encode(self, unit))
+    encoded, encode = [], encode_units.Encoder.encode
+    monkeypatch.setattr(encode_units.Encoder, "encode", lambda self, unit: encoded.append(unit) or encode(self, unit))
     index = prepare([str(tmp_path / "in")], tmp_path / "out", **settings, **words)
     goes_on_in = encoded[0].path[-7:] if workers == 1 else None
     prepare([str(tmp_path / "in")], tmp_path / "whole", **settings, **words)
@@ -684,7 +684,7 @@ def test_points_to_go_back_to_are_thinned_out(tmp_path, bpe, monkeypatch):
     folder_with_a_bad_row(tmp_path / "in")
     monkeypatch.setattr(sources, "UNIT_BYTES", 2000)
     monkeypatch.setattr(module, "CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr(module, "POINTS", 8)
+    monkeypatch.setattr(output_folder, "POINTS", 8)
     with pytest.raises(UserError, match="is kept"):
         prepare([str(tmp_path / "in")], tmp_path / "out", tokenizer=bpe)
     progress = json.loads((tmp_path / "out" / ".progress.json").read_text())
@@ -702,7 +702,7 @@ def test_a_bpe_of_changed_sources_is_trained_again_and_all_made_anew(tmp_path, m
     for folder in ("out", "whole"):
         prepare([str(tmp_path / "a.txt")], tmp_path / folder, tokenizer="bpe:400")
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
-    assert "and with it bpe:400, which is trained on them: all is made anew" in capsys.readouterr().err
+    assert "and with it bpe:400, which is trained on it: all is made anew" in capsys.readouterr().err
 
 
 def test_skipped_rows_are_counted_over_all_starts_and_the_first_are_named(tmp_path, monkeypatch, capsys):
