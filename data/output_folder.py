@@ -15,9 +15,8 @@ import files
 from config import ConfigError, UserError
 from data.chat import TEMPLATE_FILE
 from data.dataset import files_of, load_index
-from data.shards import TRACKS, track_path
 from data.tokenizer import TOKENIZER_FILE
-from data.write_shards import part_path, shard_path, write_index
+from data.write_shards import write_index
 
 PROGRESS_FILE = ".progress.json"
 LOCK_FILE = ".lock"
@@ -75,7 +74,7 @@ class OutputFolder:
         if index is not None:
             refuse_differences(self.path, index, self.settings, way_out=another_folder(self.path))
             if (self.path / PROGRESS_FILE).exists():  # killed right after index.json was written
-                self._remove_all_but(_files_in(index))
+                self._remove_all_but(index)
             return index
         names = {entry.name for entry in self.path.iterdir()} - {LOCK_FILE, f".{PROGRESS_FILE}.tmp"}
         if PROGRESS_FILE in names:
@@ -123,29 +122,23 @@ class OutputFolder:
         return {point["units"]: point for point in (*before, now)}
 
     def go_back(self, point: dict, **changes) -> None:
-        """Go on from a point, with the sources as they are now. What was made after it goes."""
-        units = point["units"]
+        """Go on from a point, with the sources as they are now. What was made after it is written over, or removed in
+        the end."""
         self.save(**point, **changes, settings=self.settings,
-                  points=[earlier for earlier in self.progress["points"] if earlier["units"] < units])
-        keep = {PROGRESS_FILE}
-        for split, state in point["splits"].items():
-            keep |= _files_in(state)
-            is_open = shard_path(self.path, split, len(state["shards"])) if state["tokens"] else None
-            for path in () if is_open is None else (is_open, *(track_path(is_open, track) for track in TRACKS)):
-                keep |= {path.name, part_path(path).name}
-        self._remove_all_but(keep)
+                  points=[earlier for earlier in self.progress["points"] if earlier["units"] < point["units"]])
 
     def finish(self, index: dict) -> None:
         """Write index.json; what was needed on the way goes."""
         write_index(self.path, index)
-        self._remove_all_but(_files_in(index))
+        self._remove_all_but(index)
 
     def discard(self) -> None:
         """Remove all that was written: a mistake of the user's leaves nothing behind."""
-        self._remove_all_but(set(), TOKENIZER_FILE, "tokenizer_config.json", TEMPLATE_FILE)
+        self._remove_all_but({"shards": []}, TOKENIZER_FILE, "tokenizer_config.json", TEMPLATE_FILE)
 
-    def _remove_all_but(self, keep: set[str], *others: str) -> None:
-        """Remove what prepare() makes on its way but the files to keep. Only for a folder with .progress.json."""
+    def _remove_all_but(self, index: dict, *others: str) -> None:
+        """Remove what prepare() makes on its way but the shards of an index. Only for a folder with .progress.json."""
+        keep = {name for shard in index["shards"] for name in files_of(shard)}
         for pattern in ("*.tmp", ".train_*.part", ".val_*.part", "train_*.bin", "val_*.bin", PROGRESS_FILE, *others):
             for path in self.path.glob(pattern):
                 if path.name not in keep:
@@ -158,10 +151,6 @@ class OutputFolder:
         if self._made:
             with suppress(OSError):  # it is not empty
                 self.path.rmdir()
-
-
-def _files_in(index: dict) -> set[str]:
-    return {name for shard in index["shards"] for name in files_of(shard)}
 
 
 def refuse_differences(folder: Path, made: dict, ours: dict, *, way_out: str) -> None:

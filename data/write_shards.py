@@ -102,10 +102,6 @@ class ShardWriter:
         return described
 
 
-def shard_path(folder: Path, split: str, number: int) -> Path:
-    return folder / f"{split}_{number:05d}.bin"
-
-
 def part_path(path: Path) -> Path:
     """train_00000.bin -> .train_00000.bin.part"""
     return path.with_name(f".{path.name}.part")
@@ -158,7 +154,7 @@ class SplitWriter:
         return 0 if self._shard is None else self._shard.tokens
 
     def _open_shard(self, tokens: int) -> ShardWriter:
-        path, vocab_size = shard_path(self.folder, self.split, len(self.shards)), self.tokenizer.vocab_size
+        path, vocab_size = self.folder / f"{self.split}_{len(self.shards):05d}.bin", self.tokenizer.vocab_size
         return ShardWriter(path, dtype_for(vocab_size), vocab_size, tracks=self.tracks, tokens=tokens)
 
     def state(self) -> dict:
