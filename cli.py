@@ -59,17 +59,19 @@ def stop_signals() -> list[signal.Signals]:
 
 
 class StopRequest:
-    """Set by one of stop_signals(), polled by what goes on for long; signal: its name. A second Ctrl-C ends at once."""
+    """Set by one of stop_signals(), polled by what goes on for long; signal: its name. A second Ctrl-C does not wait.
+    interrupts: the first signal raises KeyboardInterrupt instead, for what may end anywhere."""
 
-    def __init__(self):
-        self.signal: str | None = None
+    def __init__(self, *, interrupts: bool = False):
+        self.signal, self._interrupts = None, interrupts
         for number in stop_signals():
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame) -> None:
-        if self.signal is not None and number == signal.SIGINT:
+        is_first, name = self.signal is None, signal.Signals(number).name
+        self.signal = self.signal or name
+        if self._interrupts if is_first else number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.signal = signal.Signals(number).name
 
     def __call__(self) -> bool:
         return self.signal is not None

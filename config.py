@@ -152,6 +152,9 @@ class DataConfig:
     too_long: str = knob("cut", "rows of examples longer than the context. cut: of a chat whole oldest turns go, then "
                                 "the front of the prompt or text, then the end of the response; drop: leave the row "
                                 "out; error: refuse", choices=("cut", "drop", "error"))
+    bad_rows: str = knob("error", "rows that cannot be used. error: refuse; skip: leave them out, counted",
+                         choices=("error", "skip"))
+    parse_special: bool = knob(False, "end-of-text spelled in a text, as <|endoftext|>, ends a document")
     document_mask: bool = knob(False, "tokens see their own document only, which the end-of-text before it opens; "
                                       "positions restart with it")
 

@@ -5,15 +5,18 @@ Every change to the disk goes through make_folder, write, sync, rename and delet
 All raise OSError.
 """
 
+import ctypes
 import errno
 import fcntl
 import hashlib
 import json
+import mmap
 import os
 import shutil
 import socket
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -106,6 +109,23 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text, object_pairs_hook=table)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+def mapped(path: Path, size: int) -> memoryview:
+    """The first `size` bytes of a file, mapped into memory, read-only, for as long as the view or an array of it is in
+    use. Python's mmap, and so numpy's, keeps a file descriptor open for each (until 3.13), and 256 is a common limit.
+    Raises ValueError if the file is shorter."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_int64]
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    with open(path, "rb") as file:
+        if os.fstat(file.fileno()).st_size < size:
+            raise ValueError(f"{str(path)!r} is shorter than {size} bytes")
+        address = libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), 0)
+    if address == ctypes.c_void_p(-1).value:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(path))
+    memory = (ctypes.c_ubyte * size).from_address(address)
+    weakref.finalize(memory, libc.munmap, address, size).atexit = False  # a thread may still read then
+    return memoryview(memory).toreadonly()
 
 
 @contextmanager

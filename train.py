@@ -41,7 +41,7 @@ from data.chat import TEMPLATE_FILE, save_template
 from data.dataset import Dataset, open_dataset, open_split
 from data.loader import MicroBatch, TrainLoader, ValLoader
 from data.prepare import PreparationStopped
-from data.prepared import ensure_prepared
+from data.prepared import check_content, ensure_prepared
 from data.tokenizer import Tokenizer, load_tokenizer
 from data.verify_shards import BackgroundVerifier
 from distributed import Machine, World
@@ -331,6 +331,7 @@ def train(config: Config, given: set[str], *, world: World, stop: StopRequest) -
             kernels_line = self_check.agree(config.train.kernels, verdicts)
             starting.check_same_on_all_ranks(config, dataset, world)
             if world.is_main:
+                check_content(data_dir, config.data)
                 stack.enter_context(run_lock(Path(config.train.out_dir)))
         notes: list[str] = []
         start = starting.agree_on_start(config, parent, dataset, world, lambda line: (notes.append(line), note(line)))

@@ -29,7 +29,6 @@ class Dataset:
     index: dict
     headers: tuple[ShardHeader, ...]  # of the shards in the index, in their order
     vocab_size: int | None = None
-    eot: int | None = None
 
     @functools.cached_property
     def hash(self) -> str:
@@ -48,7 +47,7 @@ def open_dataset(data_dir: Path) -> Dataset:
     if index is None:
         return _foreign_dataset(data_dir)
     headers = tuple(check_shard(data_dir, index, shard) for shard in index["shards"])
-    return Dataset(data_dir, index, headers, vocab_size=index["vocab_size"], eot=index["eot"])
+    return Dataset(data_dir, index, headers, vocab_size=index["vocab_size"])
 
 
 def load_index(data_dir: Path) -> dict | None:

@@ -23,8 +23,8 @@ import numpy as np
 from data.chat import ChatError
 from data.dataset import open_dataset, open_split
 from data.prompts import encode_prompt, fit_conversation, kept_tokens
-from data.rows import CHAT, CLASSIFICATION, FIELDS, ExampleError, plain_row
-from data.sources import Unit, jsonl_rows, row_name
+from data.rows import CHAT, CLASSIFICATION, FIELDS, ExampleError, OtherShape, plain_row
+from data.sources import SKIP_BAD, Unit, jsonl_rows, row_name
 from data.tokenizer import Tokenizer
 
 ROWS_PER_UNIT = 256  # at least, for best-fit to choose from
@@ -91,7 +91,8 @@ def _naming(unit: Unit, number: int) -> Iterator[None]:
     try:
         yield
     except (ExampleError, ChatError) as error:
-        raise ExampleError(f"source {row_name(unit, number)} {error}") from None
+        way_out = "" if isinstance(error, OtherShape) else f"; or {SKIP_BAD}"
+        raise ExampleError(f"source {row_name(unit, number)} {error}{way_out}") from None
 
 
 def _text_of_row(row: dict) -> str:

@@ -50,11 +50,9 @@ def permuted(index: int | np.ndarray, size: int, key: int) -> int | np.ndarray:
 def _feistel(numbers: np.ndarray, height: int, width: int, round_keys: np.ndarray) -> np.ndarray:
     """A bijection of range(height * width), on uint64."""
     left, right = np.divmod(numbers, np.uint64(width))
-    for round_number, key in enumerate(round_keys):
-        if round_number % 2 == 0:
-            left = (left + _hash(right, key)) % np.uint64(height)
-        else:
-            right = (right + _hash(left, key)) % np.uint64(width)
+    for left_key, right_key in round_keys.reshape(-1, 2):
+        left = (left + _hash(right, left_key)) % np.uint64(height)
+        right = (right + _hash(left, right_key)) % np.uint64(width)
     return left * np.uint64(width) + right
 
 
@@ -100,13 +98,12 @@ def _read(window_ids: np.ndarray, *, stream: TokenStream, seq_len: int, eot: int
     targets = torch.from_numpy(windows[:, 1:].astype(np.int64, order="C"))  # (B, T)
     if "loss" in stream.tracks:
         targets[torch.from_numpy(stream.windows(starts + 1, seq_len, "loss") == 0)] = IGNORED
+    document_ids = None
     if "start" in stream.tracks:
-        document_ids = stream.windows(starts, seq_len, "start").cumsum(axis=1, dtype=np.int32) - 1
+        document_ids = torch.from_numpy(stream.windows(starts, seq_len, "start").cumsum(axis=1, dtype=np.int32) - 1)
     elif eot is not None:  # it opens the document behind it, as in sampling a prompt; to the one before it is a target
-        document_ids = (windows[:, :-1] == eot).cumsum(axis=1, dtype=np.int32)
-    else:
-        return tokens, targets, None
-    return tokens, targets, torch.from_numpy(document_ids)
+        document_ids = torch.from_numpy((windows[:, :-1] == eot).cumsum(axis=1, dtype=np.int32))
+    return tokens, targets, document_ids
 
 
 def _check_length(stream: TokenStream, seq_len: int) -> int:
@@ -184,8 +181,7 @@ class TrainLoader:
         if self._copies is not None:
             with torch.cuda.stream(self._copies):  # sets the device too: a new thread starts on device 0
                 tensors = [None if t is None else t.pin_memory().to(self.device, non_blocking=True) for t in tensors]
-                arrived = torch.cuda.Event()
-                arrived.record()
+                arrived = self._copies.record_event()
         first = self._first_place + step * self.windows_per_step + self._share.start
         parts = zip(*([None] * len(scored) if t is None else t.split(self.micro_batch) for t in tensors), strict=True)
         return [MicroBatch(*part, first_window=first + i * self.micro_batch, scored=scored[i])

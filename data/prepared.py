@@ -20,16 +20,10 @@ from config import ConfigError, DataConfig, MachineError
 from data.chat import DEFAULT_TEMPLATE
 from data.dataset import INDEX_FILE, load_index
 from data.examples import Packing, template_hash
-from data.prepare import (
-    DEFAULT_TOKENIZER,
-    PROGRESS_FILE,
-    PreparationStopped,
-    another_folder,
-    made_with,
-    refuse_differences,
-)
+from data.output_folder import PROGRESS_FILE, another_folder, refuse_differences
+from data.prepare import DEFAULT_TOKENIZER, PreparationStopped
 from data.rows import CHAT, PROMPT_RESPONSE, TEXT, find_kind
-from data.sources import SourceError, describe, find_files
+from data.sources import STDLIB, SourceError, describe, find_files
 from data.tokenizer import TOKENIZER_FILE, tokenizer_identity
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -47,21 +41,31 @@ def data_dir_for(data: DataConfig, max_seq_len: int | None = None, chat_template
         raise ConfigError("data.source and data.dir are both left out; name text (data.source=mybook.txt) or a folder "
                           "of shards (data.dir=shards/mybook)")
     tokenizer = tokenizer_identity(data.tokenizer or DEFAULT_TOKENIZER)  # a copied or moved file is the same
-    settings = [data.source, data.val_source, tokenizer, data.val_fraction, data.text_field]
-    settings += [data.kind] if data.kind == TEXT else []
-    name = re.sub(r"[*?[\]]", "", Path(data.source[0]).absolute().name.partition(".")[0]) or "text"
-    of_examples = [*settings, max_seq_len, *([] if data.too_long == "cut" else [data.too_long])]
-    of_chats = [*of_examples, template_hash(chat_template)]
-    folders = {kind: Path("shards", f"{name}-{hashlib.sha256(json.dumps(words).encode()).hexdigest()[:8]}")
-               for kind, words in ((TEXT, settings), (PROMPT_RESPONSE, of_examples), (CHAT, of_chats))}
-    for folder in folders.values():
-        if (folder / INDEX_FILE).exists():  # its source may be gone
-            return folder
+    name = re.sub(r"[*?[\]]", "", Path(os.path.abspath(data.source[0])).name.partition(".")[0]) or "text"
+    for sources in ((data.source, data.val_source), tuple(map(_one_spelling, (data.source, data.val_source)))):
+        settings = [*sources, tokenizer, data.val_fraction, data.text_field]
+        settings += [data.kind] * (data.kind == TEXT) + ["parse_special"] * data.parse_special
+        of_examples = [*settings, max_seq_len, *([] if data.too_long == "cut" else [data.too_long])]
+        of_chats = [*of_examples, template_hash(chat_template)]
+        folders = {kind: Path("shards", f"{name}-{hashlib.sha256(json.dumps(words).encode()).hexdigest()[:8]}")
+                   for kind, words in ((TEXT, settings), (PROMPT_RESPONSE, of_examples), (CHAT, of_chats))}
+        for folder in folders.values():
+            if (folder / INDEX_FILE).exists():  # its source may be gone; as typed: it may be older than one spelling
+                return folder
     try:
-        kind = find_kind([file for source in data.source for file in find_files(source)], data.text_field, data.kind)
+        kind = find_kind([file for source in data.source for file in find_files(source)], data.text_field, data.kind,
+                         skip_bad=data.bad_rows == "skip")
     except SourceError:  # prepare() says it
         kind = TEXT
     return folders.get(kind, folders[PROMPT_RESPONSE])
+
+
+def _one_spelling(sources: tuple[str, ...]) -> list[str]:
+    """book.txt for book.txt, ./book.txt and $PWD/book.txt: below this folder relative to it, else absolute."""
+    here = os.getcwd()
+    full = {source: os.path.abspath(source) for source in sources if source != STDLIB}
+    return [source if source == STDLIB else os.path.relpath(full[source]) if Path(full[source]).is_relative_to(here)
+            else full[source] for source in sources]
 
 
 def ensure_prepared(data: DataConfig, max_seq_len: int, chat_template: str | None = None, *, local_rank: int = 0,
@@ -99,7 +103,8 @@ def _prepare_in_a_process(folder: Path, data: DataConfig, max_seq_len: int, chat
     command = [sys.executable, "-P", "-m", "data.prepare", f"--out={folder}", f"--parent={os.getpid()}",
                f"--tokenizer={data.tokenizer or DEFAULT_TOKENIZER}", *val, f"--text-field={data.text_field}",
                f"--kind={data.kind}", f"--max-seq-len={max_seq_len}", "--chat-template=-",
-               f"--too-long={data.too_long}", *workers, "--", *data.source]
+               f"--too-long={data.too_long}", f"--bad-rows={data.bad_rows}",
+               *["--parse-special"] * data.parse_special, *workers, "--", *data.source]
     path = os.pathsep.join([str(CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])])
     child = subprocess.Popen(command, stdin=subprocess.PIPE, env=os.environ | {"PYTHONPATH": path},
                              process_group=0)  # Ctrl-C is for this process, which stops the other in order
@@ -129,19 +134,33 @@ def _is_prepared(folder: Path, data: DataConfig, max_seq_len: int, chat_template
     if index is None:
         return False
     ours = {"val_fraction": None if data.val_source else data.val_fraction, "text_field": data.text_field,
-            **_tokenizer_setting(index, data)}
+            "bad_rows": data.bad_rows, "parse_special": data.parse_special, **_tokenizer_setting(index, data)}
     kind = index.get("settings", {}).get("kind")
     if TEXT in (kind, data.kind):
         ours |= {"kind": data.kind}
     elif kind is not None:
         ours |= Packing(kind, max_seq_len, chat_template, data.too_long).settings
     try:
-        ours |= {"sources": [describe(source) for source in data.source],
-                 "val_sources": [describe(source) for source in data.val_source]}
+        ours |= _described(data, content=False)
     except SourceError as error:
         cli.note(f"{error}; using {folder}, which was made from it")
-    refuse_differences(folder, made_with(index), ours, way_out=another_folder(folder))
+    refuse_differences(folder, index, ours, way_out=another_folder(folder))
     return True
+
+
+def check_content(folder: Path, data: DataConfig) -> None:
+    """For one rank to call when ensure_prepared() is through, for it reads the sources: raise ConfigError if what is in
+    them is not what the folder was made from. Folders from before content was recorded are taken as they are."""
+    made = (load_index(folder) or {}).get("settings", {})
+    if any("content" in source for key in ("sources", "val_sources") for source in made.get(key, [])) and data.source:
+        with suppress(SourceError):  # it is gone: ensure_prepared() said so
+            refuse_differences(folder, {"settings": made}, _described(data, content=True),
+                               way_out=another_folder(folder))
+
+
+def _described(data: DataConfig, *, content: bool) -> dict:
+    return {"sources": [describe(source, content=content) for source in data.source],
+            "val_sources": [describe(source, content=content) for source in data.val_source]}
 
 
 def _tokenizer_setting(index: dict, data: DataConfig) -> dict:
@@ -158,7 +177,7 @@ def _check_given_folder(folder: Path, data: DataConfig) -> None:
     """Raise ConfigError unless the folder holds shards, ours or (with data.tokenizer) foreign ones."""
     index = load_index(folder)
     if index is not None:
-        refuse_differences(folder, index.get("settings", {}), _tokenizer_setting(index, data),
+        refuse_differences(folder, index, _tokenizer_setting(index, data),
                            way_out="leave data.tokenizer out, or name another data.dir")
     elif (folder / PROGRESS_FILE).exists():
         raise ConfigError(f"data.dir = {str(folder)!r} is not finished; give the command that began it again")

@@ -34,6 +34,10 @@ class ExampleError(UserError):
     """A row that is no example, or does not fit."""
 
 
+class OtherShape(ExampleError):
+    """A row that a command converts, with which the text ends."""
+
+
 def conversion(expression: str, path: str = "IN.jsonl") -> str:
     """A command that makes OUT.jsonl of a JSONL file by a Python expression of its rows r."""
     return (f'python -c "import json, sys; [print(json.dumps({expression})) for r in map(json.loads, filter(str.strip, '
@@ -49,12 +53,12 @@ def kind_of_row(row: object, text_field: str) -> str:
     return TEXT
 
 
-def find_kind(files: Sequence[TextFile], text_field: str, kind: str = "auto") -> str:
-    """The kind that all files have: text if that was asked for, else by their first rows. Raises SourceError if they
-    differ, or are of another shape that can be converted."""
+def find_kind(files: Sequence[TextFile], text_field: str, kind: str = "auto", *, skip_bad: bool = False) -> str:
+    """The kind that all files have: text if that was asked for, else by their first rows (skip_bad: good ones). Raises
+    SourceError if they differ, or are of another shape that can be converted."""
     kinds: dict[str, str] = {TEXT: ""} if kind == TEXT else {}
     for file in files if kind != TEXT else ():
-        row = first_row(file) if file.kind == "jsonl" else {}
+        row = first_row(file, skip_bad=skip_bad) if file.kind == "jsonl" else {}
         if row is None:
             continue
         found = kind_of_row(row, text_field)
@@ -136,8 +140,8 @@ def _plain_message(message: object, name: str) -> dict:
     role, weight, content = message["role"], message.get("weight", 1), message.get("content")
     known = OTHER_ROLES.get(role.lower(), role.lower())
     if known != role and known in ("system", "user", "assistant"):
-        raise ExampleError(f"{name} has the role {role!r}, which is called {known} here; convert the file: "
-                           f"{conversion(RENAMED)}")
+        raise OtherShape(f"{name} has the role {role!r}, which is called {known} here; convert the file: "
+                         f"{conversion(RENAMED)}")
     if isinstance(weight, bool) or weight not in (0, 1):
         raise ExampleError(f"{name} has the weight {json.dumps(weight)}; it should be 0 (not learnt) or 1")
     if "weight" in message and weight == 1 and role != "assistant":

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+import files
 from config import UserError
 
 HEADER_BYTES = 256 * 4
@@ -21,7 +22,6 @@ MAGIC_VERSION = {np.dtype("<u2"): (20240520, 1), np.dtype("<u4"): (20240801, 7)}
 KNOWN_MAGICS = (20240520, 20240801, 20240522)  # and that of llm.c's multiple-choice files
 RAW_FILES = ("train.bin", "val.bin")  # may lack a header, in a folder without index.json
 TRACKS = ("loss", "start")
-OPEN_SHARDS = 256  # mapped at once; each holds a file descriptor and 1024 is a common limit
 REDO = "copy it again or prepare the data again"
 
 
@@ -101,7 +101,7 @@ class TokenStream:
         self._shards = [shard for shard in shards if shard.tokens]
         *begins, self.tokens = np.cumsum([0, *(shard.tokens for shard in self._shards)]).tolist()
         self._begins = np.array(begins, dtype=np.int64)  # of each shard, in the stream
-        self._mapped = functools.lru_cache(maxsize=OPEN_SHARDS)(self._map)
+        self._mapped = functools.cache(self._map)
 
     def _map(self, number: int, track: str | None) -> np.ndarray:
         shard = self._shards[number]
@@ -111,10 +111,10 @@ class TokenStream:
             if not path.exists():
                 return np.broadcast_to(np.uint8(1), (shard.tokens,))
         try:
-            mapped = np.memmap(path, dtype, mode="r", offset=offset, shape=(shard.tokens,))
+            data = files.mapped(path, offset + shard.tokens * np.dtype(dtype).itemsize)
         except ValueError:  # the file ends before that
             raise ShardError(f"shard {str(path)!r} became shorter in use; leave shards alone during a run") from None
-        return mapped.view(np.ndarray)  # a memmap's own indexing costs several microseconds more
+        return np.frombuffer(data, dtype, offset=offset)
 
     def windows(self, starts: np.ndarray, length: int, track: str | None = None) -> np.ndarray:
         """The tokens [start, start + length) of each start, across shards if need be: (n, length) in the shards' dtype;

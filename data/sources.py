@@ -14,14 +14,18 @@ import itertools
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
+
 import cli
-from config import MachineError
+from config import MachineError, UserError
 from data.source_files import STDLIB, TextFile, find_files, to_rows
 from data.text import (
     HEAD_BYTES,
@@ -42,17 +46,41 @@ SEARCH_BYTES = 1 << 12  # read at first to find a cut
 FIRST_ROW_BYTES = 1 << 12  # read at least, to see what a .jsonl holds
 PARQUET_ROWS = 1024  # read at a time
 FEW_DOCUMENTS = 100  # with fewer the text is split by characters
+WHOLE_BYTES = 64 << 20  # of a file that are hashed; of a longer one SAMPLES times SAMPLE_BYTES, spread over it
+SAMPLES, SAMPLE_BYTES = 64, 64 << 10
+SKIP_BAD = "leave such rows out (--bad-rows skip, data.bad_rows=skip)"
+BAD_ROW = f"mend or remove the row, or {SKIP_BAD}"
 
 
-def describe(source: str) -> dict:
-    """What index.json says about a source: its name without its place, and names and sizes of its files as a hash.
-    Raises SourceError."""
+class NotRows(SourceError):
+    """A file that is no .jsonl at all: leaving rows out does not help."""
+
+
+def describe(source: str, *, content: bool = True) -> dict:
+    """What index.json says about a source: its name without its place, names and sizes of its files as a hash, and
+    (content) what is in them as another. Raises SourceError."""
     files = find_files(source)
+    hashed = {"content": _content_hash(files)} if content else {}
     listing = "".join(f"{file.name}\0{file.bytes}\n" for file in files)
     name = os.fsencode(Path(source).absolute().name).decode("utf-8", "backslashreplace")  # index.json is UTF-8
     return {"name": source if source == STDLIB else name, "files": len(files),
             "bytes": sum(file.bytes for file in files),
-            "listing": hashlib.sha256(os.fsencode(listing)).hexdigest()[:16]}
+            "listing": hashlib.sha256(os.fsencode(listing)).hexdigest()[:16], **hashed}
+
+
+def _content_hash(files: Sequence[TextFile]) -> str:
+    """blake2b over what is in the files: edits that keep the size show. Not their time, which differs in every copy."""
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files:
+        with _reading(file.path), open(file.path, "rb", buffering=0) as opened:
+            if file.bytes > WHOLE_BYTES:
+                for sample in range(SAMPLES):
+                    opened.seek(sample * (file.bytes - SAMPLE_BYTES) // (SAMPLES - 1))
+                    digest.update(opened.read(SAMPLE_BYTES))
+            else:
+                while block := opened.read(UNIT_BYTES):
+                    digest.update(block)
+    return digest.hexdigest()
 
 
 @contextmanager
@@ -157,6 +185,8 @@ class RowsUnit:
     lines: bytes = b""
     first_line: int | None = None  # number of the first of `lines` in the file, from 1
     group: int | None = None
+    bad: frozenset[int] = frozenset()  # numbers in the unit of rows that are left out of it: see without_bad_rows
+    is_empty: bool = False  # what is in it was handed on; it still stands for its bad rows
     ends = True
 
     def content(self) -> bytes:
@@ -164,6 +194,8 @@ class RowsUnit:
         return self.lines or _read_range(self.path, self.start, self.end)
 
     def texts(self, text_field: str) -> Iterator[tuple[str, int]]:
+        if self.is_empty:
+            return iter(())
         return self._jsonl_texts(text_field) if self.group is None else self._parquet_texts(text_field)
 
     def _jsonl_texts(self, text_field: str) -> Iterator[tuple[str, int]]:
@@ -173,9 +205,9 @@ class RowsUnit:
                 continue
             found = json.dumps(value)[:40] if not isinstance(value, dict) else \
                 f"{json.dumps(value[text_field])[:40]} in it" if text_field in value else f"fields {', '.join(value)}"
-            raise SourceError(f"source {row_name(self, number)} has no text in a field {text_field!r}, only {found}; "
-                              "mend or remove the row, or name the field (--text-field, data.text_field), or call the "
-                              "fields of examples prompt and response, text and label, or messages")
+            raise SourceError(f"source {row_name(self, number)} has no text in a field {text_field!r}, only {found}"
+                              f"; {BAD_ROW}, or name the field (--text-field, data.text_field), or call the fields of "
+                              "examples prompt and response, text and label, or messages")
 
     def _parquet_texts(self, text_field: str) -> Iterator[tuple[str, int]]:
         file = _open_parquet(self.path)
@@ -185,19 +217,19 @@ class RowsUnit:
         if kind not in ("string", "large_string"):
             raise SourceError(f"source {self.path!r} has no column {text_field!r} of text but {kind}, of its columns "
                               f"{', '.join(names)}; name the column (--text-field, data.text_field)")
-        row = sum(file.metadata.row_group(group).num_rows for group in range(self.group))
+        numbers = itertools.count()
         batches = file.iter_batches(batch_size=PARQUET_ROWS, row_groups=[self.group], columns=[text_field])
         while True:
             with _reading(self.path):
                 batch = next(batches, None)
             if batch is None:
                 return
-            for value in batch.column(0):
-                row += 1
-                if not value.is_valid:
-                    raise SourceError(f"source {self.path!r} row {row} has no text in a field {text_field!r}, only "
-                                      "null in it; remove the row, or name the column (--text-field, data.text_field)")
-                yield decoded(value.as_buffer().to_pybytes())  # as_py() fails where it is not UTF-8
+            for value, number in zip(batch.column(0), numbers, strict=False):
+                if value.is_valid:
+                    yield decoded(value.as_buffer().to_pybytes())  # as_py() fails where it is not UTF-8
+                elif number not in self.bad:
+                    raise SourceError(f"source {row_name(self, number)} has no text in a field {text_field!r}, only "
+                                      f"null in it; {BAD_ROW}, or name the column (--text-field, data.text_field)")
 
 
 Unit = TextUnit | FilesUnit | RowsUnit
@@ -215,18 +247,50 @@ def jsonl_rows(unit: RowsUnit) -> Iterator[tuple[int, object, int]]:
         if not row.strip():
             continue
         if is_first and row.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
-            raise SourceError(f"source {row_name(unit, number)} begins an array, and a row is an object on a line of "
-                              f"its own; make rows of it: {to_rows(unit.path)}")
+            raise NotRows(f"source {row_name(unit, number)} begins an array, and a row is an object on a line of "
+                          f"its own; make rows of it: {to_rows(unit.path)}")
         try:
             value, invalid = row_of(row)
         except ValueError as error:
-            raise SourceError(f"source {row_name(unit, number)} is not JSON: {error}") from None
+            raise SourceError(f"source {row_name(unit, number)} is not JSON: {error}; {BAD_ROW}") from None
         is_first = False
         yield number, value, invalid
 
 
+def without_bad_rows(unit: Unit, text_field: str | None, read: Callable[[Unit], Iterable] | None = None) -> Unit:
+    """The unit without the rows that `read` (left out: texts_of) refuses; their numbers in it are its `bad`."""
+    read = read or partial(texts_of, text_field=text_field)
+    if not isinstance(unit, RowsUnit) or unit.is_empty:
+        return unit
+    if unit.group is not None:
+        file = _open_parquet(unit.path)
+        with _reading(unit.path):
+            if text_field in file.schema_arrow.names:  # else reading it says so
+                column = file.read_row_group(unit.group, columns=[text_field]).column(0)
+                unit = replace(unit, bad=frozenset(np.flatnonzero(column.is_null()).tolist()))
+        return unit
+    try:
+        deque(read(replace(unit, first_line=unit.first_line or 1)), maxlen=0)  # to find it takes reading up to there
+        return unit
+    except NotRows:
+        raise
+    except UserError:
+        rows, bad = unit.content().splitlines(), set()
+    for number, row in enumerate(rows):
+        try:
+            deque(read(replace(unit, lines=row + b"\n", first_line=number + 1)), maxlen=0)
+        except UserError:
+            bad.add(number)
+    # a blank line each, so that the others keep their numbers
+    return replace(unit, lines=b"\n".join(b"" if number in bad else row for number, row in enumerate(rows)) or b"\n",
+                   bad=unit.bad | bad)
+
+
 def row_name(unit: RowsUnit, number: int) -> str:
-    """Where a row of a .jsonl stands, for a message."""
+    """Where a row stands, for a message."""
+    if unit.group is not None:
+        groups = _open_parquet(unit.path).metadata
+        return f"{unit.path!r} row {1 + number + sum(groups.row_group(g).num_rows for g in range(unit.group))}"
     first_line = unit.first_line
     if first_line is None:
         with open(unit.path, "rb") as opened:
@@ -235,10 +299,13 @@ def row_name(unit: RowsUnit, number: int) -> str:
     return f"{unit.path!r} line {first_line + number}"
 
 
-def first_row(file: TextFile) -> object | None:
+def first_row(file: TextFile, *, skip_bad: bool = False) -> object | None:
     """The first row of a .jsonl that is not blank; None if there is none."""
     warning_of(_head(file), f"source {file.path!r}", file.path)  # it raises what is no text
-    return next((row for unit in _row_units(file, None, FIRST_ROW_BYTES) for _, row, _ in jsonl_rows(unit)), None)
+    units = _row_units(file, None, FIRST_ROW_BYTES)
+    if skip_bad:
+        units = (without_bad_rows(unit, None, jsonl_rows) for unit in units)
+    return next((row for unit in units for _, row, _ in jsonl_rows(unit)), None)
 
 
 # ---- Files -> units, in order ----------------------------------------------------------------------------------------
@@ -411,10 +478,15 @@ class Texts:
     val_split: str
     row_unit_bytes: int  # of text of rows in a unit
     warned: bool  # of another encoding
+    skip_bad: bool = False  # rows that cannot be used are left out
 
     @property
     def bytes(self) -> int:
         return sum(file.text_bytes for file in self.files + self.val_files)
+
+    def readable(self, unit: Unit, read: Callable[[Unit], Iterable] | None = None) -> Unit:
+        """The unit, without its bad rows if they are left out; read as in without_bad_rows."""
+        return without_bad_rows(unit, self.text_field, read) if self.skip_bad else unit
 
     def units(self, *, cuttable: bool) -> Iterator[Unit]:
         """All units, in order: the same at each call. cuttable: a cut changes no ids, so a .txt is cut every 1 MB."""
@@ -432,7 +504,8 @@ class Texts:
     def _split_by_characters(self, unit_bytes: int) -> Iterator[Unit]:
         """The last val_fraction of the characters is val (nanoGPT's way)."""
         def units() -> Iterator[Unit]:
-            return whole_document_units(self.files, "train", val_fraction=0.0, unit_bytes=unit_bytes)
+            return map(self.readable, whole_document_units(self.files, "train", val_fraction=0.0,
+                                                           unit_bytes=unit_bytes))
 
         lengths = [sum(len(text) for text, _ in texts_of(unit, self.text_field)) for unit in units()]
         train_left = int(sum(lengths) * (1 - self.val_fraction))
@@ -441,6 +514,8 @@ class Texts:
                 yield unit if length <= train_left else replace(unit, split="val")
                 train_left = max(0, train_left - length)
                 continue
+            if isinstance(unit, RowsUnit) and unit.bad:
+                yield replace(unit, split="train", is_empty=True)
             for text, invalid in texts_of(unit, self.text_field):
                 head, tail = text[:train_left], text[train_left:]
                 if head:
@@ -464,15 +539,17 @@ class Texts:
 
 
 def choose_split(files: list[TextFile], val_files: list[TextFile], val_fraction: float, text_field: str | None, *,
-                 row_unit_bytes: int = 0) -> Texts:
+                 row_unit_bytes: int = 0, skip_bad: bool = False) -> Texts:
     """How the texts are split; text_field None: rows stay whole, whatever they hold; row_unit_bytes: of rows in a unit,
-    at least. Raises SourceError if there is no text."""
+    at least; skip_bad: leave out rows that cannot be used. Raises SourceError if there is no text."""
+    read = jsonl_rows if text_field is None else partial(texts_of, text_field=text_field)
+
     def documents(file: TextFile) -> Iterator[object]:
         if file.kind == "txt":
             yield file
             return
         for unit in _row_units(file, None):
-            yield from jsonl_rows(unit) if text_field is None else texts_of(unit, text_field)
+            yield from read(without_bad_rows(unit, text_field, read) if skip_bad else unit)
 
     warned = check_heads(files + val_files)
     counts = []
@@ -480,13 +557,13 @@ def choose_split(files: list[TextFile], val_files: list[TextFile], val_fraction:
         found = itertools.chain.from_iterable(map(documents, named))
         counts.append(sum(1 for _ in itertools.islice(found, limit)))
         if named and not counts[-1]:
-            raise SourceError(f"source {named[0].path!r} holds no text: every row is empty")
+            raise SourceError(f"source {named[0].path!r} holds no text: every row is empty{' or bad' * skip_bad}")
     if val_files or val_fraction == 0.0:
         val_split = "given" if val_files else "none"
     else:
         val_split = "hash" if counts[0] == FEW_DOCUMENTS else "rows" if text_field is None else "characters"
     row_unit_bytes = min(max(UNIT_BYTES, row_unit_bytes), LONGEST_UNIT_BYTES)
-    return Texts(files, val_files, val_fraction, text_field, val_split, row_unit_bytes, warned)
+    return Texts(files, val_files, val_fraction, text_field, val_split, row_unit_bytes, warned, skip_bad)
 
 
 def split_of(texts: Iterable[str], val_fraction: float) -> str:

@@ -14,8 +14,10 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
+import sys
 import tempfile
 import unicodedata
 from collections.abc import Iterable, Iterator
@@ -60,7 +62,14 @@ DOWNLOAD_TIMEOUT_S = 5.0  # to find out that there is no network; tiktoken itsel
 # whatever comes before, and looks no further.
 CUT = re.compile(r"(?<=[^\W\d_])(?= [^\W\d_])|(?<=\S\n)(?=[^\W_])")
 PIECE_CHARS = 1 << 18  # longer texts are cut; 2^18 blanks stay far below the regex engine's limit
+MIN_BPE_IDS, MAX_BPE_IDS = 257, 1_000_000
 TRAINING_CHARS = 1 << 16  # longer texts are cut to train a tokenizer, for the library holds 256 at a time
+# Stretches of letters, digits, other characters or blanks that no split into words cuts. To train on they are cut up
+# into words of LONGEST_WORD_CHARS and thinned out: the library's time and memory grow with the different words.
+LONGEST_WORD_CHARS = 84  # 252 bytes of Chinese, whole characters of 2, 3 or 4 bytes
+UNBROKEN = re.compile("|".join(rf"(?<!{kind}){kind}{{256,}}" for kind in (r"[^\W\d_]", r"\d", r"\s", r"(?:_|[^\w\s])")))
+MAY_BE_UNBROKEN = re.compile(r"(?<!\S)\S{256}|\s{256}")  # sooner seen
+UNBROKEN_SAMPLE_CHARS = 1 << 16  # kept whole; then ever fewer: as many again each time that there are e times as many
 PROBE = "Ab  É\n\tß\uff0c日本 1.5 e\u0301 🙂 an end\n"  # what a tokenizer that loses text does not give back
 WINDOW_CHARS = 1 << 14  # of a stretch without a cut; BPE's time per character grows with the length of a pre-token
 
@@ -328,13 +337,25 @@ def tokenizer_identity(name_or_path: str) -> str:
     Raises TokenizerError if there is no such file.
     """
     name_or_path = str(name_or_path)
-    if name_or_path == "bytes" or name_or_path in TIKTOKEN_FILES or name_or_path.startswith("bpe:"):
+    if (vocab_size := bpe_ids(name_or_path)) is not None:
+        return f"bpe:{vocab_size}"
+    if name_or_path == "bytes" or name_or_path in TIKTOKEN_FILES:
         return name_or_path
     path = _tokenizer_path(name_or_path)
     with _reading(path, "cannot be read", "copy it again"):
         name = f"{TOKENIZER_FILE}:{files.sha256(path)[:12]}"
     end = _configured(path).get("eos_token")
     return name if end in (None, END_OF_TEXT, *OTHER_ENDS) else f"{name}+{end}"
+
+
+def bpe_ids(name: str) -> int | None:
+    """N of bpe:N; None for another kind of name. Raises TokenizerError if N is none."""
+    if not name.startswith("bpe:"):
+        return None
+    if not re.fullmatch("[0-9]+", name[4:]) or not MIN_BPE_IDS <= int(name[4:]) <= MAX_BPE_IDS:
+        raise TokenizerError(f"tokenizer {name!r} should be bpe:N with N from {MIN_BPE_IDS} (the 256 bytes and "
+                             f"end-of-text) to {MAX_BPE_IDS:,}, as in bpe:8192")
+    return int(name[4:])
 
 
 def _tokenizer_path(name_or_path: str) -> Path:
@@ -375,17 +396,14 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
     The same texts give the same tokenizer. Raises TokenizerError if they are too small for so many ids.
     """
-    if vocab_size < 257:
-        raise TokenizerError(f"tokenizer 'bpe:{vocab_size}' should have at least 257 ids: 256 bytes and end-of-text")
+    bpe_ids(f"bpe:{vocab_size}")
     from tokenizers import Tokenizer as HuggingFace
     from tokenizers import models, pre_tokenizers, trainers
     hf = HuggingFace(models.BPE())
     hf.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, special_tokens=[], show_progress=False,
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, special_tokens=[], show_progress=sys.stderr.isatty(),
                                   initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
-    hf.train_from_iterator((piece[start:start + 2 * TRAINING_CHARS] for text in map(replace_surrogates, texts)
-                            for piece in pieces(text, TRAINING_CHARS)
-                            for start in range(0, len(piece), 2 * TRAINING_CHARS)), trainer)
+    hf.train_from_iterator(_training_pieces(map(replace_surrogates, texts)), trainer)
     ids = hf.get_vocab_size() + 1
     if ids < vocab_size:
         raise TokenizerError(f"tokenizer 'bpe:{vocab_size}': the training text yields only {ids} ids; use bpe:{ids} or "
@@ -394,6 +412,25 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return Tokenizer(f"bpe:{vocab_size}", specials, pattern=GPT2_PATTERN,
                      ranks={bytes_of_word(word): i for word, i in model["vocab"].items()},
                      file_text=byte_level_file(model["vocab"], map(pair_of, model["merges"]), GPT2_PATTERN, specials))
+
+
+def _training_pieces(texts: Iterable[str]) -> Iterator[str]:
+    """The texts in short pieces, unbroken stretches thinned out."""
+    unbroken = kept = 0  # characters in such stretches so far
+    for text in texts:
+        for piece in pieces(text, TRAINING_CHARS):
+            end = 0
+            for found in UNBROKEN.finditer(piece) if MAY_BE_UNBROKEN.search(piece) else ():
+                yield piece[end:found.start()]
+                end = found.end()
+                for start in range(found.start(), end, LONGEST_WORD_CHARS):
+                    word = piece[start:min(start + LONGEST_WORD_CHARS, end)]
+                    unbroken += len(word)
+                    if kept < UNBROKEN_SAMPLE_CHARS * (1 + math.log(max(1.0, unbroken / UNBROKEN_SAMPLE_CHARS))):
+                        kept += len(word)
+                        yield word
+            yield from (piece[start:start + 2 * TRAINING_CHARS]
+                        for start in range(end, len(piece), 2 * TRAINING_CHARS))
 
 
 def _end_of_text(name: str, specials: dict[str, int], given: str | int | None) -> str:

@@ -3,6 +3,7 @@
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -51,20 +52,13 @@ class BackgroundVerifier:
     """Checks the sha256 of every shard in a daemon thread while a run goes on; the loop polls .error.
 
     It rests twice as long as it works, so that a training step hardly notices. Foreign shards carry no sha256: nothing
-    to do. `done` is set when every shard was found as recorded, `error` when one was not.
+    to do. `error` is set when a shard was not found as recorded.
     """
 
     def __init__(self, dataset: Dataset):
         self.error: ShardError | None = None
-        self.done = False
-        self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(dataset,), name="shard-verifier", daemon=True)
         self._thread.start()
-
-    def stop(self) -> None:
-        """End the thread; what was not checked yet stays unchecked."""
-        self._stopped.set()
-        self._thread.join()
 
     def _run(self, dataset: Dataset) -> None:
         if sys.platform == "linux":  # there a thread has its own niceness; 19 is the lowest priority
@@ -73,13 +67,6 @@ class BackgroundVerifier:
         try:
             for shard in dataset.index["shards"]:
                 if shard["sha256"] is not None:
-                    _check_sha256(dataset.dir, shard, self._rest)
-            self.done = True
+                    _check_sha256(dataset.dir, shard, pause=lambda worked_s: time.sleep(2 * worked_s))
         except ShardError as error:
             self.error = error
-        except SystemExit:  # of _rest
-            pass
-
-    def _rest(self, worked_s: float) -> None:
-        if self._stopped.wait(2 * worked_s):
-            sys.exit()  # this thread

@@ -117,7 +117,8 @@ def _open_part(path: Path, size: int, *, is_new: bool) -> None:
     if path.exists() and not part.exists():  # finished, but the process ended before that was written down
         files.rename(path, part)
     if not part.exists() or part.stat().st_size < size:
-        raise UserError(f"{str(part)!r} holds fewer bytes than were recorded; start again")
+        raise UserError(f"{str(part)!r} holds fewer bytes than were recorded; remove the "
+                        "folder and start again")
     os.truncate(part, size)
 
 
@@ -160,8 +161,8 @@ class SplitWriter:
         """Make the open shard durable; what __init__ needs to go on from here."""
         if self._shard is not None:
             self._shard.sync()
-        return {"shards": self.shards, "tokens": self.tokens, "text_bytes": self.text_bytes,
-                "documents": self.documents, "lengths": self.lengths}
+        return {"shards": list(self.shards), "tokens": self.tokens, "text_bytes": self.text_bytes,
+                "documents": self.documents, "lengths": dict(self.lengths)}
 
     def add(self, encoded: Encoded) -> None:
         """Append tokens; a shard that is full is finished, in the middle of a document if need be."""

@@ -303,7 +303,8 @@ EVERY_KNOB_CHANGED = Config(
         logit_softcap=30.0, window=17, init="zero_residual"),
     data=DataConfig(
         source=("a b.txt", NASTY), val_source=("val.jsonl",), dir="shards/ü", tokenizer="bpe:4096", val_fraction=0.1,
-        text_field=NASTY, kind="text", chat_template="chat.jinja", too_long="drop", document_mask=True),
+        text_field=NASTY, kind="text", chat_template="chat.jinja", too_long="drop", bad_rows="skip",
+        parse_special=True, document_mask=True),
     optim=OptimConfig(
         name="muon", lr=1e-22, min_lr=1e-23, schedule="wsd", warmup_steps=3, decay_steps=1234, decay_fraction=0.3,
         betas=(0.0, 0.999), eps=1e-16, weight_decay=0.0, grad_clip=math.inf, muon_lr=1 / 3, muon_momentum=0.9),

@@ -51,7 +51,7 @@ def test_an_index_that_is_not_json_is_refused(tmp_path):
 
 def test_an_opened_dataset_knows_its_index_vocabulary_and_end_of_text(tmp_path):
     dataset = open_dataset(make_folder(tmp_path, [range(50)]))
-    assert (dataset.vocab_size, dataset.eot) == (60_000, 0)
+    assert dataset.vocab_size == 60_000
     canonical = json.dumps(load_index(tmp_path), sort_keys=True, separators=(",", ":"))
     assert dataset.hash == hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -87,7 +87,7 @@ def test_a_folder_of_llmc_shards_is_read_by_name(tmp_path):
                          ("fineweb_val_000000.bin", [9]), ("notes.bin", [7])):
         (tmp_path / name).write_bytes(llmc_bytes(tokens))
     dataset = open_dataset(tmp_path)
-    assert (dataset.vocab_size, dataset.eot) == (None, None)
+    assert dataset.vocab_size is None
     assert open_split(dataset, "train").windows(np.array([0]), 4).tolist() == [[3, 4, 5, 6]]
     assert open_split(dataset, "val").tokens == 1
 

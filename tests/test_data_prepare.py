@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -24,8 +25,8 @@ import pytest
 
 import files
 from config import MachineError, UserError
+from data import encode_units, output_folder, sources
 from data import prepare as module
-from data import sources
 from data.dataset import open_dataset, open_split
 from data.prepare import prepare
 from data.tokenizer import load_tokenizer, train_bpe
@@ -258,12 +259,15 @@ def test_every_format_gives_the_same_documents(kind, tmp_path, monkeypatch):
     assert tokens_of(tmp_path / "out", "train") == expected("bytes", [text for text in texts if text])
 
 
-def test_a_parquet_row_of_empty_text_is_left_out_and_one_without_text_is_named(tmp_path):
-    write_parquet(tmp_path / "a.parquet", ["one", "", "two"])
-    prepare([str(tmp_path / "a.parquet")], tmp_path / "out", tokenizer="bytes", val_fraction=0.0)
-    assert tokens_of(tmp_path / "out", "train") == expected("bytes", ["one", "two"])
-    write_parquet(tmp_path / "a.parquet", [*PARTS[:8], None])  # in the second row group
-    assert "a.parquet' row 9 has no text in a field 'text', only null in it" in refusal(tmp_path, ["a.parquet"])
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet"])
+def test_a_row_without_text_is_named_or_skipped_alike_in_every_format(kind, tmp_path, capsys):
+    path = write_as(kind, tmp_path / "a", ["one", *["x"] * 8, None, "", "two", None])
+    assert f"a.{kind}' {'row' if kind == 'parquet' else 'line'} 10 has no text in a field 'text', only null in it" \
+        in refusal(tmp_path, [path.name], val_fraction=0.0)
+    index = prepare([str(path)], tmp_path / "out", tokenizer="bytes", val_fraction=0.0, bad_rows="skip")
+    assert tokens_of(tmp_path / "out", "train") == expected("bytes", ["one", *["x"] * 8, "two"])
+    assert index["bad_rows"] == 2 and index["settings"]["bad_rows"] == "skip"
+    assert re.search(r"2 bad rows left out \(\S+ (line|row) 10, \S+ (line|row) 13\)", capsys.readouterr().err)
 
 
 def test_a_folder_is_read_in_the_order_of_its_names_without_hidden_and_unknown_files(tmp_path):
@@ -310,8 +314,8 @@ def test_examples_left_out_as_too_long_are_counted_and_said(tmp_path, monkeypatc
         assert packing.too_long == "drop"
         for example, invalid in examples(unit, packing, tokenizer):
             yield None if "x" in example.text else example, invalid
-    examples = module.examples
-    monkeypatch.setattr(module, "examples", leave_out)
+    examples = encode_units.examples
+    monkeypatch.setattr(encode_units, "examples", leave_out)
     rows = [{"prompt": "x" * (i % 3 == 0) + "a", "response": "b"} for i in range(30)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = {"max_seq_len": 99, "too_long": "drop"}
@@ -365,8 +369,8 @@ def test_stopped_anywhere_the_same_call_goes_on_to_the_same_bytes(stop_at, tmp_p
     with pytest.raises(module.PreparationStopped):
         prepare([str(tmp_path / "in")], tmp_path / "out", should_stop=lambda: next(asked) == stop_at, **settings)
     encoded = []
-    encode = module.Encoder.encode
-    monkeypatch.setattr(module.Encoder, "encode", lambda self, unit: encoded.append(unit) or encode(self, unit))
+    encode = encode_units.Encoder.encode
+    monkeypatch.setattr(encode_units.Encoder, "encode", lambda self, unit: encoded.append(unit) or encode(self, unit))
     prepare([str(tmp_path / "in")], tmp_path / "out", **settings)
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
     texts = sources.choose_split(sources.find_files(str(tmp_path / "in")), [], 0.05, "text")
@@ -493,6 +497,27 @@ def test_workers_end_with_the_process_that_started_them_which_says_what_stopped_
     assert not left and (tmp_path / "out" / ".progress.json").exists()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs ps --ppid: that training ends with it is unchecked")
+def test_a_stop_ends_the_training_of_a_tokenizer_and_the_same_command_goes_on(tmp_path):
+    rng = random.Random(0)
+    (tmp_path / "a.jsonl").write_text(jsonl(["".join(rng.choices("abcdefghij ", k=20_000)) for _ in range(200)]))
+    words = [tmp_path / "a.jsonl", "--out", tmp_path / "out", "--tokenizer", "bpe:9000"]
+    process = subprocess.Popen([sys.executable, "-m", "data.prepare", *map(str, words)], cwd=ROOT,
+                               stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while len(children := children_of(process.pid)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)  # Ctrl-C
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in errors
+    assert errors.splitlines()[-1].endswith("(SIGINT); the same command goes on from there")
+    while (left := [child for child in children if Path(f"/proc/{child}").exists()]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not left and not (tmp_path / "out" / "tokenizer.json").exists()
+    rewrite(tmp_path / "out" / ".progress.json", '"bpe:9000"', '"bpe:300"')  # a shorter way to the end
+    assert run(*words[:-1], "bpe:300").returncode == 0
+
+
 def test_a_worker_that_dies_is_one_line_and_the_same_call_goes_on(tmp_path, monkeypatch, bpe):
     (tmp_path / "a.txt").write_text(SOURCE)
     monkeypatch.setattr(module, "SMALL_BYTES", 0)
@@ -556,7 +581,10 @@ def test_sources_that_cannot_be_used_are_named(tmp_path):
     ({"shard_tokens": 0}, "--shard-tokens 0 should lie between 1 and"), ({"shard_tokens": 2**31}, "should lie between"),
     ({"workers": 0}, "--workers 0 should be at least 1"), ({"val_fraction": 1.0}, "--val-fraction 1.0 should lie"),
     ({"val_fraction": -0.1}, "--val-fraction -0.1 should lie"), ({"tokenizer": "gpt5"}, "'gpt5' is neither a name"),
-    ({"tokenizer": "bpe:x"}, "at least 257"), ({"tokenizer": "bpe:100000"}, "the training text yields only"),
+    ({"tokenizer": "bpe:100000"}, "the training text yields only"),
+    *(({"tokenizer": name}, f"{name!r} should be bpe:N with N from 257")
+      for name in ("bpe:", "bpe:1e3", "bpe:-5", "bpe:1000.5", "bpe:256", "bpe:99999999999", "bpe:٣٠٠")),
+    *(({"tokenizer": name}, f"{name!r} is neither a name nor a file") for name in ("BPE:1000", "gpt-2", "bpe")),
 ])
 def test_settings_out_of_range_are_named(settings, message, tmp_path):
     (tmp_path / "a.txt").write_text("text " * 100)
@@ -566,7 +594,7 @@ def test_settings_out_of_range_are_named(settings, message, tmp_path):
 @pytest.mark.parametrize(("row", "message"), [
     ("{broken", "line 150 is not JSON"), ('["text"]', "line 150 has no text in a field 'text', only [\"text\"]"),
     ('{"content": "x", "id": 3}', "line 150 has no text in a field 'text', only fields content, id"),
-    ('{"text": 7}', "line 150 has no text"), ("[" * 100_000, "line 150 is not JSON"),
+    ('{"text": 7}', "line 150 has no text in a field 'text', only 7 in it"), ("[" * 100_000, "line 150 is not JSON"),
 ])
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz"])
 def test_a_row_that_is_no_document_is_named_by_file_and_line(row, message, kind, tmp_path, monkeypatch):
@@ -574,14 +602,149 @@ def test_a_row_that_is_no_document_is_named_by_file_and_line(row, message, kind,
     rows = (jsonl(PARTS[:148]) + "\n" + row + "\n" + jsonl(PARTS[148:160])).encode()
     (tmp_path / f"a.{kind}").write_bytes(gzip.compress(rows) if kind.endswith("gz") else rows)
     found = refusal(tmp_path, [f"a.{kind}"])
-    assert message in found and f"a.{kind}'" in found
+    assert message in found and f"a.{kind}'" in found and "(--bad-rows skip, data.bad_rows=skip)" in found
 
 
-def test_the_same_mistake_in_a_worker_is_the_same_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "UNIT_BYTES", 1000)
+def folder_with_a_bad_row(folder: Path) -> None:
+    """Five files of 15 rows of their own; a row of the fourth is broken."""
+    folder.mkdir()
+    for i, name in enumerate("abcde"):
+        rows = jsonl([f"{name} {part} é{number}" for number, part in enumerate(PARTS[20 * i:20 * i + 40])])
+        (folder / f"{name}.jsonl").write_text(rows if name != "d" else rows.replace('{"id": 30,', '{"id": 30;'))
+
+
+def rewrite(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert text.count(old) == 1
+    path.write_text(text.replace(old, new))
+
+
+MENDS = {  # how the user mends the row, and perhaps more
+    "as it should be": lambda folder: rewrite(folder / "d.jsonl", '{"id": 30;', '{"id": 30,'),
+    "the row removed": lambda folder: (folder / "d.jsonl").write_text(
+        "".join(line for line in (folder / "d.jsonl").read_text().splitlines(True) if '{"id": 30;' not in line)),
+    "the file removed": lambda folder: (folder / "d.jsonl").unlink(),
+    "a file before it, too": lambda folder: (rewrite(folder / "d.jsonl", '{"id": 30;', '{"id": 30,'),
+                                             rewrite(folder / "b.jsonl", '"id": 20,', '"id": 21,')),
+    "the first file, too": lambda folder: (rewrite(folder / "d.jsonl", '{"id": 30;', '{"id": 30,'),
+                                           rewrite(folder / "a.jsonl", '"id": 0,', '"id": 9,')),
+    "skipped": lambda folder: None,
+}
+
+
+@pytest.mark.parametrize(("how", "workers"), [*((how, 1) for how in MENDS), ("as it should be", 2)])
+def test_a_bad_row_keeps_what_is_done_and_once_mended_the_same_call_goes_on(how, workers, tmp_path, bpe, monkeypatch):
+    folder_with_a_bad_row(tmp_path / "in")
+    monkeypatch.setattr(sources, "UNIT_BYTES", 2000)
     monkeypatch.setattr(module, "SMALL_BYTES", 0)
-    (tmp_path / "a.jsonl").write_text(jsonl(PARTS[:148]) + "{broken\n")
-    assert "line 149 is not JSON" in refusal(tmp_path, ["a.jsonl"], workers=2)
+    monkeypatch.setattr(module, "CHECKPOINT_SECONDS", 0.0)
+    settings = {"tokenizer": bpe, "shard_tokens": 1500, "workers": workers}
+    words = {"bad_rows": "skip"} if how == "skipped" else {}
+
+    with pytest.raises(UserError, match=r"d.jsonl' line 31 is not JSON.*what was made before it is kept"):
+        prepare([str(tmp_path / "in")], tmp_path / "out", **settings)
+    finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("train_*.bin")}
+    assert len(finished) > 5
+
+    MENDS[how](tmp_path / "in")
+    encoded, encode = [], encode_units.Encoder.encode
+    monkeypatch.setattr(encode_units.Encoder, "encode", lambda self, unit: encoded.append(unit) or encode(self, unit))
+    index = prepare([str(tmp_path / "in")], tmp_path / "out", **settings, **words)
+    goes_on_in = encoded[0].path[-7:] if workers == 1 else None
+    prepare([str(tmp_path / "in")], tmp_path / "whole", **settings, **words)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+    assert index["bad_rows"] == (how == "skipped")
+
+    first = {"a file before it, too": "b.jsonl", "the first file, too": "a.jsonl", "the file removed": "e.jsonl"}
+    assert goes_on_in in (first.get(how, "d.jsonl"), None)
+    kept = sum(path.exists() and path.stat().st_mtime_ns == changed for path, changed in finished.items())
+    assert kept == 0 if how == "the first file, too" else \
+        0 < kept < len(finished) if how in first else kept == len(finished)
+
+
+@pytest.mark.parametrize("point", [0, 1, 2, 3, 5, 8, 13])
+def test_killed_while_going_back_the_same_call_goes_on_to_the_same_bytes(point, tmp_path, bpe, monkeypatch):
+    folder_with_a_bad_row(tmp_path / "in")
+    monkeypatch.setattr(sources, "UNIT_BYTES", 2000)
+    monkeypatch.setattr(module, "CHECKPOINT_SECONDS", 0.0)
+    settings = {"tokenizer": bpe, "shard_tokens": 1500}
+    with pytest.raises(UserError, match="is kept"):
+        prepare([str(tmp_path / "in")], tmp_path / "out", **settings)
+    MENDS["a file before it, too"](tmp_path / "in")
+    assert killed_at(point, lambda: prepare([str(tmp_path / "in")], tmp_path / "out", **settings))
+    for folder in ("out", "whole"):
+        prepare([str(tmp_path / "in")], tmp_path / folder, **settings)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+def test_points_to_go_back_to_are_thinned_out(tmp_path, bpe, monkeypatch):
+    folder_with_a_bad_row(tmp_path / "in")
+    monkeypatch.setattr(sources, "UNIT_BYTES", 2000)
+    monkeypatch.setattr(module, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(output_folder, "POINTS", 8)
+    with pytest.raises(UserError, match="is kept"):
+        prepare([str(tmp_path / "in")], tmp_path / "out", tokenizer=bpe)
+    progress = json.loads((tmp_path / "out" / ".progress.json").read_text())
+    units = [point["units"] for point in progress["points"]]
+    assert 3 < len(units) < 8 and units == sorted(set(units)) and units[-1] == progress["units"] - 1
+
+
+def test_a_bpe_of_changed_sources_is_trained_again_and_all_made_anew(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sources, "UNIT_BYTES", 5000)
+    (tmp_path / "a.txt").write_text(SOURCE)
+    asked = iter(range(1000))
+    with pytest.raises(module.PreparationStopped):
+        prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bpe:400", should_stop=lambda: next(asked) == 9)
+    (tmp_path / "a.txt").write_text(SOURCE + "the the the end" * 100)
+    for folder in ("out", "whole"):
+        prepare([str(tmp_path / "a.txt")], tmp_path / folder, tokenizer="bpe:400")
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+    assert "and with it bpe:400, which is trained on it: all is made anew" in capsys.readouterr().err
+
+
+def test_skipped_rows_are_counted_over_all_starts_and_the_first_are_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sources, "UNIT_BYTES", 500)
+    good = [f"{part} {i}" for i, part in enumerate(PARTS[:150])]
+    rows = jsonl(good).splitlines(True)
+    for place in (103, 120, 121, 140, 149):
+        rows.insert(place, "{broken\n")
+    (tmp_path / "a.jsonl").write_text("".join(rows))
+    asked = iter(range(1000))
+    settings = {"tokenizer": "bytes", "bad_rows": "skip"}
+    with pytest.raises(module.PreparationStopped):
+        prepare([str(tmp_path / "a.jsonl")], tmp_path / "out", should_stop=lambda: next(asked) == 42, **settings)
+    index = prepare([str(tmp_path / "a.jsonl")], tmp_path / "out", **settings)
+    for split in ("train", "val"):
+        assert tokens_of(tmp_path / "out", split) == expected("bytes", by_hash(good, split))
+    assert index["bad_rows"] == 5
+    assert re.search(r"5 bad rows left out \(\S+a.jsonl' line 104, \S+ line 121, \S+ line 122, \.\.\.\)",
+                     capsys.readouterr().err)
+    with pytest.raises(UserError, match='bad_rows: "skip" -> "error"'):  # the shards are not those of all rows
+        prepare([str(tmp_path / "a.jsonl")], tmp_path / "out", tokenizer="bytes")
+
+
+def test_bad_rows_are_skipped_wherever_rows_are_read_before_they_are_encoded(tmp_path):
+    """By the look at the first row, by a split by characters (in the unit that it cuts, too), by a BPE's training."""
+    rows = ["{broken\n", *jsonl(PARTS[:20]).splitlines(True), '{"text": null}\n', "{broken\n"]
+    (tmp_path / "a.jsonl").write_text("".join(rows))
+    (tmp_path / "b.jsonl").write_text(jsonl(PARTS[:20]))
+    found = [prepare([str(tmp_path / f"{name}.jsonl")], tmp_path / name, tokenizer="bpe:300", bad_rows="skip")
+             for name in "ab"]
+    assert found[0]["val_split"] == "characters" and [index["bad_rows"] for index in found] == [3, 0]
+    for name in ("tokenizer.json", "train_00000.bin", "val_00000.bin"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_bad_examples_are_skipped_and_counted_too(tmp_path):
+    good = [{"prompt": f"{part[:40]} {i}", "response": "yes"} for i, part in enumerate(PARTS[:120])]
+    bad = ['{"prompt": "x", "response": ""}', '{"prompt": "x"}', '{"text": "x"}', "nonsense"]
+    for name, rows in (("a", [*bad[3:], *map(json.dumps, good[:50]), *bad[:3], *map(json.dumps, good[50:])]),
+                       ("b", map(json.dumps, good))):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+        index = prepare([str(tmp_path / f"{name}.jsonl")], tmp_path / name, tokenizer="bytes", max_seq_len=99,
+                        bad_rows="skip")
+        assert index["bad_rows"] == (4 if name == "a" else 0)
+    assert tokens_of(tmp_path / "a", "train") == tokens_of(tmp_path / "b", "train")
 
 
 @pytest.mark.parametrize("kind", ["jsonl.gz", "jsonl.zst", "parquet"])
@@ -612,9 +775,48 @@ def test_a_package_that_is_missing_is_named(package, name, tmp_path, monkeypatch
 def test_a_split_without_a_token_says_what_to_change(tmp_path):
     (tmp_path / "a.jsonl").write_text(jsonl([str(i) for i in range(100)]))
     found = refusal(tmp_path, ["a.jsonl"], val_fraction=1e-9)
-    assert "the val split holds 0 tokens; give more validation text, a larger --val-fraction" in found
+    assert "the val split holds 0 tokens; a hash of its text" in found and "all 100 went to the other split" in found
     (tmp_path / "b.txt").write_text("x")
     assert "the train split holds 0 tokens; give more text" in refusal(tmp_path, ["b.txt"], val_fraction=0.5)
+
+
+def test_equal_documents_go_to_one_side_which_is_said_with_ways_out_that_work(tmp_path):
+    (tmp_path / "a.jsonl").write_text(jsonl(["the same"] * 150))
+    (tmp_path / "b.txt").write_text("other text")
+    found = refusal(tmp_path, ["a.jsonl"])
+    assert "all 150 went to the other split, as equal ones do together" in found and "--val-fraction or 0 (" in found
+    index = prepare([str(tmp_path / "a.jsonl")], tmp_path / "none", tokenizer="bytes", val_fraction=0.0)
+    assert {shard["split"] for shard in index["shards"]} == {"train"}
+    index = prepare([str(tmp_path / "a.jsonl")], tmp_path / "given", tokenizer="bytes",
+                    val_sources=[str(tmp_path / "b.txt")])
+    assert {shard["split"] for shard in index["shards"]} == {"train", "val"}
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+def test_end_of_text_spelled_in_a_text_is_counted_or_ends_a_document(kind, tmp_path, bpe, capsys, monkeypatch):
+    import tiktoken
+    monkeypatch.setattr(sources, "UNIT_BYTES", 500)
+    text = "<|endoftext|>".join(["", *PARTS[:40], PARTS[40] + " ", ""])
+    (tmp_path / f"a.{kind}").write_text(text if kind == "txt" else jsonl([text]), newline="")
+    plain = prepare([str(tmp_path / f"a.{kind}")], tmp_path / "plain", tokenizer=bpe, val_fraction=0.0)
+    said = capsys.readouterr().err
+    assert plain["separators"] == 42 and "42 times the text spells end-of-text, which is plain text in it" in said
+    assert tokens_of(tmp_path / "plain", "train") == expected(bpe, [text]) and "--parse-special" in said
+    index = prepare([str(tmp_path / f"a.{kind}")], tmp_path / "out", tokenizer=bpe, val_fraction=0.0,
+                    parse_special=True)
+    found = load_tokenizer(bpe)
+    oracle = tiktoken.Encoding("oracle", pat_str=found._pattern, mergeable_ranks=found._ranks,
+                               special_tokens=found.special_ids)
+    assert tokens_of(tmp_path / "out", "train") == oracle.encode(text, allowed_special="all")[1:]  # no empty document
+    assert sum(shard["documents"] for shard in index["shards"]) == 41
+    assert "spells end-of-text, where a document ends" in capsys.readouterr().err
+    assert "parse_special: true -> false" in refusal(tmp_path, [f"a.{kind}"], val_fraction=0.0, tokenizer=bpe)
+
+
+def test_end_of_text_in_examples_is_no_document_end(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    assert "--parse-special (data.parse_special) is for plain text" in refusal(
+        tmp_path, ["a.jsonl"], max_seq_len=9, parse_special=True)
 
 
 def test_only_an_empty_folder_is_written_into(tmp_path):
@@ -639,8 +841,9 @@ def test_the_same_command_again_finds_it_done_and_another_lists_the_differences(
     assert "is prepared already" in capsys.readouterr().err and files_of(tmp_path / "out") == before
     found = refusal(tmp_path, ["a.txt"], val_fraction=0.1, tokenizer="bpe:300")
     assert 'tokenizer: "bytes" -> "bpe:300"; val_fraction: 0.05 -> 0.1' in found and "text_field" not in found
-    (tmp_path / "a.txt").write_text("other text " * 50)
-    assert "made with other settings (sources:" in refusal(tmp_path, ["a.txt"])
+    (tmp_path / "a.txt").write_text("SOME TEXT " * 50)  # of the same size
+    assert re.search(r'settings \(sources: .*"content": "(\w+)".* -> .*"content": "(?!\1)\w+"',
+                     refusal(tmp_path, ["a.txt"]))
 
 
 def test_an_unfinished_folder_of_other_settings_is_left_alone(tmp_path):

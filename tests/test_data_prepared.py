@@ -2,6 +2,7 @@
 
 import dataclasses
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -20,7 +21,7 @@ from config import ConfigError, DataConfig, MachineError, UserError
 from data import prepared as module
 from data.dataset import load_index, open_dataset, open_split
 from data.prepare import PreparationStopped, prepare
-from data.prepared import data_dir_for, ensure_prepared
+from data.prepared import check_content, data_dir_for, ensure_prepared
 from data.tokenizer import load_tokenizer, train_bpe
 from tests.test_data_prepare import ROOT, SOURCE, children_of, jsonl
 
@@ -239,6 +240,71 @@ def test_a_folder_made_with_other_settings_is_refused_with_the_list(mine, no_pro
         ensure_prepared(mine, 64, local_rank=1)
 
 
+def test_an_edit_of_the_same_size_is_refused_by_the_one_rank_that_reads_the_text(mine, no_process, monkeypatch):
+    check_content(Path("mine"), mine)
+    os.utime("mybook.txt", (1, 1))  # copies differ in it
+    check_content(Path("mine"), mine)
+    Path("mybook.txt").write_text("SOME TEXT " * 100)
+    assert ensure_prepared(mine, 64) == Path("mine")  # for all ranks: reads no text
+    with pytest.raises(ConfigError, match=r"'mine' was made with other settings \(sources: .*\"content\"") as refused:
+        check_content(Path("mine"), mine)
+    words = re.search(r"to train on it as it is: data.source=\[\] data.dir=(\S+)$", str(refused.value))
+    check_content(Path("mine"), DataConfig(source=(), dir=words[1]))  # the advice, followed
+
+
+def test_a_folder_from_before_content_was_recorded_is_taken(mine, no_process):
+    index = json.loads(Path("mine", "index.json").read_text())
+    del index["settings"]["sources"][0]["content"], index["settings"]["bad_rows"], index["settings"]["parse_special"]
+    del index["bad_rows"], index["separators"]
+    Path("mine", "index.json").write_text(json.dumps(index))
+    assert ensure_prepared(mine, 64) == Path("mine")
+    check_content(Path("mine"), mine)
+    prepare(mine.source, Path("mine"), tokenizer="bytes")  # found done
+    with pytest.raises(ConfigError, match="parse_special: false -> true"):
+        ensure_prepared(dataclasses.replace(mine, parse_special=True), 64)
+
+
+def test_spellings_of_a_source_share_their_shards(book, no_process, tmp_path):
+    folder = data_dir_for(book)
+    prepare(book.source, folder, tokenizer="bytes")
+    for spelled in ("./mybook.txt", str(tmp_path / "mybook.txt"), f"{tmp_path}/../{tmp_path.name}//mybook.txt"):
+        data = dataclasses.replace(book, source=(spelled,))
+        assert ensure_prepared(data, 64) == folder
+        check_content(folder, data)
+    (tmp_path / "other").mkdir()
+    assert data_dir_for(dataclasses.replace(book, source=("other/mybook.txt",))) != folder
+
+
+def test_a_folder_named_by_another_spelling_than_todays_is_found(book, no_process):
+    words = [["./mybook.txt"], [], "bytes", 0.05, "text"]  # as folders were named before spellings were one
+    folder = Path("shards", f"mybook-{hashlib.sha256(json.dumps(words).encode()).hexdigest()[:8]}")
+    prepare(book.source, folder, tokenizer="bytes")
+    assert ensure_prepared(dataclasses.replace(book, source=("./mybook.txt",)), 64) == folder
+
+
+def test_what_becomes_of_bad_rows_matters_where_there_are_some(book, no_process):
+    Path("good.jsonl").write_text(jsonl(["text"] * 3))
+    Path("bad.jsonl").write_text(jsonl(["text"] * 3) + "{broken\n")
+    for name, is_taken in (("good", True), ("bad", False)):
+        data = DataConfig(source=(f"{name}.jsonl",), tokenizer="bytes", bad_rows="skip")
+        folder = data_dir_for(data)
+        prepare(data.source, folder, tokenizer="bytes", bad_rows="skip")
+        assert ensure_prepared(data, 64) == folder
+        if is_taken:
+            assert ensure_prepared(dataclasses.replace(data, bad_rows="error"), 64) == folder
+        else:
+            with pytest.raises(ConfigError, match='bad_rows: "skip" -> "error"'):
+                ensure_prepared(dataclasses.replace(data, bad_rows="error"), 64)
+
+
+def test_bad_rows_and_parse_special_reach_the_process(book):
+    Path("rows.jsonl").write_text(jsonl(["one<|endoftext|>two"] * 3) + "{broken\n")
+    folder = ensure_prepared(DataConfig(source=("rows.jsonl",), tokenizer="bytes", val_fraction=0.0, bad_rows="skip",
+                                        parse_special=True), 64)
+    index = json.loads((folder / "index.json").read_text())
+    assert (index["bad_rows"], sum(shard["documents"] for shard in index["shards"])) == (1, 6)
+
+
 def test_the_tokenizer_left_out_or_named_by_its_file_is_that_of_the_folder(mine, no_process):
     for tokenizer in (None, "mine", "mine/tokenizer.json", "bytes"):
         for source in (mine.source, ()):
@@ -259,7 +325,7 @@ def test_documents_end_with_the_end_of_text_that_the_tokenizers_folder_names(boo
     dataset = open_dataset(Path("shards"))
     stream = open_split(dataset, "train")
     tokens = stream.windows(np.array([0]), stream.tokens)[0]
-    assert dataset.eot == load_tokenizer("shards").eot == tokens[-1] == 258 and 257 not in tokens
+    assert dataset.index["eot"] == load_tokenizer("shards").eot == tokens[-1] == 258 and 257 not in tokens
     for tokenizer in ("run", "shards"):  # either names what the shards were made with
         ensure_prepared(DataConfig(dir="shards", tokenizer=tokenizer), 64)
     with pytest.raises(ConfigError, match="other settings"):

@@ -1,14 +1,18 @@
 """Shards, read: what a damaged folder is told, and windows against a plain array."""
 
+import gc
+import os
+import resource
 import struct
 import sys
 
 import numpy as np
 import pytest
 
-import data.shards
+import files
 from data.dataset import open_dataset, open_split
 from data.shards import ShardError, TokenStream, read_header
+from data.verify_shards import verify
 from data.write_shards import ShardWriter, write_index
 
 
@@ -68,10 +72,8 @@ def test_a_missing_shard_is_named(tmp_path):
 
 # ---- Reading ---------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("open_shards", [256, 1])
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
-def test_windows_equal_slices_of_all_tokens(tmp_path, monkeypatch, dtype, open_shards):
-    monkeypatch.setattr(data.shards, "OPEN_SHARDS", open_shards)
+def test_windows_equal_slices_of_all_tokens(tmp_path, dtype):
     random = np.random.default_rng(1)
     lists = [random.integers(0, 60_000, size) for size in (311, 0, 5, 63, 1, 1000)]  # 5 and 1 are shorter than a window
     stream = open_split(open_dataset(make_folder(tmp_path, lists, dtype=dtype)), "train")
@@ -82,6 +84,30 @@ def test_windows_equal_slices_of_all_tokens(tmp_path, monkeypatch, dtype, open_s
         starts[:2] = 0, len(tokens) - length
         expected = np.stack([tokens[start:start + length] for start in starts])
         np.testing.assert_array_equal(stream.windows(starts, length), expected)
+
+
+def test_shards_are_more_than_a_process_may_open_files(tmp_path):
+    lists = [np.arange(7) + 7 * number for number in range(200)]
+    dataset = open_dataset(make_folder(tmp_path, lists))
+    stream, limits = open_split(dataset, "train"), resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/dev/fd"))) + 4, limits[1]))
+    try:
+        found = stream.windows(np.arange(0, 1400, 7), 7)
+        assert verify(tmp_path, lambda line: None) == []
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    np.testing.assert_array_equal(found, np.stack(lists))
+
+
+def test_a_mapped_file_is_its_bytes_and_read_only(tmp_path):
+    (tmp_path / "a").write_bytes(bytes(range(256)) * 100)
+    data = files.mapped(tmp_path / "a", 25_000)
+    rest = np.frombuffer(data, np.uint8, offset=3)
+    del data
+    gc.collect()  # the array alone keeps the memory
+    assert rest.tobytes() == (bytes(range(256)) * 100)[3:25_000] and not rest.flags.writeable
+    with pytest.raises(ValueError, match="shorter than 25601 bytes"):
+        files.mapped(tmp_path / "a", 25_601)
 
 
 def test_windows_of_one_shard_equal_slices(tmp_path):

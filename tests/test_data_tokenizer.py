@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import inspect
 import json
+import math
 import os
 import random
 import subprocess
@@ -147,8 +148,32 @@ def test_training_on_too_little_text_names_the_largest_vocabulary():
 
 @pytest.mark.parametrize("size", [0, 256])
 def test_a_bpe_without_room_for_the_bytes_is_refused(size):
-    with pytest.raises(TokenizerError, match="at least 257 ids"):
+    with pytest.raises(TokenizerError, match=f"'bpe:{size}' should be bpe:N with N from 257"):
         train_bpe(CORPUS, size)
+
+
+def test_unbroken_text_is_thinned_out_for_training_and_all_other_text_is_not(monkeypatch):
+    rng = random.Random(0)
+    chinese = "".join(chr(0x4E00 + min(rng.randrange(3000), rng.randrange(3000))) for _ in range(200_000))
+    runs = [chinese, "3141592653" * 20_000, "😀😂_-" * 50_000, " \t\u3000" * 66_000]
+    words = list(module._training_pieces(["Some words. " * 9 + run + " and others" for run in runs]))
+    assert "".join(words).count("Some words. " * 8 + "Some words.") == "".join(words).count("and others") == 4
+    assert sum(map(len, words)) < 1.1 * 2**16 * (1 + math.log(800_000 / 2**16))
+    assert max(len(word) for word in words if len(set(word) & set(chinese)) > 20) == 84
+    for run in runs:  # some of each, from all over it
+        assert sum(word in run for word in words if len(word) == 84) > 100
+    monkeypatch.setattr(module, "UNBROKEN_SAMPLE_CHARS", 10)
+    lines = ["=" * 255 + "\n" + "中" * 255 + " " * 255 + "x", inspect.getsource(argparse)]
+    assert "".join(module._training_pieces(lines)) == "".join(lines)
+
+
+def test_a_bpe_trained_on_unbroken_text_encodes_it_as_tiktoken_does():
+    rng = random.Random(0)
+    text = "".join(chr(0x4E00 + min(rng.randrange(900), rng.randrange(900))) for _ in range(300_000))
+    trained = train_bpe([text], 2000)
+    oracle = tiktoken.Encoding("oracle", pat_str=GPT2_PATTERN, mergeable_ranks=trained._ranks, special_tokens={})
+    assert len(trained._ranks) == 1999 and max(map(len, trained._ranks)) >= 6  # more than a character
+    assert trained.encode(text).tolist() == oracle.encode_ordinary(text)
 
 
 def test_a_trained_bpe_equals_tiktoken_and_the_library_on_hard_texts(bpe, tmp_path):
@@ -638,7 +663,7 @@ def test_the_identity_of_a_file_is_that_of_its_content(bpe, tmp_path):
     identity = tokenizer_identity(str(tmp_path / "a"))
     assert identity == tokenizer_identity(str(tmp_path / "b" / "tokenizer.json"))
     assert identity == load_tokenizer(str(tmp_path / "a")).name
-    assert identity.split(":")[1] == bpe.fingerprint[:12] and tokenizer_identity("bpe:7") == "bpe:7"
+    assert identity.split(":")[1] == bpe.fingerprint[:12] and tokenizer_identity("bpe:0700") == "bpe:700"
 
 
 @pytest.mark.parametrize("name", TIKTOKEN_FILES)
