@@ -258,20 +258,15 @@ def parse_arguments(arguments: list[str], default_file: Path | None = None) -> t
     return config, given
 
 
-def load_config(path: Path) -> Config:
-    """The config in a TOML file, checked. Raises ConfigError."""
-    config = apply_table(Config(), _file_table(str(path)))
-    check(config)
-    return config
-
-
 def load_run_config(run_dir: Path) -> Config:
     """RUN/config.toml. Raises ConfigError if it is not there or not whole: an empty file would read as all defaults."""
     path = Path(run_dir) / "config.toml"
     table = _file_table(str(path))
     if missing := [f"[{name}]" for name in ("model", "data", "optim", "train") if name not in table]:
         raise ConfigError(f"config file {str(path)!r} is damaged: it lacks {', '.join(missing)}; put a copy of it back")
-    return load_config(path)
+    config = apply_table(Config(), table)
+    check(config)
+    return config
 
 
 def _file_table(word: str) -> dict:

@@ -198,8 +198,10 @@ def wrap(model: nn.Module, device: torch.device, world: World) -> nn.Module:
     if world.size == 1:
         return model
     from torch.nn.parallel import DistributedDataParallel
-    return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
-                                   gradient_as_bucket_view=True, broadcast_buffers=False)  # RoPE's tables never change
+    wrapped = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
+                                      gradient_as_bucket_view=True)
+    wrapped.broadcast_buffers = False  # RoPE's tables never change; torch 2.13 warns of it as an argument
+    return wrapped
 
 
 def gradient_sync(model: nn.Module, sync: bool):
@@ -222,12 +224,12 @@ def gather(value: object, world: World) -> list:
     device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
     own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
     with naming_lost_rank():
-        sizes = torch.zeros(world.size, dtype=torch.int64, device=device)
-        dist.all_gather_into_tensor(sizes, torch.tensor([own.numel()], device=device))
-        padded = F.pad(own, (0, int(sizes.max()) - own.numel()))
+        sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world.size)]
+        dist.all_gather(sizes, torch.tensor([own.numel()], device=device))
+        padded = F.pad(own, (0, max(map(int, sizes)) - own.numel()))
         texts = [torch.zeros_like(padded) for _ in range(world.size)]
         dist.all_gather(texts, padded)
-    return [json.loads(bytes(text[:size].tolist())) for text, size in zip(texts, sizes.tolist(), strict=True)]
+    return [json.loads(bytes(text[:int(size)].tolist())) for text, size in zip(texts, sizes, strict=True)]
 
 
 @contextlib.contextmanager

@@ -213,11 +213,13 @@ def generate_text(model: GPT, tokenizer: Tokenizer, prompts: list[str], *, max_n
 
 
 def sample_text(model: GPT, tokenizer: Tokenizer, prompt: str, *, max_new_tokens: int, temperature: float = 1.0,
-                top_k: int | None = None, seed: int = 0) -> str:
-    """The continuation of one prompt, "" = from end-of-text. Leaves the model in the mode it came in."""
+                top_k: int | None = None, seed: int = 0, ends: frozenset[int] = frozenset()) -> str:
+    """The continuation of one prompt, "" = from end-of-text; ends as in generate_text. Leaves the model in the mode it
+    came in."""
     was_training, sampling = model.training, Sampling(temperature=temperature, top_k=top_k, seed=seed)
     try:
-        pieces = generate_text(model.eval(), tokenizer, [prompt], max_new_tokens=max_new_tokens, sampling=sampling)
+        pieces = generate_text(model.eval(), tokenizer, [prompt], max_new_tokens=max_new_tokens, sampling=sampling,
+                               ends=ends)
         return "".join(piece.text for piece in pieces)
     finally:
         model.train(was_training)

@@ -20,7 +20,6 @@ import distributed
 from checkpoint import CheckpointError
 from config import Config, ConfigError, MachineError
 from convert import HuggingFaceModel, is_hugging_face, read_hf
-from data.chat import DEFAULT_TEMPLATE, read_template
 from data.dataset import Dataset
 from data.tokenizer import Tokenizer
 from distributed import Machine, World
@@ -81,7 +80,7 @@ def _choose_start(config: Config, parent: Parent | None, dataset: Dataset, note:
     """The run's own newest checkpoint beats fork_from and init_from."""
     train, out_dir = config.train, Path(config.train.out_dir)
     if (own := checkpoint.newest(out_dir, note)) is not None:
-        state = _state_to_go_on_from(own, "train.out_dir", train.out_dir)
+        state = _state_to_go_on_from(own, "out_dir", config, note)
         _check_resumable(config, state, dataset.hash)
         return Start("resume", str(own), state["step"], not (state["val_due"] or state["skips_in_a_row"]))
     if any(out_dir.glob("checkpoints/step_*.damaged")):
@@ -89,7 +88,7 @@ def _choose_start(config: Config, parent: Parent | None, dataset: Dataset, note:
                               "on from; remove them to start from step 0, or choose another train.out_dir")
     if train.fork_from is not None:
         path = checkpoint.resolve(train.fork_from, note)
-        step = _state_to_go_on_from(path, "train.fork_from", train.fork_from)["step"]
+        step = _state_to_go_on_from(path, "fork_from", config, note)["step"]
         if step >= train.max_steps:
             raise ConfigError(f"train.fork_from starts at step {step} but train.max_steps = {train.max_steps}; raise "
                               "it, max_steps counts from step 0")
@@ -101,13 +100,18 @@ def _choose_start(config: Config, parent: Parent | None, dataset: Dataset, note:
     return Start("fresh")
 
 
-def _state_to_go_on_from(path: Path, knob: str, run: str) -> dict:
+def _state_to_go_on_from(path: Path, knob: str, config: Config, note: Callable[[str], None]) -> dict:
     """state.json of a checkpoint. Raises CheckpointError for weights that convert.py wrote: no training can go on from
     them, only start."""
+    run = getattr(config.train, knob)
     if not checkpoint.holds(path, "optimizer"):
-        raise CheckpointError(f"{knob} = {run!r} holds converted weights without optimizer state; start a run of its "
-                              f"own from them: train.init_from={quote(run)} and another train.out_dir")
-    return checkpoint.load_state(path)
+        raise CheckpointError(f"train.{knob} = {run!r} holds converted weights without optimizer state; start a run of "
+                              f"its own from them: train.init_from={quote(run)} and another train.out_dir")
+    state = checkpoint.load_state(path)
+    if config.data.document_mask and "tokens" not in state:  # of an earlier version
+        note("data.document_mask: the version that trained this run let an end-of-text close the document before it, "
+             "this one lets it open the document behind it: losses differ from here on (docs/DECISIONS.md)")
+    return state
 
 
 def _check_resumable(config: Config, state: dict, data_hash: str) -> None:
@@ -197,13 +201,6 @@ def when_finished(config: Config) -> str:
     if optim.decay_steps > max_steps:
         return f"raise train.max_steps to go on, to optim.decay_steps = {optim.decay_steps} at most"
     return f"its schedule ended at learning rate 0, for a longer one start a new run: {fork_words(config, 'STEPS')}"
-
-
-def chat_template_for(config: Config, parent: Parent | None) -> str:
-    """The template that renders messages: the one named, the parent's, or the plain one."""
-    if config.data.chat_template is not None:
-        return read_template(Path(config.data.chat_template))
-    return parent.chat_template if parent is not None and parent.chat_template is not None else DEFAULT_TEMPLATE
 
 
 def resolve(config: Config, *, tokenizer: Tokenizer, parent: Parent | None, machine: Machine, data_dir: Path) -> Config:

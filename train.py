@@ -37,7 +37,7 @@ import start as starting
 import trackers
 from cli import StopRequest, commit, note
 from config import Config, ConfigError, MachineError, UserError
-from data.chat import TEMPLATE_FILE, save_template
+from data.chat import DEFAULT_TEMPLATE, TEMPLATE_FILE, save_template
 from data.dataset import Dataset, open_dataset, open_split
 from data.loader import MicroBatch, TrainLoader, ValLoader
 from data.prepare import PreparationStopped
@@ -45,11 +45,11 @@ from data.prepared import check_content, ensure_prepared
 from data.tokenizer import Tokenizer, load_tokenizer
 from data.verify_shards import BackgroundVerifier
 from distributed import Machine, World
-from finetune.runs import files_to_save, kept_template, run_lock, save_generation
+from finetune.runs import end_ids, files_to_save, kept_template, run_lock, save_generation
 from kernels import self_check
 from model import GPT, flops_per_token, padded_vocab_size
 from optim import LossScale, Optimizer, clip_gradients, learning_rate
-from start import Parent, Progress
+from start import Progress
 
 DEMO = Path(__file__).parent / "configs" / "demo.toml"
 MAX_SKIPS_IN_A_ROW = 10
@@ -123,6 +123,7 @@ class Training:
     dataset: Dataset
     train_data: TrainLoader
     val_data: ValLoader | None  # None: data.val_fraction = 0 left nothing to validate on
+    ends: frozenset[int]  # the tokens that end a sample
     log: metrics.RunLog
     stop: StopRequest
 
@@ -130,7 +131,7 @@ class Training:
 def loop(run: Training) -> None:
     """Steps until max_steps or a stop signal, each followed by what is due after it. Every rank does the same."""
     config, train, progress, world, log = run.config, run.config.train, run.progress, run.world, run.log
-    losses, steps_since_line, save_failed = [], 0, False
+    losses, steps_since_line = [], 0
     # Frozen weights have no gradient to compute, and tiles between documents are skipped: the count would be too high.
     is_examples = run.train_data.stream.row_tokens is not None
     counts_flops = not (config.lora.rank or config.data.document_mask or is_examples)
@@ -155,10 +156,11 @@ def loop(run: Training) -> None:
                     raise verifier.error
         return stops > 0
 
-    if progress.val_due and evaluate(run):  # the evaluation that a stop signal cut short before this start
-        save_failed = not save(run)
-    started = time.perf_counter()
-    with contextlib.closing(run.train_data.batches(progress.step, train.max_steps)) as batches:
+    is_owed = progress.val_due  # the evaluation that a stop signal cut short before this start
+    is_cut = is_owed and not evaluate(run)  # it was again: no step before it is made
+    save_failed = is_owed and not is_cut and not save(run)
+    started, last = time.perf_counter(), progress.step if is_cut else train.max_steps
+    with contextlib.closing(run.train_data.batches(progress.step, last)) as batches:
         for micro_batches in batches:
             # 1. Batch and step.
             lr = learning_rate(progress.step, config.optim)
@@ -200,7 +202,7 @@ def loop(run: Training) -> None:
             if due(train.sample_every) and not stopping and world.is_main and not is_examples:
                 try:
                     text = sample.sample_text(run.model, run.tokenizer, "", max_new_tokens=SAMPLE_TOKENS,
-                                              temperature=0.8, top_k=200, seed=train.seed)
+                                              temperature=0.8, top_k=200, seed=train.seed, ends=run.ends)
                 except sample.SampleError as error:  # logits that are not finite: the run itself may recover
                     text = f"(none: {error})"
                 log.note(f"--- sample at step {progress.step}\n{text}\n---")
@@ -302,7 +304,8 @@ def train(config: Config, given: set[str], *, world: World, stop: StopRequest) -
     parent = starting.read_parent(config)
     config = starting.inherit(config, given, parent, world)
     try:
-        data_dir = ensure_prepared(config.data, config.model.max_seq_len, starting.chat_template_for(config, parent),
+        data_dir = ensure_prepared(config.data, config.model.max_seq_len,
+                                   kept_template(config, None, parent) or DEFAULT_TEMPLATE,
                                    local_rank=world.local_rank, should_stop=stop)
     except PreparationStopped as stopped:
         note(f"{stopped} ({stop.signal}); the same command goes on from there")
@@ -346,15 +349,17 @@ def train(config: Config, given: set[str], *, world: World, stop: StopRequest) -
             model, optimizer, progress = starting.build(start, config, parent, machine, world)
         train_data.go_on_after(progress.step, progress.tokens // config.model.max_seq_len)
         with distributed.raise_on_all_ranks(world):
+            template, generation = kept_template(config, data_dir, parent), {} if parent is None else parent.generation
             if world.is_main:
-                write_run_files(config, tokenizer, kept_template(config, data_dir, parent), parent)
+                write_run_files(config, tokenizer, template, generation)
             log = metrics.RunLog(Path(config.train.out_dir), resume_step=start.step, enabled=world.is_main,
                                  tracker=config.train.tracker, config=dataclasses.asdict(config))
         stack.callback(log.close)
         with _one_line(config, world, log.write):
             compiled = torch.compile(model) if machine.compiles else model
             run = Training(config, machine, world, model, distributed.wrap(compiled, machine.device, world), optimizer,
-                           progress, tokenizer, dataset, train_data, val_data, log, stop)
+                           progress, tokenizer, dataset, train_data, val_data,
+                           end_ids(tokenizer, template, generation), log, stop)
             for line in notes:  # printed already
                 log.write(line)
             for line in [*_first_lines(run, kernels_line), starting.describe(start, config)]:
@@ -364,14 +369,14 @@ def train(config: Config, given: set[str], *, world: World, stop: StopRequest) -
                 report(run)
 
 
-def write_run_files(config: Config, tokenizer: Tokenizer, chat_template: str | None, parent: Parent | None) -> None:
-    """config.toml, tokenizer.json, the template of a chat and the parent's generation_config.json into the run folder,
-    each whole and durably; a STOPPED left behind goes away."""
+def write_run_files(config: Config, tokenizer: Tokenizer, chat_template: str | None, generation: dict) -> None:
+    """config.toml, tokenizer.json, the template of a chat and generation_config.json into the run folder, each whole
+    and durably; a STOPPED left behind goes away."""
     out_dir = Path(config.train.out_dir)
     with files.disk_errors(out_dir):
         tokenizer.save(out_dir / "tokenizer.json")
         save_template(out_dir, chat_template)
-        save_generation(out_dir, {} if parent is None else parent.generation)
+        save_generation(out_dir, generation)
         files.write_whole(out_dir / "config.toml", configuration.to_toml(config))
         (out_dir / "STOPPED").unlink(missing_ok=True)
 

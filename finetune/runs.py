@@ -48,14 +48,18 @@ class SavedRun:
 
     @property
     def end_ids(self) -> frozenset[int]:
-        """The tokens that end what the model writes: end-of-text, what the chat template puts behind the assistant's
-        turns, and those that the model it comes from names."""
-        ends = {self.tokenizer.eot, *listed_ends(self.generation)}
-        return frozenset(ends if self.chat_template is None else ends | {turn_end(self.tokenizer, self.chat_template)})
+        return end_ids(self.tokenizer, self.chat_template, self.generation)
 
     def weights(self) -> dict[str, Tensor]:
         """The chosen checkpoint's model on the CPU, adapters merged. Raises CheckpointError."""
         return weights_of(self.checkpoint)
+
+
+def end_ids(tokenizer: Tokenizer, chat_template: str | None, generation: dict) -> frozenset[int]:
+    """The tokens that end what a model writes: end-of-text, what the chat template puts behind the assistant's turns,
+    and those that the model it comes from names."""
+    ends = {tokenizer.eot, *listed_ends(generation)}
+    return frozenset(ends if chat_template is None else ends | {turn_end(tokenizer, chat_template)})
 
 
 def read_folder(run_dir: Path) -> SavedRun:
@@ -164,10 +168,10 @@ def load_base(path: Path) -> dict[str, Tensor]:
 
 # ---- What a run takes over from the one it starts from ---------------------------------------------------------------
 
-def kept_template(config: Config, data_dir: Path, parent) -> str | None:
+def kept_template(config: Config, data_dir: Path | None, parent) -> str | None:
     """The chat template of a run: that of the chats it learns from, else the one named, else the parent's, whose chats
-    it may still know. parent: as for take_over, or None. Raises ChatError."""
-    template = load_template(data_dir)
+    it may still know. data_dir: None before they are prepared; parent: as for take_over, or None. Raises ChatError."""
+    template = None if data_dir is None else load_template(data_dir)
     if template is None and config.data.chat_template is not None:
         template = read_template(config.data.chat_template)
     return parent.chat_template if template is None and parent is not None else template

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 
 import cli
 import distributed
+from cli import note
 from config import UserError
 from finetune.runs import read_run
 from kernels.cpu import pack_for_decoding
@@ -386,11 +387,6 @@ def _api_key(host: str) -> str | None:
     if key is None and not is_loopback:
         note(f"warning: whoever reaches {host} may use the model; set {KEY_VARIABLE} to ask for a key")
     return key
-
-
-def note(text: str) -> None:
-    with contextlib.suppress(OSError):  # whoever read stderr may be gone; the server goes on
-        cli.note(text)
 
 
 def main(argv: list[str]) -> None:

@@ -272,7 +272,7 @@ def test_an_override_becomes_the_type_of_its_knob(word, value, monkeypatch):
 
 def test_a_table_may_be_given_in_part_and_keeps_the_other_defaults(tmp_path):
     path = write(tmp_path, '[model]\nposition = "rope"\n[model.rope_scaling]\nkind = "llama3"\nfactor = 8\n')
-    assert config.load_config(Path(path)).model.rope_scaling == RopeScaling(kind="llama3", factor=8.0)
+    assert parse(path).model.rope_scaling == RopeScaling(kind="llama3", factor=8.0)
 
 
 def test_sizes_left_out_follow_from_the_others():
@@ -319,7 +319,7 @@ EVERY_KNOB_CHANGED = Config(
 def test_written_config_loads_back_equal(tmp_path):
     for name, original in (("default", Config()), ("changed", EVERY_KNOB_CHANGED)):
         path = write(tmp_path, config.to_toml(original), f"{name}.toml")
-        assert config.load_config(Path(path)) == original
+        assert parse(path) == original
 
 
 def test_the_round_trip_above_covers_every_knob():
@@ -339,7 +339,7 @@ def test_differences_name_knob_old_and_new_value():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.name)
 def test_every_file_in_configs_loads(path):
-    config.load_config(path)
+    parse(str(path))
 
 
 # ---- --help ----------------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from config import (
     TrainConfig,
     UserError,
     exit_cleanly,
-    load_config,
+    load_run_config,
     to_toml,
 )
 from convert import ConvertError, from_hf, model_config, read_config, read_hf, to_hf
@@ -279,7 +279,7 @@ def test_transformers_gives_an_exported_runs_logits(name, bench):
 def test_a_run_exported_and_converted_again_is_equal_to_the_bit(name, bench, tmp_path):
     from_hf(bench.path(f"run_{name}", "exported"), tmp_path / "again")
     assert_same(run_tensors(tmp_path / "again"), run_tensors(bench.path(f"run_{name}", "run")))
-    again = load_config(tmp_path / "again" / "config.toml").model
+    again = load_run_config(tmp_path / "again").model
     ours = RUN_CASES[name][0]
     for switch in ("n_head", "kv_heads", "dim_per_head", "mlp_width", "vocab_size", "max_seq_len", "norm", "norm_eps",
                    "position", "rope_theta", "rope_scaling", "mlp", "qk_norm", "bias", "has_qkv_bias", "has_mlp_bias",
@@ -459,10 +459,10 @@ def test_a_folder_may_be_called_as_a_tokenizer_is(tmp_path, monkeypatch):
 def test_a_long_context_is_cut_with_a_note_unless_it_is_asked_for(tmp_path):
     folder, notes = make_hf(tmp_path / "hf", MODERN, max_position_embeddings=131_072), []
     from_hf(folder, tmp_path / "run", note=notes.append)
-    assert load_config(tmp_path / "run" / "config.toml").model.max_seq_len == 8192
+    assert load_run_config(tmp_path / "run").model.max_seq_len == 8192
     assert "8,192 of the 131,072" in notes[0] and "--max-seq-len 131072" in notes[0]
     from_hf(folder, tmp_path / "long", max_seq_len=20_000, note=notes.append)
-    assert load_config(tmp_path / "long" / "config.toml").model.max_seq_len == 20_000
+    assert load_run_config(tmp_path / "long").model.max_seq_len == 20_000
     with pytest.raises(ConvertError, match="config.json.*--max-seq-len 131073.*131072"):
         read_hf(folder, max_seq_len=131_073)
 
@@ -980,7 +980,7 @@ def test_the_documented_script_turns_a_nanogpt_checkpoint_into_a_model(tmp_path)
         folder = tmp_path / str(bias)
         small_tokenizer().save(folder / "hf" / "tokenizer.json")
         from_hf(folder / "hf", folder / "run")
-        assert load_config(folder / "run" / "config.toml").model.bias is bias
+        assert load_run_config(folder / "run").model.bias is bias
         expected = load_file(folder / "logits.safetensors")
         torch.testing.assert_close(our_logits(folder / "run", expected["tokens"]), expected["logits"], **F32)
 

@@ -173,7 +173,7 @@ def test_a_run_that_evaluated_less_text_is_told_so(settings, capsys):  # noqa: F
 
 def test_shards_are_scored_in_sliding_windows_as_their_text_is(settings, capsys):  # noqa: F811
     """With --stride the tail counts too: a stream's tokens but the first, which nothing precedes."""
-    config = configuration.load_config(run(settings, "scored", "train.max_steps=1") / "config.toml")
+    config = configuration.load_run_config(run(settings, "scored", "train.max_steps=1"))
     stream = open_split(open_dataset(Path(config.data.dir)), "val")
     capsys.readouterr()
     losses = {}

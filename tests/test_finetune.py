@@ -93,7 +93,7 @@ def raw(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
 # ---- Examples --------------------------------------------------------------------------------------------------------
 
 def shard_rows(run_dir: Path, split: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    data = Path(configuration.load_config(run_dir / "config.toml").data.dir)
+    data = Path(configuration.load_run_config(run_dir).data.dir)
     tokens = np.fromfile(data / f"{split}_00000.bin", "<u2")[512:].astype(np.int64).reshape(-1, 17)
     loss, start = (np.fromfile(data / f"{split}_00000.{track}.bin", np.uint8).reshape(-1, 17)
                    for track in ("loss", "start"))
@@ -103,7 +103,7 @@ def shard_rows(run_dir: Path, split: str) -> tuple[torch.Tensor, torch.Tensor, t
 def test_the_loss_is_the_mean_over_responses_as_if_each_example_stood_alone(tune):
     """The oracle runs every example by itself, from position 0, and sums its response tokens in float64."""
     run_dir = run(tune, "tuned", "optim.lr=1e-30", "train.max_steps=3", "train.eval_every=1")
-    model = GPT(configuration.load_config(run_dir / "config.toml").model)
+    model = GPT(configuration.load_run_config(run_dir).model)
     checkpoint.load_into(model, weights("parent", 2), "parent")
     nats, count = 0.0, 0
     for tokens, loss, start in zip(*shard_rows(run_dir, "val"), strict=True):
@@ -351,7 +351,7 @@ def test_adapters_cannot_change_in_a_run_that_goes_on(tune):
 
 def test_rows_packed_for_another_context_are_refused(tune):
     run_dir = run(tune, "tuned", "train.max_steps=1")
-    data = configuration.load_config(run_dir / "config.toml").data.dir
+    data = configuration.load_run_config(run_dir).data.dir
     with pytest.raises(UserError, match="packed for a context of 16 tokens but model.max_seq_len = 8"):
         run(["tune.toml", f"data.dir={data}"], "other", "model.max_seq_len=8")
     run(tune, "shorter", "model.max_seq_len=8", "train.max_steps=1")  # prepared anew, in a folder of its own

@@ -16,7 +16,7 @@ import files
 import sample
 import start as starting
 from checkpoint import CheckpointError
-from config import UserError, load_config
+from config import UserError, load_run_config
 from distributed import Machine, World
 from finetune.runs import read_run, run_dir_of, run_lock
 from tests.crashing_disk import in_child
@@ -36,7 +36,7 @@ def test_what_is_read_is_verified_and_the_moments_are_left_alone(settings, monke
     saved = read_run("run", pytest.fail)
     assert saved.checkpoint == step and "optimizer.safetensors" not in hashed
     assert {"model.safetensors", "state.json"} <= set(hashed)
-    assert saved.model == load_config(Path("run/config.toml")).model
+    assert saved.model == load_run_config(Path("run")).model
     flip(step / "optimizer.safetensors")
     read_run("run", pytest.fail)
     with pytest.raises(CheckpointError, match="optimizer.safetensors does not have the sha256"):  # a fork reads it
@@ -50,7 +50,7 @@ def test_a_hugging_face_parent_is_read_once_and_by_rank_0_alone(settings, monkey
     convert.to_hf(run(settings, "parent", "train.max_steps=2"), Path("hf"))
     reads, weights = [], convert.HuggingFaceModel.weights
     monkeypatch.setattr(convert.HuggingFaceModel, "weights", lambda hf: (reads.append(hf.dir), weights(hf))[1])
-    config = load_config(run(settings, "tuned", "train.init_from=hf", "train.max_steps=3") / "config.toml")
+    config = load_run_config(run(settings, "tuned", "train.init_from=hf", "train.max_steps=3"))
     assert reads == [Path("hf")]
     parent = starting.read_parent(config)
     assert reads == [Path("hf")]
@@ -119,8 +119,7 @@ def test_a_run_folder_has_the_ends_of_its_parents_generation(settings):  # noqa:
 def test_adapters_are_on_the_machines_device_as_the_weights_are(settings):  # noqa: F811
     """The meta device stands for a GPU."""
     base = run(settings, "base", "train.max_steps=1")
-    config = load_config(run(settings, "tuned", "train.init_from=base", "lora.rank=2", "train.max_steps=1")
-                         / "config.toml")
+    config = load_run_config(run(settings, "tuned", "train.init_from=base", "lora.rank=2", "train.max_steps=1"))
     machine = Machine(torch.device("meta"), "a GPU", torch.float32, False, ("", ""))
     start = starting.Start("init", str(base / "checkpoints" / "step_00000001"))
     model, optimizer, _ = starting.build(start, config, read_run(base, pytest.fail), machine, World())

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
-from config import ModelConfig, RopeScaling, load_config
+from config import ModelConfig, RopeScaling, parse_arguments
 from model import GPT, KVCache, flops_per_token, padded_vocab_size
 
 SMALL = ModelConfig(n_layer=2, n_head=4, n_kv_head=2, n_embd=24, vocab_size=61, max_seq_len=80)
@@ -523,7 +523,7 @@ def test_a_config_states_the_parameters_that_its_model_has(path):
     if stated is None:
         assert path.stem.startswith("finetune")  # its model is its parent's
         return
-    read = load_config(path)
+    read, _ = parse_arguments([str(path)])
     sizes = {"bytes": 257, "bpe:4096": 4096, None: 50257}
     with torch.device("meta"):
         model = GPT(replace(read.model, vocab_size=read.model.vocab_size or sizes[read.data.tokenizer]))

@@ -126,6 +126,18 @@ def test_a_resumed_run_has_the_bits_of_an_unbroken_one(settings, knobs):
     assert_same_bits(tensors(resumed, 12), tensors(unbroken, 12))
 
 
+@pytest.mark.parametrize("knobs", [[], ["data.document_mask=true"]], ids=["plain", "document-mask"])
+@pytest.mark.parametrize("way", ["resume", "fork"])
+def test_a_run_of_the_older_mask_rule_is_told_of_the_newer_one(settings, monkeypatch, knobs, way):
+    with monkeypatch.context() as patched:  # the versions of that rule did not count tokens
+        real = Progress.as_state
+        patched.setattr(Progress, "as_state", lambda self, **more: {
+            name: value for name, value in real(self, **more).items() if name != "tokens"})
+        run(settings, "old", "train.max_steps=5", *knobs)
+    new = run(settings, "old", *knobs) if way == "resume" else run(settings, "new", "train.fork_from=old", *knobs)
+    assert (new / "log.txt").read_text().count("the version that trained this run") == len(knobs)
+
+
 def test_another_seed_gives_other_numbers(settings):
     assert losses(run(settings, "one")) != losses(run(settings, "other", "train.seed=7"))
 
@@ -169,7 +181,7 @@ def test_raising_max_steps_goes_on_at_min_lr_and_says_so(no_decay_steps):
     run_dir = run(settings, "longer")
     run(settings, "longer", "train.max_steps=14")
     assert [row["lr"] for row in rows(run_dir)[-2:]] == [1e-3, 1e-3]
-    assert configuration.load_config(run_dir / "config.toml").optim.decay_steps == 12
+    assert configuration.load_run_config(run_dir).optim.decay_steps == 12
     log = (run_dir / "log.txt").read_text()
     assert log.count("ends at step 12, the steps after it are made at optim.min_lr = 0.001") == 1
 
@@ -240,7 +252,7 @@ def test_a_resume_on_other_data_is_refused(settings):
 
 def test_the_saved_config_loads_back_equal(settings):
     run_dir = run(settings, "saved", "train.max_steps=1")
-    saved = configuration.load_config(run_dir / "config.toml")
+    saved = configuration.load_run_config(run_dir)
     config, _ = configuration.parse_arguments([*settings, "train.out_dir=saved", "train.max_steps=1"])
     assert (saved.train, saved.optim) == (config.train, config.optim)
     assert saved.model.vocab_size == 257
@@ -314,7 +326,7 @@ def test_a_run_whose_every_checkpoint_is_damaged_does_not_start_anew(settings, c
 
 def test_a_damaged_shard_stops_the_run_with_its_name(settings):
     run_dir = run(settings, "first", "train.max_steps=1")
-    data_dir = Path(configuration.load_config(run_dir / "config.toml").data.dir)
+    data_dir = Path(configuration.load_run_config(run_dir).data.dir)
     shard = data_dir / "train_00000.bin"
     data = bytearray(shard.read_bytes())
     data[2000] ^= 1
@@ -351,10 +363,11 @@ class StopInEvaluation:
 @pytest.mark.parametrize("max_steps", [12, 5], ids=["in-the-middle", "at-the-last-step"])
 def test_an_evaluation_that_a_stop_cut_short_is_made_up_for(settings, monkeypatch, max_steps):
     words = [*settings, f"train.max_steps={max_steps}"]
-    with monkeypatch.context() as patched:
-        stopped = run(words, "stopped", stop=StopInEvaluation(patched))
+    for _ in range(2):  # the next start is stopped as early
+        with monkeypatch.context() as patched:
+            stopped = run(words, "stopped", stop=StopInEvaluation(patched))
     log = (stopped / "log.txt").read_text()
-    assert "finished" not in log and "stopped at step 5 (SIGTERM)" in log and (stopped / "STOPPED").exists()
+    assert "finished" not in log and log.count("stopped at step 5 (SIGTERM)") == 2 and (stopped / "STOPPED").exists()
     assert rows(stopped, "val") == [] and checkpoint.load_state(stopped / "checkpoints" / "step_00000005")["val_due"]
     run(words, "stopped")
     whole = run(words, "whole")
@@ -524,7 +537,7 @@ def test_init_from_takes_weights_model_and_tokenizer_but_no_moments(settings):
                                  "[train]\ntokens_per_step = 128\nmax_steps = 1\ndtype = 'float32'\ndevice = 'cpu'\n")
     tuned = run(["tune.toml", "data.source=text.txt", "data.val_fraction=0.1", "train.init_from=parent",
                  "model.max_seq_len=8", "model.dropout=0.1"], "tuned")
-    model = configuration.load_config(tuned / "config.toml").model
+    model = configuration.load_run_config(tuned).model
     assert (model.n_embd, model.max_seq_len, model.dropout) == (32, 8, 0.1)
     parent, child = tensors(Path("parent"), 12), tensors(tuned, 1)
     torch.testing.assert_close(child["blocks.0.mlp.fc.weight"], parent["blocks.0.mlp.fc.weight"], rtol=0, atol=1e-7)
@@ -682,9 +695,16 @@ def test_the_last_lines_compare_with_gzip_and_xz_and_show_a_sample(settings):
     assert "gzip" in log and "xz" in log and "sample at step 12" in log and "bits/byte" in log
 
 
+def test_a_sample_ends_where_the_run_s_texts_end(settings):
+    base = run(settings, "base", "train.max_steps=1")
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(256))}))  # every byte
+    log = (run(settings, "tuned", "train.init_from=base", "train.max_steps=1") / "log.txt").read_text()
+    assert "--- sample at step 1\n\n---\n" in log
+
+
 def test_the_val_row_equals_a_plain_evaluation(settings):
     run_dir = run(settings, "scored")
-    saved = configuration.load_config(run_dir / "config.toml")
+    saved = configuration.load_run_config(run_dir)
     model = GPT(saved.model)
     checkpoint.load_into(model, checkpoint.load_tensors(run_dir / "checkpoints" / "step_00000012", "model"), "it")
     text = Path("text.txt").read_bytes()

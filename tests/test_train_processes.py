@@ -43,7 +43,7 @@ def finish(process: subprocess.Popen, timeout_s: float = 120) -> str:
 def two_ranks(arguments: list[str], out_dir: str, *more: str) -> Path:
     process = start(TORCHRUN, arguments, out_dir, *more)
     output = finish(process)
-    assert process.returncode == 0, output
+    assert process.returncode == 0 and "Warning" not in output, output
     return Path(out_dir)
 
 
