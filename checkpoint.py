@@ -362,23 +362,24 @@ def load_into(model: torch.nn.Module, tensors: dict[str, Tensor], where: str) ->
     for name, tensor in (state := model.state_dict(keep_vars=True)).items():
         first_names.setdefault(id(tensor), name)
     targets = {name: state[name] for name in first_names.values()}
-    problems = _misfits(targets, tensors)
+    problems = misfits(*({name: list(tensor.shape) for name, tensor in part.items()} for part in (targets, tensors)))
     if problems:
-        raise CheckpointError(f"{where} does not fit the model: {'; '.join(problems)}; use the [model] section it was "
-                              "trained with")
+        raise CheckpointError(f"{where} does not fit the model: {problems}; use the [model] section it was trained "
+                              "with")
     with torch.no_grad():
         for name, target in targets.items():
             target.copy_(tensors[name])
 
 
-def _misfits(targets: dict[str, Tensor], tensors: dict[str, Tensor]) -> list[str]:
-    extra = [name for name in tensors if name not in targets]
-    shapes = [f"{name} {list(tensors[name].shape)} for {list(target.shape)}" for name, target in targets.items()
-              if name in tensors and tensors[name].shape != target.shape]
+def misfits(expected: dict[str, list[int]], found: dict[str, list[int]]) -> str:
+    """What is wrong with the names and shapes of tensors, as text; empty if nothing is."""
+    lists = {"missing": [name for name in expected if name not in found],
+             "unknown": [name for name in found if name not in expected],
+             "of another shape": [f"{name} {found[name]} for {shape}" for name, shape in expected.items()
+                                  if name in found and found[name] != shape]}
     problems = [f"{what} {', '.join(names[:5])}" + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-                for what, names in (("missing", [name for name in targets if name not in tensors]), ("unknown", extra),
-                                    ("of another shape", shapes)) if names]
+                for what, names in lists.items() if names]
     for prefix, source in (("_orig_mod.", "torch.compile"), ("module.", "DistributedDataParallel")):
-        if any(name.startswith(prefix) for name in extra):
+        if any(name.startswith(prefix) for name in lists["unknown"]):
             problems.append(f"names begin with {prefix!r}, which {source} adds: save the model it wraps")
-    return problems
+    return "; ".join(problems)

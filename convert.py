@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -130,16 +131,6 @@ def rules(config: ModelConfig, family: str) -> Iterator[Rule]:
     yield from norm("final_norm", f"{base}.{final_norm}")
     if not config.tie_embeddings:
         yield Rule(HEAD, {HEAD: V}, (padded_vocab_size(V), C))
-
-
-def _misfits(expected: dict[str, list[int]], found: dict[str, list[int]]) -> str:
-    """What is wrong with the names and shapes of tensors, as text; empty if nothing is."""
-    lists = {"missing": [name for name in expected if name not in found],
-             "unknown": [name for name in found if name not in expected],
-             "of another shape": [f"{name} {found[name]} for {shape}" for name, shape in expected.items()
-                                  if name in found and found[name] != shape]}
-    return "; ".join(f"{what} {', '.join(names[:4])}" + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-                     for what, names in lists.items() if names)
 
 
 # ---- config.json -> ModelConfig --------------------------------------------------------------------------------------
@@ -306,7 +297,8 @@ def read_hf(folder: Path, *, max_seq_len: int | None = None, base: Path | None =
     places = [path for path in (Path(str(named)), folder / str(named)) if named and (path / "config.json").exists()]
     if base is None and not places:
         raise ConvertError(f"{str(folder)!r} holds adapters to {named!r}, which is no folder here with a config.json; "
-                           f"name a copy: python convert.py from-hf {folder} RUN --base DIR, then use RUN")
+                           f"name a copy: python convert.py from-hf {quote(str(folder))} RUN --base DIR, then "
+                           "use RUN")
     hf = _read_model(base or places[0], folder, max_seq_len)
     if not weights.exists():
         _refuse_pickle(folder)
@@ -344,7 +336,7 @@ def _read_model(folder: Path, named: Path, max_seq_len: int | None) -> HuggingFa
     if model.tie_embeddings and HEAD in parts:
         parts.setdefault(first, parts[HEAD])  # the head may stand for both; weights() compares the two
         expected[HEAD] = expected[first]
-    problems = _misfits(expected, {name: part.get_shape() for name, part in parts.items()})
+    problems = checkpoint.misfits(expected, {name: part.get_shape() for name, part in parts.items()})
     if problems:
         raise ConvertError(f"the weights in {str(folder)!r} do not fit its config.json: {problems}; copy the folder "
                            "again")
@@ -557,8 +549,8 @@ def to_hf(run: Path, folder: Path, *, dtype: str = "float32", note: Callable[[st
     config, tokenizer, bos, eos = saved.config.model, saved.tokenizer, saved.tokenizer.start, saved.tokenizer.eot
     family = choose_family(config)
     ours, theirs, wanted = saved.weights(), {}, list(rules(family_config(config, family), family))
-    problems = _misfits({rule.ours: list(rule.shape) for rule in wanted if _has(config, rule)},
-                        {name: list(tensor.shape) for name, tensor in ours.items()})
+    problems = checkpoint.misfits({rule.ours: list(rule.shape) for rule in wanted if _has(config, rule)},
+                                  {name: list(tensor.shape) for name, tensor in ours.items()})
     if problems:
         raise ConvertError(f"checkpoint {str(saved.checkpoint)!r} does not fit the run's config.toml: {problems}; put "
                            "back the config it was trained with")

@@ -282,11 +282,12 @@ def _shard_batches(data: Path, saved: SavedRun, common: dict) -> Iterator[MicroB
     stream, document_end = open_split(dataset, "val"), tokenizer.eot if config.data.document_mask else None
     loader = ValLoader(stream, seq_len=common["seq_len"], eval_tokens=stream.tokens, micro_batch=common["batch_size"],
                        device=common["device"], eot=document_end, vocab_size=tokenizer.vocab_size)
-    trained = max(1, config.train.eval_tokens // loader.seq_len)  # windows of the run's own evaluations
-    if config.data.dir is not None and data.resolve() == Path(config.data.dir).resolve() and loader.windows > trained:
-        cli.note(f"all {loader.windows * loader.seq_len:,} validation tokens are scored, the run's own evaluations "
-                 f"scored the first {trained * loader.seq_len:,} (train.eval_tokens): the figures differ")
     if common["stride"] is None:
+        trained = max(1, config.train.eval_tokens // loader.seq_len)  # windows of the run's own evaluations
+        is_own = config.data.dir is not None and data.resolve() == Path(config.data.dir).resolve()
+        if is_own and loader.windows > trained:
+            cli.note(f"all {loader.windows * loader.seq_len:,} validation tokens are scored, the run's own evaluations "
+                     f"scored the first {trained * loader.seq_len:,} (train.eval_tokens): the figures differ")
         return loader.micro_batches()
     if stream.row_tokens is not None:
         raise UserError(f"--stride {common['stride']}: the rows of {str(data)!r} are examples, which do not continue "

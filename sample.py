@@ -422,7 +422,10 @@ def stop_texts(given: list[str], note: Callable[[str], None]) -> tuple[str, ...]
 def main(argv: list[str]) -> None:
     args = _parse(argv)
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.seed)
-    prompt = _read_prompt(args)
+    prompt = args.prompt or ""
+    if args.stdin or args.prompt_file is not None:  # exactly as given: a final newline in a file counts
+        named = "stdin" if args.stdin else f"prompt file {args.prompt_file!r}"
+        prompt, _ = read_text(args.prompt_file, named, note=None)
     device, _ = distributed.choose_device(args.device, option="--device ")
     run = read_run(args.run, cli.note)
     template = run.chat_template if args.chat else None
@@ -465,14 +468,6 @@ def _print_samples(prompt: str, pieces: Iterator[Piece], num_samples: int) -> No
         print("---", prompt + text, sep="\n", flush=True)
     rate = f", then {(sum(lengths) - num_samples) / seconds:.1f} tokens/s" if max(lengths) > 1 else ""
     cli.note(f"{sum(lengths)} new tokens; prompt read in {first - start:.2f} s{rate}")
-
-
-def _read_prompt(args: argparse.Namespace) -> str:
-    """The prompt's text, exactly as given: a final newline in a file counts. Raises UserError."""
-    if not args.stdin and args.prompt_file is None:
-        return args.prompt or ""
-    named = "stdin" if args.stdin else f"prompt file {args.prompt_file!r}"
-    return read_text(None if args.stdin else args.prompt_file, named, note=None)[0]
 
 
 if __name__ == "__main__":

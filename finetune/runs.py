@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 
 from torch import Tensor
 
@@ -191,7 +192,8 @@ def take_over(config: Config, given: set[str], parent) -> Config:
     tokenizer = parent.tokenizer_dir / TOKENIZER_FILE
     if data.tokenizer is None and data.dir is None and not tokenizer.exists():  # GPT-2's older files
         raise ConfigError(f"train.init_from = {str(parent.dir)!r} has no {TOKENIZER_FILE} to prepare text with; "
-                          f"convert it first: python convert.py from-hf {parent.dir} RUN, then train.init_from=RUN")
+                          f"convert it first: python convert.py from-hf {quote(str(parent.dir))} RUN, then "
+                          "train.init_from=RUN")
     if data.tokenizer is None and tokenizer.exists():
         data = replace(data, tokenizer=str(tokenizer))  # the file: a run may be called gpt2
     if config.train.fork_from is not None:  # its moments are those of its adapters

@@ -14,11 +14,10 @@ tasks/hellaswag), so that its numbers can be compared. Generation is greedy. A l
 Dims: Q contexts of a batch, R continuations computed together, T tokens, C width.
 """
 
-import functools
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -81,7 +80,6 @@ KINDS = {Choice: "multiple choice", Labelled: "classification", Answer: "generat
 OPTIONS = {"limit": "any kind", "predictions": "any kind", "labels": "classification", "plot": "classification",
            "max_new_tokens": "generation", "stop": "generation", "metrics": "generation",
            "parse_special": "generation"}  # eval.py's; what each is for
-WrongLine = Callable[[str], TaskError]
 
 
 @dataclass(frozen=True)
@@ -121,25 +119,23 @@ def read_task(path: Path) -> Task:
     for number, line in enumerate(b"".join(utf8_blocks([data])).splitlines(), start=1):
         if not line.strip():
             continue
-        wrong = functools.partial(task.wrong, number)
+        is_array = not task.examples and line.lstrip().startswith(b"[")
+        hint = f"; make rows of this array: {to_rows(str(path))}" if is_array else ""
         try:
             line.decode()  # what is compared is not guessed at
             row, surrogates = row_of(line.rstrip())
-            problem = "" if isinstance(row, dict) else f"holds {_shown(row)}, not an object with fields"
+            if not isinstance(row, dict):
+                raise ExampleError(f"holds {_shown(row)}, not an object with fields{hint}")
+            example = _example(row, number)
+            if task.examples and type(example) is not type(task.examples[0]):
+                raise ExampleError(f"is {KINDS[type(example)]}, the lines before it {task.kind}; a file holds one kind")
         except UnicodeDecodeError as error:
-            raise wrong(f"is not UTF-8 at byte {error.start}; convert the file first") from None
+            raise task.wrong(number, f"is not UTF-8 at byte {error.start}; convert the file first") from None
         except ValueError as error:
-            problem = f"is not JSON: {error}"
-        if problem:
-            is_array = not task.examples and line.lstrip().startswith(b"[")
-            raise wrong(f"{problem}; make rows of this array: {to_rows(str(path))}" if is_array else problem)
-        replaced += surrogates
-        try:
-            example = _example(row, number, wrong)
+            raise task.wrong(number, f"is not JSON: {error}{hint}") from None
         except ExampleError as error:
-            raise wrong(str(error)) from None
-        if task.examples and type(example) is not type(task.examples[0]):
-            raise wrong(f"is {KINDS[type(example)]}, the lines before it {task.kind}; a file holds one kind")
+            raise task.wrong(number, str(error)) from None
+        replaced += surrogates
         task.examples.append(example)
     if not task.examples:
         raise TaskError(f"task {str(path)!r} holds no examples; name a JSONL file with one per line")
@@ -148,72 +144,74 @@ def read_task(path: Path) -> Task:
     return task
 
 
-def _example(row: dict, line: int, wrong: WrongLine) -> Example:
+def _example(row: dict, line: int) -> Example:
     if {"query", "choices", "gold"} <= row.keys():
-        choices = _texts(row["choices"], "choices", wrong)
-        return Choice(line, _text(row["query"], "query", wrong), choices, _index(row, "gold", choices, wrong))
+        choices = _texts(row["choices"], "choices")
+        return Choice(line, _text(row["query"], "query"), choices, _index(row, "gold", choices))
     if {"ctx", "endings", "label"} <= row.keys():
-        return _hellaswag(row, line, wrong)
+        return _hellaswag(row, line)
     refuse_unseen(row)
     if {"text", "label"} <= row.keys():
-        text, label = _text(row["text"], "text", wrong), row["label"]
+        text, label = _text(row["text"], "text"), row["label"]
         label = str(label) if isinstance(label, int) and not isinstance(label, bool) else label
-        return Labelled(line, text, _text(label, "label", wrong, may_be_empty=False))
+        return Labelled(line, text, _text(label, "label", may_be_empty=False))
     name = next((name for name in ("reference", "response", "completion") if name in row), None)
     if "prompt" in row and name is not None:
-        references = _texts(row[name], name, wrong, at_least=1) if isinstance(row[name], list) else (
-            _text(row[name], name, wrong, may_be_empty=False),)
-        return Answer(line, _text(row["prompt"], "prompt", wrong), references)
+        references = _texts(row[name], name, at_least=1) if isinstance(row[name], list) else (
+            _text(row[name], name, may_be_empty=False),)
+        return Answer(line, _text(row["prompt"], "prompt"), references)
     if "messages" in row:
-        return _chat(row["messages"], line, wrong)
-    raise wrong(f"has the fields {', '.join(row) or '(none)'}; an example has query, choices, gold, or ctx, endings, "
-                "label, or text, label, or prompt, reference, or messages")
+        return _chat(row["messages"], line)
+    raise ExampleError(f"has the fields {', '.join(row) or '(none)'}; an example has query, choices, gold, or ctx, "
+                       "endings, label, or text, label, or prompt, reference, or messages")
 
 
-def _hellaswag(row: dict, line: int, wrong: WrongLine) -> Choice:
-    query, endings = _text(row["ctx"], "ctx", wrong), _texts(row["endings"], "endings", wrong)
-    gold = _index(row, "label", endings, wrong)
+def _hellaswag(row: dict, line: int) -> Choice:
+    query, endings = _text(row["ctx"], "ctx"), _texts(row["endings"], "endings")
+    gold = _index(row, "label", endings)
     if {"activity_label", "ctx_a", "ctx_b"} <= row.keys():
-        activity, start, end = (_text(row[name], name, wrong) for name in ("activity_label", "ctx_a", "ctx_b"))
+        activity, start, end = (_text(row[name], name) for name in ("activity_label", "ctx_a", "ctx_b"))
         # WikiHow's half holds [title], [header], [step]: removed as the harness does, to the same characters
         query, *endings = (re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
                            for text in (f"{activity}: {start} {end.capitalize()}", *endings))
         if "" in endings:
-            raise wrong(f"endings[{endings.index('')}] is empty without its brackets; remove the line")
+            raise ExampleError(f"endings[{endings.index('')}] is empty without its brackets; remove the line")
     return Choice(line, query, tuple(endings), gold)
 
 
-def _chat(messages: object, line: int, wrong: WrongLine) -> Chat:
+def _chat(messages: object, line: int) -> Chat:
     messages = plain_messages(messages)
     if len(messages) < 2:
-        raise wrong("has one message; it should have at least two, the last one the answer")
+        raise ExampleError("has one message; it should have at least two, the last one the answer")
     if messages[-1]["role"] != "assistant":
-        raise wrong(f"the last message is of the role {messages[-1]['role']!r}, not assistant: there is no answer to "
-                    "compare with")
-    answer = _text(messages[-1]["content"], "the last message's content", wrong, may_be_empty=False)
+        raise ExampleError(f"the last message is of the role {messages[-1]['role']!r}, not assistant: there is no "
+                           "answer to compare with")
+    answer = _text(messages[-1]["content"], "the last message's content", may_be_empty=False)
     return Chat(line, tuple(messages[:-1]), (answer,))
 
 
-def _text(value: object, name: str, wrong: WrongLine, *, may_be_empty: bool = True) -> str:
+def _text(value: object, name: str, *, may_be_empty: bool = True) -> str:
     if not isinstance(value, str):
-        raise wrong(f"{name} = {_shown(value)} should be a text")
+        raise ExampleError(f"{name} = {_shown(value)} should be a text")
     if not may_be_empty and not value.strip():
-        raise wrong(f"{name} is empty; fill it in or remove the line")
+        raise ExampleError(f"{name} is empty; fill it in or remove the line")
     return value
 
 
-def _texts(values: object, name: str, wrong: WrongLine, *, at_least: int = 2) -> tuple[str, ...]:
+def _texts(values: object, name: str, *, at_least: int = 2) -> tuple[str, ...]:
     if not isinstance(values, list) or len(values) < at_least:
-        raise wrong(f"{name} = {_shown(values)} should be a list of at least {at_least} text{'s' * (at_least > 1)}")
-    return tuple(_text(value, f"{name}[{i}]", wrong, may_be_empty=False) for i, value in enumerate(values))
+        some = f"{at_least} text{'s' * (at_least > 1)}"
+        raise ExampleError(f"{name} = {_shown(values)} should be a list of at least {some}")
+    return tuple(_text(value, f"{name}[{i}]", may_be_empty=False) for i, value in enumerate(values))
 
 
-def _index(row: dict, name: str, choices: tuple[str, ...], wrong: WrongLine) -> int:
+def _index(row: dict, name: str, choices: tuple[str, ...]) -> int:
     value = row[name]
     if isinstance(value, str) and re.fullmatch("[0-9]{1,9}", value):  # HellaSwag on the Hugging Face hub has texts
         value = int(value)
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < len(choices):
-        raise wrong(f"{name} = {_shown(row[name])} should be the index of the right choice, 0 to {len(choices) - 1}")
+        raise ExampleError(f"{name} = {_shown(row[name])} should be the index of the right choice, 0 to "
+                           f"{len(choices) - 1}")
     return value
 
 
