@@ -30,16 +30,7 @@ import files
 from config import Config, ConfigError, ModelConfig, TrainConfig, UserError, exit_cleanly
 from data.chat import check_template, load_template, save_template
 from data.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Tokenizer, from_vocab_and_merges, load_tokenizer
-from finetune import lora
-from finetune.runs import (
-    ADAPTER,
-    ADAPTER_CONFIG,
-    GENERATION_FILE,
-    listed_ends,
-    load_generation,
-    read_run,
-    save_generation,
-)
+from finetune import lora, runs
 from model import GPT, padded_vocab_size
 
 FAMILIES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM",
@@ -280,19 +271,19 @@ class HuggingFaceModel:
 
 def is_hugging_face(folder: Path) -> bool:
     """Whether a folder holds a Hugging Face model or peft's adapters, and no run or checkpoint of ours."""
-    return any((folder / name).exists() for name in ("config.json", f"{ADAPTER_CONFIG}.json")) and not any(
+    return any((folder / name).exists() for name in ("config.json", f"{runs.ADAPTER_CONFIG}.json")) and not any(
         (folder / name).exists() for name in ("config.toml", checkpoint.MANIFEST))
 
 
 def read_hf(folder: Path, *, max_seq_len: int | None = None, base: Path | None = None) -> HuggingFaceModel:
     """A Hugging Face folder without its weights, of adapters their base's with the adapters: base, else the folder that
     adapter_config.json names. Raises ConvertError, ConfigError, TokenizerError and ChatError."""
-    if (folder / "config.json").exists() or not (folder / f"{ADAPTER_CONFIG}.json").exists():
+    if (folder / "config.json").exists() or not (folder / f"{runs.ADAPTER_CONFIG}.json").exists():
         if base is not None:
-            raise ConvertError(f"--base {str(base)!r} is for a folder of adapters ({ADAPTER_CONFIG}.json), and "
+            raise ConvertError(f"--base {str(base)!r} is for a folder of adapters ({runs.ADAPTER_CONFIG}.json), and "
                                f"{str(folder)!r} is none; leave it out")
         return _read_model(folder, folder, max_seq_len)
-    table, weights = _read_json(folder / f"{ADAPTER_CONFIG}.json"), folder / f"{ADAPTER}.safetensors"
+    table, weights = _read_json(folder / f"{runs.ADAPTER_CONFIG}.json"), folder / f"{runs.ADAPTER}.safetensors"
     named = table.get("base_model_name_or_path")
     places = [path for path in (Path(str(named)), folder / str(named)) if named and (path / "config.json").exists()]
     if base is None and not places:
@@ -350,9 +341,9 @@ def _read_model(folder: Path, named: Path, max_seq_len: int | None) -> HuggingFa
 def _generation(folder: Path, table: dict, tokenizer: Tokenizer) -> dict:
     """generation_config.json with all ids that it, or else config.json, lets end a text; empty if it says no more than
     the tokenizer. Ids of plain words are left out: configs are careless with them."""
-    generation = load_generation(folder)
+    generation = runs.load_generation(folder)
     try:
-        listed = listed_ends(generation if "eos_token_id" in generation else table)
+        listed = runs.listed_ends(generation if "eos_token_id" in generation else table)
     except ValueError as error:
         raise ConvertError(f"{str(folder / 'config.json')!r}: {error}; copy it again") from None
     ends = [i for i in dict.fromkeys(listed) if i in tokenizer.added_ids]
@@ -520,8 +511,8 @@ def from_hf(folder: Path, run: Path, *, max_seq_len: int | None = None, base: Pa
     hf = read_hf(folder, max_seq_len=max_seq_len, base=base)
     if hf.adapter is not None:
         note(f"adapters: {len(hf.adapter.pairs)} of {str(folder)!r}, merged into {str(hf.base)!r}")
-    if words := set(listed_ends(load_generation(hf.base))) - hf.tokenizer.added_ids:
-        note(f"{GENERATION_FILE}: eos_token_id {sorted(words)} are plain words or no ids: they end no text")
+    if words := set(runs.listed_ends(runs.load_generation(hf.base))) - hf.tokenizer.added_ids:
+        note(f"{runs.GENERATION_FILE}: eos_token_id {sorted(words)} are plain words or no ids: they end no text")
     T = hf.model.max_seq_len
     if T < hf.known_seq_len and max_seq_len is None:
         note(f"context: {T:,} of the {hf.known_seq_len:,} tokens that the model knows; --max-seq-len "
@@ -533,7 +524,7 @@ def from_hf(folder: Path, run: Path, *, max_seq_len: int | None = None, base: Pa
         checkpoint.save(temporary, 0, tensors={"model": weights}, state={"val_loss": None}, keep=1)
         hf.tokenizer.save(temporary / TOKENIZER_FILE)
         save_template(temporary, hf.chat_template)
-        save_generation(temporary, hf.generation)
+        runs.save_generation(temporary, hf.generation)
         files.write_whole(temporary / "config.toml", configuration.to_toml(config))
     with torch.device("meta"):
         parameters = GPT(hf.model).parameter_count()
@@ -545,7 +536,7 @@ def to_hf(run: Path, folder: Path, *, dtype: str = "float32", note: Callable[[st
     """Write the Hugging Face folder of a run or of one checkpoint, whole or not at all. dtype: float32, bfloat16 or
     float16. Raises UserError and MachineError."""
     _refuse_full(folder, "model folder")
-    saved = read_run(run, note)
+    saved = runs.read_run(run, note)
     config, tokenizer, bos, eos = saved.config.model, saved.tokenizer, saved.tokenizer.start, saved.tokenizer.eot
     family = choose_family(config)
     ours, theirs, wanted = saved.weights(), {}, list(rules(family_config(config, family), family))
@@ -563,7 +554,7 @@ def to_hf(run: Path, folder: Path, *, dtype: str = "float32", note: Callable[[st
     more_ends = sorted(saved.end_ids - {eos})
     tables = {
         "config.json": hf_config(config, family, bos=bos, eos=eos, dtype=dtype),
-        GENERATION_FILE: {"pad_token_id": eos} | saved.generation | {
+        runs.GENERATION_FILE: {"pad_token_id": eos} | saved.generation | {
             "bos_token_id": bos, "eos_token_id": [eos, *more_ends] if more_ends else eos},
         TOKENIZER_CONFIG_FILE: {  # a template shows a bos_token if there is one
             "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.max_seq_len,
