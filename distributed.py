@@ -13,6 +13,7 @@ import platform
 import shutil
 import socket
 import sysconfig
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -198,10 +199,9 @@ def wrap(model: nn.Module, device: torch.device, world: World) -> nn.Module:
     if world.size == 1:
         return model
     from torch.nn.parallel import DistributedDataParallel
-    wrapped = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
-                                      gradient_as_bucket_view=True)
-    wrapped.broadcast_buffers = False  # RoPE's tables never change; torch 2.13 warns of it as an argument
-    return wrapped
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of the name that both of our torches know
+        return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
+                                       gradient_as_bucket_view=True, broadcast_buffers=False)  # RoPE's never change
 
 
 def gradient_sync(model: nn.Module, sync: bool):

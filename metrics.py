@@ -48,12 +48,12 @@ PEAK_TFLOPS: dict[str, tuple[float | None, float | None, float | None]] = {
     r"GeForce RTX 4090":                                 (165.2, 165.2, 82.6),
     r"GeForce RTX 5080":                                 (112.6, 112.6, 56.3),
     r"GeForce RTX 5090":                                 (209.5, 209.5, 104.8),
-    r"H100 80GB HBM3|H200|GH200 (480GB|144G HBM3e)":     (989.4, 989.4, 66.9),  # H100 SXM5
+    r"H100 80GB HBM3|H[28]00|GH200 (480GB|144G HBM3e)":  (989.4, 989.4, 66.9),  # H100 SXM5
     r"H100 PCIe":                                        (756.0, 756.0, 51.2),
     r"H[12]00 NVL":                                      (835.5, 835.5, 60.0),
     r"H20":                                              (148.0, 148.0, 44.0),
-    r"B200":                                             (2250.0, 2250.0, None),
-    r"GB200":                                            (2500.0, 2500.0, None),
+    r"B200":                                             (2250.0, 2250.0, 75.0),
+    r"GB200":                                            (2500.0, 2500.0, 80.0),
     r"AMD Instinct MI210":                               (181.0, 181.0, 45.3),
     r"AMD Instinct MI250X":                              (191.5, 191.5, 47.9),  # a device is half a card
     r"AMD Instinct MI3(00|25)X( OAM)?":                (1307.4, 1307.4, 163.4),

@@ -356,7 +356,7 @@ def train(config: Config, given: set[str], *, world: World, stop: StopRequest) -
                                  tracker=config.train.tracker, config=dataclasses.asdict(config))
         stack.callback(log.close)
         with _one_line(config, world, log.write):
-            compiled = torch.compile(model) if machine.compiles else model
+            compiled = torch.compile(model, dynamic=False) if machine.compiles else model
             run = Training(config, machine, world, model, distributed.wrap(compiled, machine.device, world), optimizer,
                            progress, tokenizer, dataset, train_data, val_data,
                            end_ids(tokenizer, template, generation), log, stop)

@@ -70,7 +70,9 @@ def all_cases(archs: tuple[str, ...] = ARCHS) -> Iterator[Case]:
 
 
 def dtypes_of(arch: str) -> tuple[str, ...]:
-    return ("bfloat16", "float16", "float32") if arch == "sm_90" else ("bfloat16", "float32")
+    """All on sm_90; float32 also where shared memory is least, for NVIDIA's share its tiles, and on gfx942."""
+    return ("bfloat16", "float16", "float32") if arch == "sm_90" else (
+        ("bfloat16", "float32") if arch in ("sm_89", "gfx942") else ("bfloat16",))
 
 
 def norm_cases(arch: str) -> Iterator[Case]:
@@ -78,7 +80,7 @@ def norm_cases(arch: str) -> Iterator[Case]:
     from kernels import configs
     widths = [*configs.NORM_BLOCKS, 768, 1600] if arch == "sm_90" else [64, 768, 1600, configs.MAX_NORM_WIDTH]
     for dtype, width, rms in itertools.product(dtypes_of(arch), widths, (False, True)):
-        if rms and width not in (64, 768, 1600):
+        if (rms or dtype == "float16") and width not in (64, 768, 1600):
             continue
         x, tile = "*" + TRITON_DTYPE[dtype], configs.norm(width, backward=False)
         name = f"{'rms' if rms else 'layer'}_norm {width}"
@@ -121,14 +123,17 @@ def cross_entropy_cases(arch: str) -> Iterator[Case]:
 
 
 def attention_cases(arch: str) -> Iterator[Case]:
-    """Every tile of the table with what needs most: documents, four query heads a key head. The head dims of training
-    on sm_90 in bfloat16 also causal and with one; 24 and 80 fill a tile's columns in part."""
+    """Every tile of the table with what needs most, documents and four query heads a key head; in bfloat16 with the
+    usual head dims also causal and with one. On sm_90 more head dims: 24, 80 and 96 fill a tile's columns in part."""
     from kernels import configs
     for dtype in dtypes_of(arch):
         training = arch == "sm_90" and dtype == "bfloat16"
         for D in (16, 24, 32, 64, 80, 96, 128, 256) if training else (64, 128, 256):
-            for masked, G in (itertools.product((False, True), (1, 4)) if training and D in (64, 128) else
-                              [(True, 4)] if dtype == "float32" else [(False, 1), (True, 4)]):
+            if D not in (64, 128) or dtype == "float32" or (arch == "sm_90" and not training):
+                variants = [(True, 4)]
+            else:
+                variants = itertools.product((False, True), (1, 4)) if training else [(False, 1), (True, 4)]
+            for masked, G in variants:
                 yield from _attention_kernels(arch, dtype, D, masked=masked, G=G)
     yield Case("attention last query", "kernels.flash_attention", "_last_query_kernel", arch, "bfloat16",
                signature={"FIRST": "*i32", "LAST": "*i32", "Tq": "i32", "Tk": "i32"},

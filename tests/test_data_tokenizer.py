@@ -159,7 +159,8 @@ def test_unbroken_text_is_thinned_out_for_training_and_all_other_text_is_not(mon
     words = list(module._training_pieces(["Some words. " * 9 + run + " and others" for run in runs]))
     assert "".join(words).count("Some words. " * 8 + "Some words.") == "".join(words).count("and others") == 4
     assert sum(map(len, words)) < 1.1 * 2**16 * (1 + math.log(800_000 / 2**16))
-    assert max(len(word) for word in words if len(set(word) & set(chinese)) > 20) == 84
+    characters = set(chinese)
+    assert max(len(word) for word in words if len(characters.intersection(word)) > 20) == 84
     for run in runs:  # some of each, from all over it
         assert sum(word in run for word in words if len(word) == 84) > 100
     monkeypatch.setattr(module, "UNBROKEN_SAMPLE_CHARS", 10)

@@ -71,7 +71,7 @@ def file_size_limit():
 @pytest.mark.parametrize("name, dtype, peak", [
     ("NVIDIA H100 80GB HBM3", "bfloat16", 989.4e12),
     ("NVIDIA H100 PCIe", "bfloat16", 756e12),
-    ("NVIDIA H200", "float16", 989.4e12),
+    ("NVIDIA H200", "float16", 989.4e12), ("NVIDIA H800", "bfloat16", 989.4e12), ("NVIDIA B200", "float32", 75e12),
     ("NVIDIA A100-SXM4-80GB", "bfloat16", 312e12),
     ("NVIDIA A100 80GB PCIe", "float32", 19.5e12),
     ("A100-PCIE-40GB", "float16", 312e12),  # older drivers leave NVIDIA out

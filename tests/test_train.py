@@ -277,6 +277,18 @@ def test_a_compiled_model_with_recomputed_blocks_gives_the_losses_of_the_eager_o
     np.testing.assert_allclose([row[1] for row in compiled], [row[1] for row in eager], rtol=0, atol=1e-4)
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler: compile=true is refused here")
+def test_a_run_compiles_one_graph_for_full_micro_batches_and_one_for_the_short_last(settings, monkeypatch):
+    """Neither for any size, which would be slower and serve both; evaluations and samples are not compiled."""
+    real, symbolic = torch.compile, []
+    def backend(graph, inputs):
+        symbolic.append(any(isinstance(x, torch.SymInt) for x in inputs))
+        return graph
+    monkeypatch.setattr(torch, "compile", lambda model, **options: real(model, backend=backend, **options))
+    run(settings, "graphs", "train.max_steps=3", "train.micro_batch=3", "train.compile=true", "train.sample_every=2")
+    assert symbolic == [False, False]
+
+
 def test_a_step_equals_plain_pytorch_on_the_whole_batch():
     config = configuration.ModelConfig(n_layer=2, n_head=2, n_embd=32, max_seq_len=16, vocab_size=50)
     # eps far above the rounding of gradients: else the first step is lr x sign, and a gradient near 0 decides by a bit

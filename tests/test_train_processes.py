@@ -196,7 +196,8 @@ def test_kill_9_in_a_save_heavy_loop_never_costs_more_than_a_save_interval(setti
 @pytest.mark.parametrize("streams", ["<&- >&- 2>&-", "2>&1 | true"])
 def test_a_run_that_nobody_listens_to_prepares_trains_and_saves(settings, streams):
     Path("text.txt").write_text(Path("text.txt").read_text() * 2000)  # large enough for a progress bar
-    words = [sys.executable, str(CHECKOUT / "train.py"), *settings, "train.out_dir=alone", "train.max_steps=4"]
+    words = [sys.executable, str(CHECKOUT / "train.py"), *settings, "train.out_dir=alone", "train.max_steps=4",
+             "train.eval_tokens=256"]
     script = f'("$@"; echo $? > status) {streams}'
     subprocess.run(["sh", "-c", script, "sh", *words], timeout=120)
     while not Path("status").exists():  # of a pipe sh waits for the last command only
