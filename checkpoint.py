@@ -317,8 +317,8 @@ def resolve(run: str | Path, note: Callable[[str], None], *, weights_only: bool 
         inside = sorted(folder.parent.name for folder in path.glob("*/config.toml"))[:3]
         raise CheckpointError(f"{str(run)!r} is not a run folder (it has no config.toml); name one"
                               + (f", such as {', '.join(str(path / name) for name in inside)}" if inside else ""))
-    raise CheckpointError(f"run {str(run)!r} has no checkpoint; train it until its first save "
-                          f"(python train.py train.out_dir={quote(str(run))})")
+    raise CheckpointError(f"run {str(run)!r} has no checkpoint; train it until its first save: python train.py "
+                          f"{quote(str(path / 'config.toml'))} train.out_dir={quote(str(run))}")
 
 
 def is_checkpoint(path: Path) -> bool:

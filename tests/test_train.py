@@ -688,6 +688,17 @@ def test_what_is_said_on_stderr_is_not_said_on_stdout_again(settings, capsys, mo
         assert said.count(words) == (run_dir / "log.txt").read_text().count(words) == 1, words
 
 
+def test_a_run_without_a_checkpoint_is_trained_by_the_command_that_the_message_names(settings):
+    run_dir = run(settings, "a run", "train.max_steps=2")
+    moved = run_dir.rename("moved run")
+    shutil.rmtree(moved / "checkpoints")
+    with pytest.raises(UserError, match="has no checkpoint") as refused:
+        read_run(moved, pytest.fail)
+    run(shlex.split(str(refused.value).partition("python train.py ")[2])[:1], "moved run")
+    assert str(refused.value).endswith("train.out_dir='moved run'")
+    assert losses(moved) == losses(run(settings, "whole", "train.max_steps=2"))
+
+
 def test_the_last_line_is_a_command_to_copy(settings, capsys):
     run(settings, "my 'first' run", "train.max_steps=2")
     command = shlex.split((Path("my 'first' run") / "log.txt").read_text().splitlines()[-1].partition(": ")[2])
