@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import files
@@ -23,6 +24,27 @@ class Parser(argparse.ArgumentParser):
         """A path may begin with ~: the shell leaves it alone in quotes and in --data=~/text."""
         is_path = action.metavar != "TEXT" and arg_string.startswith("~") and "/" in arg_string
         return super()._get_value(action, os.path.expanduser(arg_string) if is_path else arg_string)
+
+
+def whole(word: str, minimum: int = 0) -> int:
+    """A whole number of the command line: argparse's type."""
+    with contextlib.suppress(ValueError):
+        if int(word) >= minimum:
+            return int(word)
+    raise argparse.ArgumentTypeError(f"{word!r} should be a whole number, at least {minimum}")
+
+
+count = partial(whole, minimum=1)
+
+
+def check_output(option: str, path: Path, suffix: str = "") -> None:
+    """Raise UserError for a file that could not be written once the work is done."""
+    for is_wrong, what in (
+            (suffix and path.suffix != suffix, f"should end in {suffix}"),
+            (not path.parent.is_dir(), f"lies in no folder that exists; make {str(path.parent)!r} first"),
+            (path.exists() and not path.is_file(), "is no regular file; name another")):
+        if is_wrong:
+            raise UserError(f"{option} {str(path)!r} {what}")
 
 
 def note(text: str) -> None:
@@ -50,6 +72,16 @@ class _Stderr:
 
     def __getattr__(self, name: str) -> object:
         return getattr(sys.stderr, name)  # whether it is a terminal, and how wide
+
+
+def format_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """Columns two spaces apart; the first is flush left, the others flush right."""
+    widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
+    lines = []
+    for first, *others in (header, *rows):
+        padded = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *padded]).rstrip())
+    return "\n".join(lines)
 
 
 def stop_signals() -> list[signal.Signals]:

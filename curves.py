@@ -12,7 +12,7 @@ from itertools import accumulate
 from pathlib import Path
 
 import files
-from cli import Parser, require
+from cli import Parser, check_output, format_table, require
 from config import MachineError, UserError
 
 ROW_FIELDS = {"train": ("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "seconds", "skipped"),
@@ -144,16 +144,6 @@ def val_losses_by_step(runs: list[Run]) -> list[tuple[str, ...]]:
     return [(str(step), *(_text(column.get(step), "{:.4f}".format) for column in columns)) for step in steps]
 
 
-def format_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """Columns two spaces apart; the first is flush left, the others flush right."""
-    widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
-    lines = []
-    for first, *others in (header, *rows):
-        padded = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        lines.append("  ".join([first.ljust(widths[0]), *padded]).rstrip())
-    return "\n".join(lines)
-
-
 # ---- Plot ------------------------------------------------------------------------------------------------------------
 
 def smooth(values: list[float], window: int) -> list[float]:
@@ -235,10 +225,7 @@ def main(argv: list[str]) -> None:
     arguments = parser.parse_args(argv)
     path = arguments.plot
     if path is not None:
-        if path.suffix != ".png":
-            raise UserError(f"--plot '{path}' should end in .png")
-        if not path.parent.is_dir():
-            raise UserError(f"--plot '{path}' lies in a folder that does not exist; make '{path.parent}' first")
+        check_output("--plot", path, ".png")
         require("--plot", "matplotlib")
     runs = [read_run(name) for name in arguments.runs]
     print(format_table(SUMMARY_HEADER, [summary(run) for run in runs]))

@@ -178,18 +178,18 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "out = the run's own, or none beside --task")
     add("--task", type=Path, metavar="FILE.jsonl", help="examples to score: lines of query, choices, gold (or "
         "HellaSwag's ctx, endings, label); of text, label; of prompt, reference; or of messages")
-    add("--stride", type=int, metavar="N", help="perplexity of a sliding window that moves by N tokens and scores "
-        "those, each with max_seq_len - N tokens or more before it; left out = windows that do not overlap")
-    add("--batch-size", type=int, default=8, metavar="N", help="rows per forward pass; default 8")
+    add("--stride", type=cli.count, metavar="N", help="perplexity of a sliding window that moves by N tokens and "
+        "scores those, each with max_seq_len - N tokens or more before it; left out = windows that do not overlap")
+    add("--batch-size", type=cli.count, default=8, metavar="N", help="rows per forward pass; default 8")
     add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
     add("--dtype", default="float32", choices=sample.DTYPES)
     add = parser.add_argument_group("with --task").add_argument
-    add("--limit", type=int, metavar="N", help="score the first N examples only")
+    add("--limit", type=cli.count, metavar="N", help="score the first N examples only")
     add("--predictions", type=Path, metavar="FILE.jsonl", help="write each example's prediction")
     add("--labels", action="append", metavar="A,B,C", help="classification: all labels, or given twice or more, one "
         "label each (which may hold a comma); left out = those of the file, sorted")
     add("--plot", type=Path, metavar="FILE.png", help="classification: write the confusion matrix")
-    add("--max-new-tokens", type=int, metavar="N", help="generation: default 256")
+    add("--max-new-tokens", type=cli.count, metavar="N", help="generation: default 256")
     add("--stop", nargs="+", action="extend", metavar="TEXT",
         help="generation: end an answer before any of these, as sample.py does; end-of-text always ends it")
     add("--parse-special", action="store_true", default=None,
@@ -197,9 +197,6 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--metrics", metavar="NAMES", help=f"generation: of {','.join(scores.TEXT_METRICS)}; default all installed")
     args = parser.parse_args(argv)
     args.stop = args.stop and sample.stop_texts(args.stop, cli.note)
-    for name in ("batch_size", "limit", "max_new_tokens", "stride"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} should be at least 1")
     if args.stride is not None and args.task is not None and args.data is None:
         raise UserError(f"--stride {args.stride} is for text, and a task is scored alone; name text with --data too")
     return args
@@ -207,15 +204,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 def _check_files(args: argparse.Namespace, task: tasks.Task | None) -> None:
     """Raise UserError for a file that could not be written after the work, or should not."""
-    for option, path in (("--plot", args.plot), ("--predictions", args.predictions)):
+    for option, path, suffix in (("--plot", args.plot, ".png"), ("--predictions", args.predictions, "")):
         if path is not None:
-            for is_wrong, what in (
-                    (option == "--plot" and path.suffix != ".png", "should end in .png"),
-                    (not path.parent.is_dir(), f"lies in no folder that exists; make {str(path.parent)!r} first"),
-                    (path.exists() and not path.is_file(), "is no regular file; name another"),
-                    (path.resolve() == task.path.resolve(), "is the task itself; name another file")):
-                if is_wrong:
-                    raise UserError(f"{option} {str(path)!r} {what}")
+            cli.check_output(option, path, suffix)
+            if path.resolve() == task.path.resolve():
+                raise UserError(f"{option} {str(path)!r} is the task itself; name another file")
     if args.plot is not None:
         cli.require("--plot", "matplotlib")
 

@@ -376,7 +376,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     prompts.add_argument("--prompt", metavar="TEXT")
     prompts.add_argument("--prompt-file", metavar="FILE", help="the whole file is one prompt")
     add("--chat", action="store_true", help="the prompt is what a user says, in the run's chat template")
-    add("--max-new-tokens", type=int, default=256, metavar="N", help="default 256")
+    add("--max-new-tokens", type=cli.count, default=256, metavar="N", help="default 256")
     add("--temperature", type=float, default=1.0, metavar="X", help="0 = always the likeliest token; default 1")
     add("--top-k", type=int, metavar="N", help="draw from the N likeliest tokens; left out = from all")
     add("--top-p", type=float, default=1.0, metavar="X",
@@ -386,16 +386,13 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--stop", nargs="+", action="extend", default=[], metavar="TEXT", help="end the text before any of these; they "
         r"may spell special tokens; \n alone is read as a newline")
     add("--parse-special", action="store_true", help="special tokens that the prompt spells are read as such")
-    add("--num-samples", type=int, default=1, metavar="N", help="samples, generated as one batch")
+    add("--num-samples", type=cli.count, default=1, metavar="N", help="samples, generated as one batch")
     add("--seed", type=int, default=0, metavar="N", help="same seed, same text; default 0")
     add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
     add("--dtype", default="float32", choices=DTYPES,
         help="of weights and matmuls; default float32; bfloat16 is about twice as fast where native")
     args = parser.parse_args(argv)
     args.stop = stop_texts(args.stop, cli.note)
-    for name in ("max_new_tokens", "num_samples"):
-        if getattr(args, name) < 1:
-            raise SampleError(f"--{name.replace('_', '-')} {getattr(args, name)} should be at least 1")
     if args.chat and args.prompt is None and args.prompt_file is None and not args.stdin:
         raise SampleError("--chat needs what the user says: --prompt TEXT, --prompt-file FILE or -")
     if args.chat and args.parse_special:

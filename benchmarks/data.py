@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import cli
 import distributed
 import start
 from benchmarks import measure
@@ -59,13 +60,13 @@ LOADER_TEXT_BYTES = 4e6
 def add_to(commands) -> None:
     parser = measure.command(commands, run, "data.prepare beside bare tiktoken, and the loader.", repeats=3,
                              config="shakespeare_nanogpt.toml")
-    parser.add_argument("--mb", type=measure.count, default=100, metavar="N", help="10^6 bytes of text; default 100")
+    parser.add_argument("--mb", type=cli.count, default=100, metavar="N", help="10^6 bytes of text; default 100")
     parser.add_argument("--source", default=STDLIB, help=f"text, repeated up to --mb; default {STDLIB}")
     parser.add_argument("--tokenizer", default="gpt2", metavar="NAME",
                         help=f"bpe:N, trained apart, or one of {', '.join(TIKTOKEN_FILES)}; default gpt2")
-    parser.add_argument("--workers", type=measure.count, metavar="N",
+    parser.add_argument("--workers", type=cli.count, metavar="N",
                         help="processes on both sides; default: the cores")
-    parser.add_argument("--steps", type=measure.count, default=100, metavar="N",
+    parser.add_argument("--steps", type=cli.count, default=100, metavar="N",
                         help="of the loader per repeat; default 100")
 
 

@@ -64,7 +64,7 @@ def add_to(commands) -> None:
     parser.add_argument("--ops", nargs="+", choices=kernels.TRITON, default=list(kernels.TRITON), help="default: all")
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
     parser.add_argument("--dtype", choices=sample.DTYPES, help="default bfloat16 on CUDA, float32 on the CPU")
-    parser.add_argument("--rows", type=measure.count, metavar="N", help="default 65,536 on CUDA, 1,024 on the CPU")
+    parser.add_argument("--rows", type=cli.count, metavar="N", help="default 65,536 on CUDA, 1,024 on the CPU")
 
 
 def run(args: argparse.Namespace, figures: measure.Figures) -> dict:

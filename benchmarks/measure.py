@@ -18,7 +18,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,7 +28,6 @@ import torch
 import cli
 import files
 from config import Config, MachineError, UserError, parse_arguments
-from curves import format_table
 from data.sources import find_files, texts_of, whole_document_units
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -81,7 +79,7 @@ class Figures:
                 f" ({_text(row['p10'])}-{_text(row['p90'])})" if row["repeats"] > 1 else "") for row in rows}
             tables[tuple(cells)].append((subject, *cells.values()))
         return "\n\n".join([f"median (p10-p90) of {self.rows()[0]['repeats']} repeats",
-                            *(format_table(("", *quantities), rows) for quantities, rows in tables.items())])
+                            *(cli.format_table(("", *quantities), rows) for quantities, rows in tables.items())])
 
 
 def _text(value: float) -> str:
@@ -102,25 +100,16 @@ def command(commands, run: Callable[[argparse.Namespace, Figures], dict], what: 
                                  allow_abbrev=False)
     parser.set_defaults(run=run)
     parser.add_argument("--json", metavar="FILE", help="write setting and figures there too")
-    parser.add_argument("--repeats", type=count, default=repeats, metavar="N", help=f"default {repeats}")
+    parser.add_argument("--repeats", type=cli.count, default=repeats, metavar="N", help=f"default {repeats}")
     if config is not None:
         parser.add_argument("--config", nargs="+", default=[str(CHECKOUT / "configs" / config)], metavar="WORD",
                             help=f"FILE.toml and overrides section.key=value; default {config}")
     if lengths:
-        parser.add_argument("--new-tokens", type=count, default=256, metavar="N", help="default 256")
-        parser.add_argument("--prompt-tokens", type=count, default=16, metavar="N", help="default 16")
+        parser.add_argument("--new-tokens", type=cli.count, default=256, metavar="N", help="default 256")
+        parser.add_argument("--prompt-tokens", type=cli.count, default=16, metavar="N", help="default 16")
     if peer:
         parser.add_argument("--peer", type=nanogpt_checkout, metavar="PATH", help="a checkout of nanoGPT")
     return parser
-
-
-def whole(word: str, minimum: int = 0) -> int:
-    if not word.isdecimal() or int(word) < minimum:
-        raise argparse.ArgumentTypeError(f"{word!r} should be a whole number, at least {minimum}")
-    return int(word)
-
-
-count = partial(whole, minimum=1)
 
 
 def nanogpt_checkout(path: str) -> Path:
@@ -148,8 +137,8 @@ def label(words: list[str]) -> str:
 
 def report(argv: list[str], args: argparse.Namespace) -> None:
     """Run the command that was asked for, print its setting and table, and write both to --json."""
-    if args.json is not None and not Path(args.json).absolute().parent.is_dir():
-        raise UserError(f"--json {args.json!r} lies in a folder that does not exist; make it first")
+    if args.json is not None:
+        cli.check_output("--json", Path(args.json))
     setting, figures = {}, Figures()
     with others_watched(setting, "before"):
         setting |= describe_machine()

@@ -68,7 +68,7 @@ def add_to(commands) -> None:
                              config="gpt2_124m.toml", lengths=True, peer=True)
     parser.add_argument("--dtypes", nargs="+", choices=sample.DTYPES, default=["float32", "bfloat16"],
                         help="default float32 bfloat16")
-    parser.add_argument("--batch-sizes", nargs="+", type=measure.count, default=[1], metavar="N", help="default 1")
+    parser.add_argument("--batch-sizes", nargs="+", type=cli.count, default=[1], metavar="N", help="default 1")
 
 
 def run(args: argparse.Namespace, figures: measure.Figures) -> dict:

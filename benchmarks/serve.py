@@ -30,7 +30,7 @@ from model import GPT
 def add_to(commands) -> None:
     parser = measure.command(commands, run, "serve.py with many clients beside one.", repeats=5,
                              config="gpt2_124m.toml", lengths=True)
-    parser.add_argument("--clients", type=measure.count, default=8, metavar="N", help="default 8")
+    parser.add_argument("--clients", type=cli.count, default=8, metavar="N", help="default 8")
     parser.add_argument("--dtype", choices=sample.DTYPES, default="float32", help="default float32")
 
 

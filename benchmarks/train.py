@@ -57,8 +57,8 @@ def add_to(commands) -> None:
                         help="FILE.toml and overrides of one contender; may be given again (default: "
                              + "; ".join(" ".join(words) for words in DEFAULT_CONFIGS) + ")")
     parser.add_argument("--data", metavar="SOURCE", help=f"text, all of it used; left out = 1.1 MB of {STDLIB}")
-    parser.add_argument("--seeds", nargs="+", type=measure.whole, default=[0, 1, 2], metavar="N", help="default 0 1 2")
-    parser.add_argument("--peer-steps", type=measure.count, default=2000, metavar="N", help="nanoGPT's; default 2000")
+    parser.add_argument("--seeds", nargs="+", type=cli.whole, default=[0, 1, 2], metavar="N", help="default 0 1 2")
+    parser.add_argument("--peer-steps", type=cli.count, default=2000, metavar="N", help="nanoGPT's; default 2000")
 
 
 def run(args: argparse.Namespace, figures: measure.Figures) -> dict:

@@ -351,9 +351,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
     add("--dtype", default="float32", choices=DTYPES,
         help="of weights and matmuls; default float32; bfloat16 is about twice as fast where native")
-    add("--batch-size", type=int, default=16, metavar="N",
+    add("--batch-size", type=cli.count, default=16, metavar="N",
         help="texts generated at a time, each with a context of cache; default 16")
-    add("--queue", type=int, default=256, metavar="N",
+    add("--queue", type=cli.count, default=256, metavar="N",
         help="texts that may wait, and that one request may ask for; default 256")
     add("--time-limit", type=float, default=600.0, metavar="SECONDS",
         help="a text that takes longer ends there, as at its max_tokens; default 600")
@@ -367,9 +367,6 @@ def _parse(argv: list[str]) -> argparse.Namespace:
                             "https://example.org, or *")
     if not 0 <= args.port <= 65535:
         raise UserError(f"--port {args.port} should lie in 0 to 65535")
-    for name in ("batch_size", "queue"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} should be at least 1")
     if not args.time_limit > 0:
         raise UserError(f"--time-limit {args.time_limit} should be above 0 seconds")
     return args

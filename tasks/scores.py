@@ -177,14 +177,10 @@ def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
 def confusion_table(labels: list[str], confusion: np.ndarray) -> str:
     """The matrix as text, a row per true class, with each class's precision, recall and F1 behind it."""
     scores, shares = class_scores(confusion), ("precision", "recall", "f1")
-    rows = [["true \\ predicted", *labels, *shares]]
-    for k, label in enumerate(labels):
-        rows.append([label, *map(str, confusion[k]), *(f"{scores[name][k]:.3f}" for name in shares)])
-    rows.append(["mean", *[""] * len(labels), *(f"{scores[name].mean():.3f}" for name in shares)])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in
-                                                           zip(row[1:], widths[1:], strict=True))]).rstrip()
-                     for row in rows)
+    rows = [(label, *map(str, confusion[k]), *(f"{scores[name][k]:.3f}" for name in shares))
+            for k, label in enumerate(labels)]
+    rows.append(("mean", *[""] * len(labels), *(f"{scores[name].mean():.3f}" for name in shares)))
+    return cli.format_table(("true \\ predicted", *labels, *shares), rows)
 
 
 def confusion_image(labels: list[str], confusion: np.ndarray) -> bytes:

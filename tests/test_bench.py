@@ -186,7 +186,7 @@ def test_saving_is_compared_with_dd_and_leaves_nothing_behind(config_file, tmp_p
     (["train", "--config", "nowhere.toml"], "config file 'nowhere.toml' does not exist"),
     (["train", "--config", "tiny.toml", "--config", "tiny.toml"], "names the same contender twice"),
     (["train", "--config", "tiny.toml", "--data", "nowhere.txt"], "source 'nowhere.txt' does not exist"),
-    (["train", "--json", "nowhere/result.json"], "lies in a folder that does not exist"),
+    (["train", "--json", "nowhere/result.json"], "lies in no folder that exists"),
     (["data", "--tokenizer", "bytes"], "--tokenizer 'bytes' is none that tiktoken runs"),
     (["data", "--mb", "1"], "--mb 1 is too little text"),
     (["data", "--config", "tiny.toml", "train.tokens_per_step=100"], "tokens_per_step = 100 does not divide"),

@@ -657,7 +657,7 @@ def test_missing_packages_are_named_with_the_command_that_installs_them(monkeypa
 @pytest.mark.parametrize("arguments, message", [
     (["nowhere"], "run 'nowhere' does not exist"), ([], "required: RUN"), (["R", "--port", "x"], "invalid int value"),
     (["R", "--port", "70000"], "--port 70000 should lie in 0 to 65535"),
-    (["R", "--batch-size", "0"], "--batch-size 0 should be at least 1"), (["R", "--queue", "0"], "--queue 0 should be"),
+    (["R", "--batch-size", "0"], "--batch-size: '0' should be"), (["R", "--queue", "0"], "--queue: '0' should be"),
     (["R", "--time-limit", "0"], "--time-limit 0.0 should be above 0"),
     (["R", "--allow-origin", "https://a.example/"], "--allow-origin 'https://a.example/' should be scheme://host"),
     (["R", "--allow-origin", "*", "a.example"], "--allow-origin 'a.example' should be"),
