@@ -108,7 +108,8 @@ def _state_to_go_on_from(path: Path, knob: str, config: Config, note: Callable[[
         raise CheckpointError(f"train.{knob} = {run!r} holds converted weights without optimizer state; start a run of "
                               f"its own from them: train.init_from={quote(run)} and another train.out_dir")
     state = checkpoint.load_state(path)
-    if config.data.document_mask and "tokens" not in state:  # of an earlier version
+    is_older = "tokens" not in state  # made by an earlier version
+    if is_older and config.data.document_mask and state["step"] < config.train.max_steps:
         note("data.document_mask: the version that trained this run let an end-of-text close the document before it, "
              "this one lets it open the document behind it: losses differ from here on (docs/DECISIONS.md)")
     return state
