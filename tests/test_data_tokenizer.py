@@ -733,6 +733,27 @@ def test_tokenizer_config_names_the_end_of_text_and_copies_keep_it(tmp_path):
     assert load_tokenizer(tmp_path / "copy").eot == load_tokenizer(tmp_path / "copy" / "tokenizer.json").eot == 260
 
 
+@pytest.mark.parametrize("named", [{"eos_token": "<|im_end|>"}, {"eos_token": "</s>", "pad_token": "<|im_end|>"}])
+@pytest.mark.parametrize("splits", [True, False])  # encoded by tiktoken, or by the library
+def test_a_named_token_is_special_whatever_tokenizer_json_calls_it(splits, named, tmp_path):
+    """As in transformers 5, which adds what tokenizer_config.json names to the library's special tokens."""
+    renamed(tmp_path, **named)
+    file = json.loads((tmp_path / "tokenizer.json").read_text().replace("<eos>", "</s>"))
+    file["added_tokens"] = [token | {"special": token["id"] == 259} for token in file["added_tokens"]]
+    file["pre_tokenizer"] |= {"add_prefix_space": not splits}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(file))
+    hf = HuggingFace.from_file(str(tmp_path / "tokenizer.json"))
+    hf.add_special_tokens(list(named.values()))
+    tokenizer, ids = load_tokenizer(tmp_path), [*hf.encode("cat").ids, 260, *hf.encode("mat").ids, 261, 259]
+    (tmp_path / "copy").mkdir()
+    tokenizer.save(tmp_path / "copy" / "tokenizer.json")
+    for one in (tokenizer, load_tokenizer(tmp_path / "copy")):
+        assert one.eot_token == named["eos_token"] and (one._hf is None) == splits
+        assert one.special_ids.keys() >= set(named.values())
+        assert one.decode_bytes(ids).decode() == hf.decode(ids)
+        assert 260 not in one.encode("cat<|im_end|>")  # what a text spells is text
+
+
 def test_saving_a_tokenizer_with_a_known_end_of_text_removes_the_name_of_another(tmp_path):
     """Else a folder used again would end texts with the token of the tokenizer before."""
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
