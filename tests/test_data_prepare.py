@@ -852,6 +852,20 @@ def test_the_same_command_again_finds_it_done_and_another_lists_the_differences(
                      refusal(tmp_path, ["a.txt"]))
 
 
+def test_a_finished_folder_that_cannot_be_written_is_found_done(tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.txt").write_text(SOURCE)
+    made = prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bytes")
+
+    def read_only(path, *rest):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+    for name in ("open", "mkdir", "unlink"):
+        monkeypatch.setattr(os, name, read_only)
+    assert prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bytes") == made
+    assert "is prepared already" in capsys.readouterr().err
+    with pytest.raises(UserError, match="was made with other settings"):
+        prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bytes", val_fraction=0.2)
+
+
 def test_an_unfinished_folder_of_other_settings_is_left_alone(tmp_path):
     (tmp_path / "a.txt").write_text("some text " * 50)
     with pytest.raises(module.PreparationStopped):

@@ -789,6 +789,15 @@ def test_an_end_of_text_that_is_no_special_token_is_refused(tmp_path):
     ({"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A"}}]}, None),
     ({"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<eos>"}}, {"Sequence": {"id": "A"}}]}, "<eos>"),
     ({"type": "Sequence", "processors": [{"type": "ByteLevel"}, {
-        "type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<eos>"}}]}]}, "<eos>")], ids=str)
-def test_the_token_before_every_text_is_that_of_the_post_processor(processor, expected):
+        "type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<eos>"}}]}]}, "<eos>"),
+    ({"type": "BertProcessing", "sep": ["<|im_end|>", 260], "cls": ["<eos>", 261]}, "<eos>"),
+    ({"type": "RobertaProcessing", "sep": ["<|im_end|>", 260], "cls": ["<eos>", 261], "trim_offsets": True,
+      "add_prefix_space": False}, "<eos>")], ids=str)
+def test_the_token_before_every_text_is_that_of_the_post_processor(processor, expected, tmp_path):
     assert token_before_text(processor) == expected
+    if "single" not in str(processor):  # else they are shortened
+        file = json.loads((renamed(tmp_path) / "tokenizer.json").read_text()) | {"post_processor": processor}
+        if processor and processor["type"] == "ByteLevel":
+            file["post_processor"] |= {"add_prefix_space": False, "trim_offsets": True}
+        first = HuggingFace.from_str(json.dumps(file)).encode("cat").tokens[0]
+        assert (first if expected else None) == expected
