@@ -28,8 +28,8 @@ FAMILIES = {
     "flatgpt": ("blocks.", {target: (target,) for target in LORA_TARGETS}),
 }
 PEFT_PREFIX = "base_model.model."
-# Values of adapter_config.json under which the weights are the base's plus scale x B A. Names in PLAIN change nothing of
-# that, or the tensors' names and shapes show it; any other that is set is refused: DoRA and peft's newer methods
+# Values of adapter_config.json under which the weights are the base's plus scale x B A. Names in PLAIN change nothing
+# of that, or the tensors' names and shapes show it; any other that is set is refused: DoRA and peft's newer methods
 # (activated LoRA, routers, ...) say by one that their adapters are no constant sum.
 KNOWN = {"peft_type": ("LORA",), "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva")}
 PLAIN = set("""alpha_pattern auto_mapping base_model_name_or_path bias corda_config ensure_weight_tying eva_config
