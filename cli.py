@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import importlib.util
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,7 +19,17 @@ class Parser(argparse.ArgumentParser):
     """prog: as the user types it, 'python sample.py'. Wrong arguments raise UserError, one line and exit status 2."""
 
     def error(self, message: str) -> None:
+        if option := re.match(r"argument (--\S+): expected (at least )?one argument", message):
+            message += f" (one that begins with - is spelled {option[1]}=-...)"
         raise UserError(f"{message}; {self.prog} --help lists the arguments")
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> object:
+        """--stop=-- is a value, which Python 3.11 drops in silence (python/cpython issue 109475)."""
+        if not action.option_strings or arg_strings != ["--"]:
+            return super()._get_values(action, arg_strings)
+        value = self._get_value(action, "--")
+        self._check_value(action, value)
+        return [value] if action.nargs == "+" else value
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> object:
         """A path may begin with ~: the shell leaves it alone in quotes and in --data=~/text."""

@@ -40,7 +40,7 @@ YARDSTICK_TOKENS = 1_000_000  # of validation text for gzip and xz, which need a
 @dataclass(frozen=True)
 class Score:
     loss: float  # nats per token, over all scored targets
-    perplexity: float
+    perplexity: float | None  # None: beyond what a float holds
     bits_per_byte: float | None  # nats of non-special targets / (ln 2 x their bytes); None if these are not known
     tokens: int
     bytes: int
@@ -73,7 +73,7 @@ def evaluate(model: GPT, batches: Iterable[MicroBatch], *, token_bytes: np.ndarr
     if stopped:
         return None
     loss = nats / max(scored, 1.0)  # a loss mask may leave nothing
-    return Score(loss=loss, perplexity=math.exp(loss) if loss < 700 else math.inf,
+    return Score(loss=loss, perplexity=math.exp(loss) if loss < 700 else None,
                  bits_per_byte=text_nats / (math.log(2) * text_bytes) if text_bytes and not unknown else None,
                  tokens=int(scored), bytes=int(text_bytes), unknown=int(unknown))
 
@@ -254,6 +254,8 @@ def _data(args: argparse.Namespace, saved: SavedRun, device: torch.device) -> Da
 def _score(model: GPT, data: Data, tokenizer: Tokenizer, device: torch.device) -> dict:
     """The result's fields of data."""
     score = evaluate(model, data.batches, token_bytes=tokenizer.scored_bytes(), device=device)
+    if not math.isfinite(score.loss):
+        raise UserError("the model's losses are not finite; try --dtype float32, or an earlier checkpoint")
     if data.text_bytes is not None:  # of the text's real bytes: all tokens are text
         bits = score.loss * score.tokens / (math.log(2) * data.text_bytes) if data.is_kept else None
         score = replace(score, bits_per_byte=bits, bytes=data.text_bytes)

@@ -47,6 +47,9 @@ class OutputFolder:
     def open(self) -> dict | None:
         """Make and lock the folder; the index if it is finished, else None. Raises UserError if it is not ours."""
         try:
+            left = any((self.path / name).exists() for name in (PROGRESS_FILE, LOCK_FILE))
+            if self.path.is_dir() and load_index(self.path) is not None and not left:
+                return self._claim()  # finished: there is nothing to write, and it may be read-only
             try:
                 files.make_folder(self.path)
             except FileExistsError:

@@ -191,14 +191,19 @@ def _text_files(paths: list[Path], top: Path, source: str, left_out: LeftOut) ->
 
 
 def to_rows(path: str) -> str:
-    """The command that makes JSON lines of a table (.csv, .tsv), or of a file that holds an array of objects."""
+    """The command that makes JSON lines of a table (.csv, .tsv, .parquet), or of a file that holds an array of objects.
+    """
     form, packing = _form(Path(path))
-    imports, rows = "json, sys", "json.load(sys.stdin.buffer)"
+    imports, rows, values = "json, sys", "json.load(sys.stdin.buffer)", "row"
+    if form == ".parquet":  # bytes are text that its writer did not call so
+        imports = "json, sys; from pyarrow.parquet import ParquetFile"
+        rows = "(row for part in ParquetFile(sys.stdin.buffer).iter_batches() for row in part.to_pylist())"
+        values = "row, default=lambda x: x.decode() if isinstance(x, bytes) else str(x)"
     if form in (".csv", ".tsv"):
         tab = ", delimiter=chr(9)" if form == ".tsv" else ""
         imports = "csv, io, json, sys; csv.field_size_limit(2**31 - 1)"
         rows = f"csv.DictReader(io.TextIOWrapper(sys.stdin.buffer, 'utf-8-sig', newline=''){tab})"
-    command = f'python -c "import {imports}; [print(json.dumps(row)) for row in {rows}]"'
+    command = f'python -c "import {imports}; [print(json.dumps({values})) for row in {rows}]"'
     path, new = shlex.quote(path), shlex.quote(f"{path[:-len(form + packing)]}.rows.jsonl")
     unpack = {".gz": "gzip -dc", ".zst": "zstd -dc"}.get(packing)
     return f"{unpack} < {path} | {command} > {new}" if unpack else f"{command} < {path} > {new}"

@@ -13,6 +13,7 @@ import io
 import itertools
 import json
 import os
+import re
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -214,9 +215,10 @@ class RowsUnit:
         names = file.schema_arrow.names
         kind = "nothing" if text_field not in names else "several of that name" if names.count(text_field) > 1 else \
             str(file.schema_arrow.field(text_field).type)
-        if kind not in ("string", "large_string"):
+        if not re.fullmatch("(dictionary<values=)?(large_)?string(_view)?(, .*)?", kind):
             raise SourceError(f"source {self.path!r} has no column {text_field!r} of text but {kind}, of its columns "
-                              f"{', '.join(names)}; name the column (--text-field, data.text_field)")
+                              f"{', '.join(names)}; name the column (--text-field, data.text_field), or, if its text "
+                              f"lies deeper or it holds examples, make rows of JSON of it: {to_rows(self.path)}")
         numbers = itertools.count()
         batches = file.iter_batches(batch_size=PARQUET_ROWS, row_groups=[self.group], columns=[text_field])
         while True:
@@ -224,7 +226,8 @@ class RowsUnit:
                 batch = next(batches, None)
             if batch is None:
                 return
-            for value, number in zip(batch.column(0), numbers, strict=False):
+            column = batch.column(0).dictionary_decode() if kind.startswith("dict") else batch.column(0)
+            for value, number in zip(column, numbers, strict=False):
                 if value.is_valid:
                     yield decoded(value.as_buffer().to_pybytes())  # as_py() fails where it is not UTF-8
                 elif number not in self.bad:
@@ -455,7 +458,8 @@ def _unpacked(path: str, packing: str, opened: BinaryIO, block_bytes: int | None
     frame = None
     while data := opened.read(1 << 16):
         while data:
-            frame = frame or zstandard.ZstdDecompressor().decompressobj()
+            # any window (zstd --long=31): by default those above 128 MiB are refused; memory is taken as text fills it
+            frame = frame or zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
             try:
                 yield frame.decompress(data)
             except zstandard.ZstdError as error:

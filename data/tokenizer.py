@@ -490,6 +490,11 @@ def _from_file_text(text: str, name: str, *, end_of_text: int | None = None,
                     named: dict[str, str] | None = None) -> Tokenizer:
     """The tokenizer of a tokenizer.json: encoded by tiktoken if that gives the same ids, else by `tokenizers`."""
     file = files.parse_json(text)
+    named_only = [t for t in file["added_tokens"] if not t["special"] and t["content"] in (named or {}).values()]
+    if named_only:  # special tokens by the config beside the file alone, which transformers takes as such
+        for token in named_only:
+            token["special"] = True
+        text = json.dumps(file, ensure_ascii=False, indent=1) + "\n"
     specials = {t["content"]: t["id"] for t in file["added_tokens"] if t["special"]}
     options = {"file_text": text, "bos_token": token_before_text(file.get("post_processor")),
                "end_of_text": (named or {}).get("eos_token", end_of_text), "named": named,

@@ -178,11 +178,13 @@ def _pattern_of(splits: dict | None) -> str | None:
 
 
 def token_before_text(processor: dict | None) -> str | None:
-    """The first special token of a TemplateProcessing for one text, also as a step of a Sequence."""
+    """The special token that a post-processor puts before one text, also as a step of a Sequence."""
     match processor:
         case {"type": "Sequence", "processors": steps}:
             return next(filter(None, map(token_before_text, steps)), None)
         case {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": token}}, *_]}:
+            return token
+        case {"type": "RobertaProcessing" | "BertProcessing", "cls": [token, _]}:
             return token
     return None
 

@@ -28,9 +28,14 @@ FAMILIES = {
     "flatgpt": ("blocks.", {target: (target,) for target in LORA_TARGETS}),
 }
 PEFT_PREFIX = "base_model.model."
-# Values of adapter_config.json under which the weights are the base's plus scale x B A; the first is the default
-KNOWN = {"peft_type": ("LORA",), "use_dora": (False,), "lora_bias": (False,), "use_qalora": (False,),
-         "layer_replication": (None,), "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva")}
+# Values of adapter_config.json under which the weights are the base's plus scale x B A. Names in PLAIN change nothing
+# of that, or the tensors' names and shapes show it; any other that is set is refused: DoRA and peft's newer methods
+# (activated LoRA, routers, ...) say by one that their adapters are no constant sum.
+KNOWN = {"peft_type": ("LORA",), "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva")}
+PLAIN = set("""alpha_pattern auto_mapping base_model_name_or_path bias corda_config ensure_weight_tying eva_config
+exclude_modules fan_in_fan_out inference_mode layers_pattern layers_to_transform loftq_config lora_alpha lora_dropout
+lora_ga_config megatron_config megatron_core modules_to_save peft_version qalora_group_size r rank_pattern revision
+runtime_config target_modules target_parameters task_type trainable_token_indices use_rslora""".split())
 
 
 class LoRALinear(Linear):
@@ -147,9 +152,9 @@ class PeftAdapter:
     """
 
     def __init__(self, tensors: dict, config: dict):
-        for key, known in KNOWN.items():
-            if config.get(key, known[0]) not in known:
-                raise ValueError(f"{key} = {config[key]!r} is not plain LoRA")
+        for key, value in config.items():
+            if value not in KNOWN[key] if key in KNOWN else value and key not in PLAIN:
+                raise ValueError(f"{key} = {value!r} is not plain LoRA")
         self.pairs, self.replaced = {}, {}
         for name, tensor in tensors.items():
             stem = name.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")

@@ -217,6 +217,7 @@ class Batch:
         """Raises MachineError if the cache does not fit into memory."""
         self.model, self.tokenizer, self.max_rows = model, tokenizer, max_rows
         self.running: list[_Running] = []
+        self.is_lost = False  # the device answers nothing more: a CUDA error that lasts as long as the process
         device = model.wte.weight.device
         try:
             self._cache = BatchCache(model.config, batch=max_rows, dtype=sample.cache_dtype(model), device=device)
@@ -297,9 +298,14 @@ class Batch:
         """The last part of a row that cannot go on; what was no fault of the numbers is told in the log."""
         if isinstance(error, FloatingPointError):
             return row, Part(made=made, finish="error", error=str(error))
+        return row, Part(made=made, finish="error", error=self.told(error))
+
+    def told(self, error: Exception) -> str:
+        """What clients hear of an error of the model, which the log tells in full."""
+        self.is_lost |= isinstance(error, torch.AcceleratorError)
         with contextlib.suppress(OSError):  # nobody may read stderr any more
             traceback.print_exception(error)
-        return row, Part(made=made, finish="error", error=f"the model failed ({type(error).__name__})")
+        return f"the model failed ({type(error).__name__})"
 
     def _choose(self, running: list[_Running], logits: Tensor) -> list[tuple]:
         """Each row's token, -1 if there is none, its logprob and the likeliest tokens, see Scored."""
@@ -406,13 +412,11 @@ class Batcher:
                 if self.batch.running:
                     parts += self.batch.step()
             except Exception as error:  # whatever it is, this thread must live on, or every later request would hang
-                with contextlib.suppress(OSError):  # nobody may read stderr any more
-                    traceback.print_exc()
+                told = self.batch.told(error)
                 ended = {row for row, part in parts if part.finish is not None}
                 failed = {*arriving, *(one.row for one in self.batch.running)} - ended
                 self.batch.clear()
-                parts += [(row, Part(finish="error", error=f"the model failed ({type(error).__name__})"))
-                          for row in failed]
+                parts += [(row, Part(finish="error", error=told)) for row in failed]
             self._deliver(parts)
 
     def _arriving(self) -> list[Row] | None:

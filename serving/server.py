@@ -47,6 +47,7 @@ BODY_TIMEOUT_S = 30.0  # for a client to send its request
 KEEP_ALIVE_S = 75  # longer than clients keep idle connections, or one might be closed as it is used again
 GRACE_S = 5.0  # after a stop signal: texts that run may go on for so long
 RETRY = {"Retry-After": "1"}  # seconds
+OWN_HOST = re.compile(r"((.*\.)?localhost\.?|[0-9.]+|\[[0-9a-f:.]+\])(:[0-9]*)?", re.IGNORECASE)  # of a Host header
 READING = ("GET", "HEAD")
 # The page needs nothing from elsewhere, and gets nothing.
 PAGE_POLICY = ("default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; "
@@ -55,10 +56,11 @@ PAGE_POLICY = ("default-src 'none'; script-src 'unsafe-inline'; style-src 'unsaf
 
 # ---- The application -------------------------------------------------------------------------------------------------
 
-def make_app(served: Served, batcher: Batcher, *, api_key: str | None = None,
+def make_app(served: Served, batcher: Batcher, *, api_key: str | None = None, is_local: bool = False,
              allow_origins: tuple[str, ...] = ()) -> "FastAPI | CORSMiddleware":
     """batcher must deliver in the event loop that runs the application. Browsers let the pages of allow_origins read
-    the answers, those of "*" all pages."""
+    the answers, those of "*" all pages. is_local: without a key, requests by another name than this machine's own are
+    refused: a web page may let its name lead here (DNS rebinding), and browsers take the answers for its own."""
     from fastapi import APIRouter, Depends, FastAPI, Request, Response
     from starlette.exceptions import HTTPException
     from starlette.requests import ClientDisconnect
@@ -69,6 +71,10 @@ def make_app(served: Served, batcher: Batcher, *, api_key: str | None = None,
                                         and hmac.compare_digest(given.strip().encode(), api_key.encode())):
             raise ApiError(401, "the API key is missing or wrong; send it as the header Authorization: Bearer KEY",
                            code="invalid_api_key")
+        host = request.headers.get("host", "localhost")
+        if is_local and api_key is None and not OWN_HOST.fullmatch(host):
+            raise ApiError(403, f"the request is for host {host[:100]!r}, and without a key this server answers only "
+                           f"those for localhost or an IP address; use one, or set {KEY_VARIABLE}", code="wrong_host")
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None,  # their pages load scripts from elsewhere
                   exception_handlers=dict.fromkeys((ApiError, HTTPException, ClientDisconnect, RecursionError,
@@ -82,9 +88,9 @@ def make_app(served: Served, batcher: Batcher, *, api_key: str | None = None,
 
     @app.api_route("/health", methods=READING)
     async def health() -> Response:
-        state = {"status": "stopping" if batcher.is_closing else "ok", "running": len(batcher.batch.running),
-                 "waiting": len(batcher.waiting)}
-        return as_response(state, 503 if batcher.is_closing else 200)
+        status = "stopping" if batcher.is_closing else "failed" if batcher.batch.is_lost else "ok"
+        state = {"status": status, "running": len(batcher.batch.running), "waiting": len(batcher.waiting)}
+        return as_response(state, 200 if status == "ok" else 503)
 
     @router.api_route("/v1/models", methods=READING)
     async def models() -> Response:
@@ -377,13 +383,17 @@ def _api_key(host: str) -> str | None:
     if key is not None and (not key.strip() or key != key.strip() or not key.isascii()):
         raise UserError(f"{KEY_VARIABLE} should be ASCII characters without blanks around them; unset it to serve "
                         "without a key")
-    try:
-        is_loopback = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        is_loopback = host == "localhost"
-    if key is None and not is_loopback:
+    if key is None and not _is_local(host):
         note(f"warning: whoever reaches {host} may use the model; set {KEY_VARIABLE} to ask for a key")
     return key
+
+
+def _is_local(host: str) -> bool:
+    """Whether nobody but this machine reaches the address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def main(argv: list[str]) -> None:
@@ -403,4 +413,4 @@ def main(argv: list[str]) -> None:
         note(f"serving {served.name!r}{'' if served.template is None else ' with chat'} at http://{host}:"
              f"{listener.getsockname()[1]} (API under /v1{', with a key' if api_key else ''}); Ctrl-C stops")
         asyncio.run(run(served, batch, listener, max_waiting=args.queue, api_key=api_key,
-                        allow_origins=tuple(args.allow_origin)))
+                        is_local=_is_local(args.host), allow_origins=tuple(args.allow_origin)))

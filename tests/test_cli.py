@@ -1,6 +1,7 @@
 """cli.py: what all commands share."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -104,6 +105,22 @@ def test_a_path_may_begin_with_the_home_folder(monkeypatch, words, expected):
 def test_wrong_arguments_are_an_error_of_the_user():
     with pytest.raises(UserError, match="python x.py --help lists the arguments"):
         cli.Parser(prog="python x.py").parse_args(["--nothing"])
+
+
+@pytest.mark.parametrize(("option", "value"), [("--labels", "-1,0,1"), ("--stop", "---"), ("--labels", "-help"),
+                                               ("--stop", "--"), ("--labels", "--")])
+def test_a_value_that_begins_with_a_dash_is_refused_with_a_spelling_that_is_taken(option, value):
+    parser = cli.Parser(prog="python x.py")
+    parser.add_argument("--labels")
+    parser.add_argument("--stop", nargs="+")
+    with pytest.raises(UserError, match=f"argument {option}: expected.*begins with - is spelled (.*)-...[)]") as caught:
+        parser.parse_args([option, value])
+    spelled = re.search("is spelled (.*)-...[)]", str(caught.value))[1] + value
+    given = vars(parser.parse_args([spelled]))[option.strip("-")]
+    assert given == ([value] if option == "--stop" else value)
+    parser.add_argument("--seed", type=int)
+    with pytest.raises(UserError, match="--seed: invalid int value: '--'"):
+        parser.parse_args(["--seed=--"])
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])

@@ -216,7 +216,10 @@ def make_adapted(base: Path, folder: Path) -> None:
     save_file(adapters, folder / "adapter" / "adapter_model.safetensors")
     (folder / "adapter" / "adapter_config.json").write_text(json.dumps(
         {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "base_model_name_or_path": str(base), "bias": "none",
-         "target_modules": list(targets), "use_dora": False, "init_lora_weights": True, "lora_dropout": 0.1} | config))
+         "target_modules": list(targets), "use_dora": False, "init_lora_weights": True, "lora_dropout": 0.1,
+         "task_type": "CAUSAL_LM", "inference_mode": True, "megatron_core": "megatron.core", "peft_version": "0.19.1",
+         "qalora_group_size": 16, "alora_invocation_tokens": None, "loftq_config": {}, "use_bdlora": None,
+         "auto_mapping": {"parent_library": "transformers"}} | config))  # as peft 0.19 writes it
     from_hf(folder / "adapter", folder / "run")
     save_file({"tokens": load_file(base.parent / "tokens.safetensors")["tokens"]}, folder / "tokens.safetensors")
 
@@ -786,6 +789,8 @@ def make_adapter(folder: Path, tensors: dict[str, Tensor] | None = None, **confi
 @pytest.mark.parametrize(("change", "message"), [
     ({"peft_type": "IA3"}, "peft_type = 'IA3' is not plain LoRA; merge them where peft is installed"),
     ({"use_dora": True}, "use_dora = True"), ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa'"),
+    ({"alora_invocation_tokens": [5, 6]}, r"alora_invocation_tokens = \[5, 6\] is not plain LoRA; merge them where"),
+    ({"arrow_config": {"top_k": 2}}, "arrow_config = .* is not plain LoRA"), ({"newer": 1}, "newer = 1 is not plain"),
     ({"tensors": {"base_model.model.lm_head.weight": torch.ones(1037, 24)}}, r"lm_head.weight \[1037, 24\] has no "),
     ({"tensors": {"base_model.model.transformer.h.2.attn.c_proj.lora_A.weight": torch.ones(2, 24)}}, "h.2.*lora_B"),
     ({"tensors": {"base_model.model.transformer.h.0.attn.c_proj.lora_A.weight": torch.ones(2, 25)}}, r"\[24, 25\]"),

@@ -224,23 +224,28 @@ def test_ids_above_65535_are_written_as_uint32(tmp_path, bpe):
         assert tokens_of(tmp_path / dtype, "train")[-1] == eot
 
 
-def write_parquet(path: Path, texts: list[str | None]) -> None:
+def write_parquet(path: Path, texts: list[str | None], kind: str = "") -> None:
     parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed; parquet stays untested")
     import pyarrow
+    if kind:
+        texts = pyarrow.array(texts, "large_string" if kind == "large_string" else "string")
+        texts = texts.dictionary_encode() if kind == "dictionary" else texts.cast(kind)
     parquet.write_table(pyarrow.table({"text": texts}), path, row_group_size=7)
 
 
 def write_zst(path: Path, data: bytes) -> None:
     zstandard = pytest.importorskip("zstandard", reason="zstandard is not installed; .zst stays untested")
-    half = len(data) // 2  # two frames, as parallel compressors write them
-    path.write_bytes(zstandard.compress(data[:half]) + zstandard.compress(data[half:]))
+    half = len(data) // 2  # two frames, as parallel compressors write them, the second as zstd --long=31 does
+    settings = zstandard.ZstdCompressionParameters.from_level(3, window_log=31, write_content_size=0)
+    long = zstandard.ZstdCompressor(compression_params=settings).compressobj()
+    path.write_bytes(zstandard.compress(data[:half]) + long.compress(data[half:]) + long.flush())
 
 
 def write_as(kind: str, path: Path, texts: list[str]) -> Path:
     path = path.with_suffix(f".{kind}")
     rows = jsonl(texts).rstrip("\n")  # the last row may lack its newline
-    if kind == "parquet":
-        write_parquet(path, texts)
+    if kind.endswith("parquet"):
+        write_parquet(path, texts, kind.removesuffix("parquet").rstrip("."))
     elif kind == "jsonl.gz":
         path.write_bytes(gzip.compress(rows.encode()))
     elif kind == "jsonl.zst":
@@ -250,7 +255,8 @@ def write_as(kind: str, path: Path, texts: list[str]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "jsonl.zst", "parquet"])
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "jsonl.zst", "parquet", "large_string.parquet",
+                                  "string_view.parquet", "dictionary.parquet"])
 def test_every_format_gives_the_same_documents(kind, tmp_path, monkeypatch):
     texts = [*PARTS[:50], "", "é中😀"]
     monkeypatch.setattr(sources, "UNIT_BYTES", 1000)
@@ -259,10 +265,10 @@ def test_every_format_gives_the_same_documents(kind, tmp_path, monkeypatch):
     assert tokens_of(tmp_path / "out", "train") == expected("bytes", [text for text in texts if text])
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet"])
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet", "dictionary.parquet"])
 def test_a_row_without_text_is_named_or_skipped_alike_in_every_format(kind, tmp_path, capsys):
     path = write_as(kind, tmp_path / "a", ["one", *["x"] * 8, None, "", "two", None])
-    assert f"a.{kind}' {'row' if kind == 'parquet' else 'line'} 10 has no text in a field 'text', only null in it" \
+    assert f"a.{kind}' {'row' if 'parquet' in kind else 'line'} 10 has no text in a field 'text', only null in it" \
         in refusal(tmp_path, [path.name], val_fraction=0.0)
     index = prepare([str(path)], tmp_path / "out", tokenizer="bytes", val_fraction=0.0, bad_rows="skip")
     assert tokens_of(tmp_path / "out", "train") == expected("bytes", ["one", *["x"] * 8, "two"])
@@ -844,6 +850,20 @@ def test_the_same_command_again_finds_it_done_and_another_lists_the_differences(
     (tmp_path / "a.txt").write_text("SOME TEXT " * 50)  # of the same size
     assert re.search(r'settings \(sources: .*"content": "(\w+)".* -> .*"content": "(?!\1)\w+"',
                      refusal(tmp_path, ["a.txt"]))
+
+
+def test_a_finished_folder_that_cannot_be_written_is_found_done(tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.txt").write_text(SOURCE)
+    made = prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bytes")
+
+    def read_only(path, *rest):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+    for name in ("open", "mkdir", "unlink"):
+        monkeypatch.setattr(os, name, read_only)
+    assert prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bytes") == made
+    assert "is prepared already" in capsys.readouterr().err
+    with pytest.raises(UserError, match="was made with other settings"):
+        prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bytes", val_fraction=0.2)
 
 
 def test_an_unfinished_folder_of_other_settings_is_left_alone(tmp_path):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -214,3 +215,23 @@ def test_the_command_that_is_shown_for_a_table_or_an_array_makes_rows_that_can_b
     rows = [json.loads(line)["text"] for line in (folder / "a.rows.jsonl").read_text().splitlines()]
     assert rows[0] == "two, words" and len(rows) == 2 and rows[1] in ("line\nbreak", "x y", "é\n", "b")
     prepare([str(folder / "a.rows.jsonl")], tmp_path / "out", tokenizer="bytes", val_fraction=0.0, kind="text")
+
+
+CHAT = [{"role": "user", "content": "hi \u00e9"}, {"role": "assistant", "content": "yes"}]
+
+
+@pytest.mark.parametrize(("column", "values", "found"), [
+    ("messages", [CHAT, CHAT], "nothing"), ("meta", [{"text": "hi \u00e9"}] * 2, "nothing"),
+    ("text", ["hi \u00e9".encode(), b"two"], "binary")])
+def test_the_command_that_is_shown_for_a_parquet_file_without_texts_makes_rows_of_it(column, values, found, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed; parquet stays untested")
+    import pyarrow
+    parquet.write_table(pyarrow.table({column: values, "at": [datetime(2026, 1, 2)] * 2}), tmp_path / "it's.parquet")
+    with pytest.raises(UserError, match=f"no column 'text' of text but {found}, of its columns {column}, at; name"
+                       ) as caught:
+        prepare([str(tmp_path / "it's.parquet")], tmp_path / "out", tokenizer="bytes")
+    command = str(caught.value).rpartition(" it: ")[2]
+    subprocess.run(["bash", "-c", f"function python {{ {sys.executable} \"$@\"; }}; {command}"], check=True)
+    rows = [json.loads(line) for line in (tmp_path / "it's.rows.jsonl").read_text().splitlines()]
+    assert rows == [{column: value.decode() if found == "binary" else value, "at": "2026-01-02 00:00:00"}
+                    for value in values]

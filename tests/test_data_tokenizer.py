@@ -734,6 +734,27 @@ def test_tokenizer_config_names_the_end_of_text_and_copies_keep_it(tmp_path):
     assert load_tokenizer(tmp_path / "copy").eot == load_tokenizer(tmp_path / "copy" / "tokenizer.json").eot == 260
 
 
+@pytest.mark.parametrize("named", [{"eos_token": "<|im_end|>"}, {"eos_token": "</s>", "pad_token": "<|im_end|>"}])
+@pytest.mark.parametrize("splits", [True, False])  # encoded by tiktoken, or by the library
+def test_a_named_token_is_special_whatever_tokenizer_json_calls_it(splits, named, tmp_path):
+    """As in transformers 5, which adds what tokenizer_config.json names to the library's special tokens."""
+    renamed(tmp_path, **named)
+    file = json.loads((tmp_path / "tokenizer.json").read_text().replace("<eos>", "</s>"))
+    file["added_tokens"] = [t | {"special": t["content"] not in named.values()} for t in file["added_tokens"]]
+    file["pre_tokenizer"] |= {"add_prefix_space": not splits}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(file))
+    hf = HuggingFace.from_file(str(tmp_path / "tokenizer.json"))
+    hf.add_special_tokens(list(named.values()))
+    tokenizer, ids = load_tokenizer(tmp_path), [*hf.encode("cat").ids, 260, *hf.encode("mat").ids, 261, 259]
+    (tmp_path / "copy").mkdir()
+    tokenizer.save(tmp_path / "copy" / "tokenizer.json")
+    for one in (tokenizer, load_tokenizer(tmp_path / "copy")):
+        assert one.eot_token == named["eos_token"] and (one._hf is None) == splits
+        assert one.special_ids.keys() >= set(named.values())
+        assert one.decode_bytes(ids).decode() == hf.decode(ids)
+        assert 260 not in one.encode("cat<|im_end|>")  # what a text spells is text
+
+
 def test_saving_a_tokenizer_with_a_known_end_of_text_removes_the_name_of_another(tmp_path):
     """Else a folder used again would end texts with the token of the tokenizer before."""
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
@@ -769,6 +790,15 @@ def test_an_end_of_text_that_is_no_special_token_is_refused(tmp_path):
     ({"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A"}}]}, None),
     ({"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<eos>"}}, {"Sequence": {"id": "A"}}]}, "<eos>"),
     ({"type": "Sequence", "processors": [{"type": "ByteLevel"}, {
-        "type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<eos>"}}]}]}, "<eos>")], ids=str)
-def test_the_token_before_every_text_is_that_of_the_post_processor(processor, expected):
+        "type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<eos>"}}]}]}, "<eos>"),
+    ({"type": "BertProcessing", "sep": ["<|im_end|>", 260], "cls": ["<eos>", 261]}, "<eos>"),
+    ({"type": "RobertaProcessing", "sep": ["<|im_end|>", 260], "cls": ["<eos>", 261], "trim_offsets": True,
+      "add_prefix_space": False}, "<eos>")], ids=str)
+def test_the_token_before_every_text_is_that_of_the_post_processor(processor, expected, tmp_path):
     assert token_before_text(processor) == expected
+    if "single" not in str(processor):  # else they are shortened
+        file = json.loads((renamed(tmp_path) / "tokenizer.json").read_text()) | {"post_processor": processor}
+        if processor and processor["type"] == "ByteLevel":
+            file["post_processor"] |= {"add_prefix_space": False, "trim_offsets": True}
+        first = HuggingFace.from_str(json.dumps(file)).encode("cat").tokens[0]
+        assert (first if expected else None) == expected

@@ -156,6 +156,22 @@ def test_the_command_line_prints_one_json_object_that_repeats_the_val_row(settin
     assert printed["bytes"] == Path("text.txt").stat().st_size
 
 
+@pytest.mark.parametrize(("scale", "expected"), [(1e4, "perplexity"), (math.nan, "the model's losses are not finite")])
+def test_what_json_cannot_spell_is_null_or_an_error(settings, capsys, scale, expected):  # noqa: F811
+    step = run(settings, "run", "train.max_steps=2") / "checkpoints" / "step_00000002"
+    tensors = {name: tensor * scale for name, tensor in checkpoint.load_tensors(step, "model").items()}
+    checkpoint.save(Path("run"), 3, tensors={"model": tensors}, state={"val_loss": None}, keep=9)
+    capsys.readouterr()
+    if math.isnan(scale):
+        with pytest.raises(UserError, match=expected):
+            evaluation.main(["run"])
+        assert capsys.readouterr().out == ""
+        return
+    evaluation.main(["run"])
+    result = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert result[expected] is None and result["loss"] > 710  # exp(709.8) is the largest float
+
+
 def test_a_run_that_evaluated_less_text_is_told_so(settings, capsys):  # noqa: F811
     run_dir = run(settings, "scored", "train.max_steps=1", "train.eval_tokens=48")
     row = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()][-1]

@@ -587,6 +587,59 @@ def test_a_key_guards_the_api_and_the_log_tells_nothing(tiny):
     assert "s3cret" not in log and "very secret" not in log  # neither keys nor prompts are logged
 
 
+@pytest.mark.parametrize(("arguments", "is_open"), [((), False), (("--host", "0.0.0.0"), True)])
+def test_without_a_key_a_local_server_answers_no_page_whose_name_leads_to_it(tiny, arguments, is_open):
+    """DNS rebinding: the browser sends the name of the page, and takes the answer for the page's own."""
+    with serving(tiny.run, *arguments) if arguments else contextlib.nullcontext(tiny) as server:
+        port = server.url.rpartition(":")[2]
+        url = f"http://127.0.0.1:{port}"
+        for name in ("localhost", "LOCALHOST", "app.localhost", "127.0.0.1", "[::1]", "192.168.1.7"):
+            for host in (name, f"{name}:{port}"):
+                assert httpx.get(f"{url}/v1/models", headers={"Host": host}).status_code == 200, host
+        for name in ("evil.example", "127.0.0.1.evil.example", "localhost.evil.example", "evil.example:80", "x@::1"):
+            for path in ("/v1/models", "/tokenizer_info"):
+                answer = httpx.get(url + path, headers={"Host": name})
+                if is_open:
+                    assert answer.status_code == 200
+                    continue
+                status, error = error_of(answer)
+                assert (status, error["code"]) == (403, "wrong_host") and "set FLATGPT_API_KEY" in error["message"]
+            status = httpx.post(f"{url}/v1/completions", json={"prompt": "a"}, headers={"Host": name}).status_code
+            assert status == (200 if is_open else 403)
+
+
+def test_with_a_key_a_local_server_answers_under_any_name():
+    async def ask() -> list[int]:
+        async with in_process(make_model(), is_local=True, api_key="k") as client:
+            return [(await client.get("/v1/models", headers={"Host": "proxy.example"} | key)).status_code
+                    for key in ({}, {"Authorization": "Bearer k"})]
+    assert asyncio.run(ask()) == [401, 200]
+
+
+@pytest.mark.parametrize("method", ["hidden", "logits"])
+def test_a_device_that_answers_nothing_more_shows_in_health_and_other_errors_do_not(monkeypatch, method):
+    model = make_model()
+    errors = []
+    own = getattr(model, method)
+
+    def failing(*arguments, **settings):
+        for error in errors:
+            raise error
+        return own(*arguments, **settings)
+    monkeypatch.setattr(model, method, failing)
+
+    async def ask() -> list[tuple]:
+        seen = []
+        async with in_process(model) as client:
+            for error in (None, RuntimeError("no memory"), None, torch.AcceleratorError("CUDA error: illegal address")):
+                errors[:] = [error] * (error is not None)
+                answer = await client.post("/v1/completions", json={"prompt": "a"})
+                health = await client.get("/health")
+                seen.append((answer.status_code, health.status_code, health.json()["status"]))
+        return seen
+    assert asyncio.run(ask()) == [(200, 200, "ok"), (500, 200, "ok"), (200, 200, "ok"), (500, 503, "failed")]
+
+
 # ---- Stopping --------------------------------------------------------------------------------------------------------
 
 def test_a_signal_refuses_new_requests_ends_what_runs_and_exits_0(long_run):
