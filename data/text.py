@@ -59,8 +59,9 @@ def utf8_blocks(blocks: Iterable[bytes]) -> Iterator[bytes]:
         yield from blocks
         return
     decoder = codecs.getincrementaldecoder(encoding)("invalid_in_utf8_too")
-    for block in itertools.chain(blocks, [b""]):
-        yield decoder.decode(block, final=block == b"").encode("utf-8", "surrogateescape")
+    for block in blocks:
+        yield decoder.decode(block).encode("utf-8", "surrogateescape")
+    yield decoder.decode(b"", final=True).encode("utf-8", "surrogateescape")
 
 
 def is_utf8(head: bytes) -> bool:
