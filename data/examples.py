@@ -27,6 +27,7 @@ from data.rows import CHAT, CLASSIFICATION, FIELDS, ExampleError, OtherShape, pl
 from data.sources import SKIP_BAD, Unit, jsonl_rows, row_name
 from data.tokenizer import Tokenizer
 
+CHAT_FORMAT = 2  # of what is learnt from a chat; the first counted the contents of turns, not all that is to be written
 ROWS_PER_UNIT = 256  # at least, for best-fit to choose from
 SHOWN_CHARS = 400  # of a part of an example
 
@@ -43,8 +44,9 @@ class Packing:
     @property
     def settings(self) -> dict:
         """What decides the tokens, as index.json keeps it."""
-        template = {"chat_template": template_hash(self.chat_template)} if self.kind == CHAT else {}
-        return {"kind": self.kind, "max_seq_len": self.max_seq_len, "too_long": self.too_long} | template
+        of_chats = {"chat_template": template_hash(self.chat_template), "chat_format": CHAT_FORMAT}
+        return {"kind": self.kind, "max_seq_len": self.max_seq_len, "too_long": self.too_long} | (
+            of_chats if self.kind == CHAT else {})
 
     @property
     def row_tokens(self) -> int:
