@@ -99,6 +99,11 @@ class OutputFolder:
                             "one (--out, data.dir); to train on these shards as they are: data.source=[]")
         return None
 
+    @property
+    def point(self) -> dict:
+        """What is done."""
+        return {key: self.progress[key] for key in self.START}
+
     def save(self, **changes) -> None:
         """Write .progress.json with changes."""
         self.progress |= changes
@@ -110,14 +115,13 @@ class OutputFolder:
         if 0 < self.progress["units"] < point["units"]:
             splits = {split: state | {"shards": len(state["shards"])}
                       for split, state in self.progress["splits"].items()}
-            points = [*points, {key: self.progress[key] for key in self.START} | {"splits": splits}]
+            points = [*points, self.point | {"splits": splits}]
         self.save(**point, points=points if len(points) < POINTS else points[1::2])
 
     def points(self) -> dict[int, dict]:
         """The points to go on from, by their units."""
-        now = {key: self.progress[key] for key in self.START}
-        shards = {split: state["shards"] for split, state in now["splits"].items()}
-        before = [point | {"splits": {split: state | {"shards": shards[split][:state["shards"]]}
+        now = self.point
+        before = [point | {"splits": {split: state | {"shards": now["splits"][split]["shards"][:state["shards"]]}
                                       for split, state in point["splits"].items()}}
                   for point in self.progress["points"]]
         return {point["units"]: point for point in (*before, now)}

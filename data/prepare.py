@@ -277,7 +277,7 @@ def _chained(before: bytes, digest: bytes) -> bytes:
 def _encode_texts(folder: OutputFolder, texts: Texts, encoder: Encoder, writers: dict[str, SplitWriter], *,
                   workers: int, should_stop: Callable[[], bool]) -> None:
     """Append the tokens of all units that .progress.json does not count yet, and keep it up to date."""
-    point = {key: folder.progress[key] for key in folder.START}
+    point = folder.point
     digest, named = bytes.fromhex(point["digest"]), list(point["bad_rows_named"])
     units = texts.units(cuttable=encoder.tokenizer.cuttable)
     skipped = sum(unit.bytes for unit in itertools.islice(units, point["units"]))

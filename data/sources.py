@@ -287,10 +287,13 @@ def first_row(file: TextFile, *, skip_bad: bool = False) -> object | None:
 def whole_document_units(files: Sequence[TextFile], split: str | None, *, val_fraction: float, unit_bytes: int,
                          row_unit_bytes: int | None = None) -> Iterator[Unit]:
     """The units of files whose documents stay whole: all of one split, or (None) each document by its hash."""
-    for is_small, members in itertools.groupby(files, _is_small):
+    def is_small(file: TextFile) -> bool:
+        return file.kind == "txt" and not file.packing and file.bytes < UNIT_BYTES
+
+    for small, members in itertools.groupby(files, is_small):
         paths, size = [], 0  # of small files, which share a unit
         for file in members:
-            if is_small:
+            if small:
                 paths, size = [*paths, file.path], size + file.bytes
                 if size >= UNIT_BYTES:
                     yield FilesUnit(tuple(paths), size, split)
@@ -302,10 +305,6 @@ def whole_document_units(files: Sequence[TextFile], split: str | None, *, val_fr
                 yield from _row_units(file, split, row_unit_bytes)
         if paths:
             yield FilesUnit(tuple(paths), size, split)
-
-
-def _is_small(file: TextFile) -> bool:
-    return file.kind == "txt" and not file.packing and file.bytes < UNIT_BYTES
 
 
 def _is_streamed(file: TextFile) -> bool:
