@@ -67,7 +67,7 @@ def _content_hash(files: Sequence[TextFile]) -> str:
     for file in files:
         blocks = math.ceil(file.bytes / BLOCK_BYTES)
         read = min(blocks, max(2, int(blocks * share)))
-        with _reading(file.path), open(file.path, "rb", buffering=0) as opened:
+        with _reading(file.path), open(file.path, "rb") as opened:
             for block in range(read):
                 if read < blocks:  # the first and the last are among them
                     opened.seek(block * (file.bytes - BLOCK_BYTES) // (read - 1))
@@ -99,13 +99,6 @@ def _read_range(path: str, start: int, end: int) -> bytes:
     return data
 
 
-def _streamed(path: str, packing: str, opened: BinaryIO) -> Iterator[bytes]:
-    """What a file holds as UTF-8, in blocks."""
-    for block in utf8_blocks(_unpacked(path, packing, opened)):
-        refuse_nuls(block, f"source {path!r}")
-        yield block
-
-
 def _head(file: TextFile) -> bytes:
     """The first HEAD_BYTES, unpacked."""
     head = b""
@@ -128,8 +121,8 @@ def check_heads(files: Sequence[TextFile]) -> bool:
     return bool(warnings)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Units: tasks of about UNIT_BYTES, for any process. `bytes` of source are what one stands for, for the progress bar;
+# ---- Units -----------------------------------------------------------------------------------------------------------
+# Tasks of about UNIT_BYTES, for any process. `bytes` of source are what one stands for, for the progress bar;
 # split None: the hash of each document decides; ends: the document ends with the unit. bad, where rows are read: a list
 # that gets the numbers in the unit of those that cannot be used; None = they are refused.
 
@@ -294,7 +287,8 @@ def whole_document_units(files: Sequence[TextFile], split: str | None, *, val_fr
         paths, size = [], 0  # of small files, which share a unit
         for file in members:
             if small:
-                paths, size = [*paths, file.path], size + file.bytes
+                paths.append(file.path)
+                size += file.bytes
                 if size >= UNIT_BYTES:
                     yield FilesUnit(tuple(paths), size, split)
                     paths, size = [], 0
@@ -329,15 +323,17 @@ def _streamed_txt_units(file: TextFile, split: str, unit_bytes: int) -> Iterator
     """The same units, with their texts: as much of the file is held as one of them may be long."""
     rest, place = b"", 0
     with _reading(file.path), open(file.path, "rb") as opened:
-        blocks = _streamed(file.path, file.packing, opened)
+        blocks = utf8_blocks(_unpacked(file.path, file.packing, opened))
         while True:
-            more = [rest]
-            while sum(map(len, more)) <= unit_bytes + LONGEST_UNIT_BYTES and (block := next(blocks, None)) is not None:
-                more.append(block)
-            rest = b"".join(more)
+            held, size = [rest], len(rest)
+            while size <= unit_bytes + LONGEST_UNIT_BYTES and (block := next(blocks, None)) is not None:
+                held.append(block)
+                size += len(block)
+            rest = b"".join(held)
             if not rest:
                 return
             end = _unit_end(io.BytesIO(rest), 0, len(rest), unit_bytes)
+            refuse_nuls(rest[:end], f"source {file.path!r}")
             text, invalid = decoded(rest[:end])
             size, place, rest = opened.tell() - place, opened.tell(), rest[end:]
             yield TextUnit(size * file.text_bytes // file.bytes, split, not rest, file.path, text=text, invalid=invalid)
@@ -403,15 +399,18 @@ def _open_parquet(path: str):
 
 
 def _streamed_row_units(file: TextFile, split: str | None, unit_bytes: int) -> Iterator[RowsUnit]:
-    line, held, place = 1, [], 0
+    line, held, size, place = 1, [], 0, 0
     with _reading(file.path), open(file.path, "rb") as opened:
-        for block in itertools.chain(_streamed(file.path, file.packing, opened), [b"\n"]):  # the last row may lack it
+        blocks = utf8_blocks(_unpacked(file.path, file.packing, opened))
+        for block in itertools.chain(blocks, [b"\n"]):  # the last row may lack it
             held.append(block)
-            if b"\n" not in block or (sum(map(len, held)) < unit_bytes and block != b"\n"):
+            size += len(block)
+            if b"\n" not in block or (size < unit_bytes and block != b"\n"):
                 continue
             rows, newline, rest = b"".join(held).rpartition(b"\n")
-            size, place, held = opened.tell() - place, opened.tell(), [rest]
-            yield RowsUnit(file.path, size * file.text_bytes // file.bytes, split, lines=rows + newline,
+            refuse_nuls(rows, f"source {file.path!r}")
+            read, place, held, size = opened.tell() - place, opened.tell(), [rest], len(rest)
+            yield RowsUnit(file.path, read * file.text_bytes // file.bytes, split, lines=rows + newline,
                            first_line=line)
             line += _line_ends(rows + newline)
 
@@ -427,16 +426,14 @@ def _unpacked(path: str, packing: str, opened: BinaryIO, block_bytes: int | None
     import zstandard
     frame = None
     while data := opened.read(1 << 16):
-        blocks = []
         while data:
             frame = frame or zstandard.ZstdDecompressor().decompressobj()
             try:
-                blocks.append(frame.decompress(data))
+                if block := frame.decompress(data):
+                    yield block
             except zstandard.ZstdError as error:
                 raise zlib.error(str(error)) from None
             data, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
-        if block := b"".join(blocks):  # of many small frames one; none where a frame gives nothing yet
-            yield block
     if frame is not None:
         raise EOFError("it ends within a frame")
 
