@@ -423,9 +423,7 @@ def main(argv: list[str]) -> None:
         raise UserError("--out DIR is missing; name the folder for the shards")
     if args.parent is not None:
         end_with(args.parent)
-    template = DEFAULT_TEMPLATE
-    if args.chat_template is not None:
-        template = read_template(args.chat_template)
+    template = DEFAULT_TEMPLATE if args.chat_template is None else read_template(args.chat_template)
     stop = cli.StopRequest(interrupts=True)
     try:
         prepare(args.sources, Path(args.out), tokenizer=args.tokenizer, val_fraction=args.val_fraction,
