@@ -109,6 +109,8 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text, object_pairs_hook=table)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
 def mapped(path: Path, size: int) -> memoryview:
     """The first `size` bytes of a file, mapped into memory, read-only, for as long as the view or an array of it is in
     use. Python's mmap, and so numpy's, keeps a file descriptor open for each (until 3.13), and 256 is a common limit.

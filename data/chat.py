@@ -224,17 +224,15 @@ class _Guard:
         self.tokenizer, self.template = tokenizer, template
         self.specials = sorted(tokenizer.special_ids, key=len, reverse=True)  # the longest of several that match
         self.spelled = re.compile("|".join(map(re.escape, self.specials)))
-        self.pattern = re.compile("|".join(map(self._as_text, self.specials)))
+        blanks = [tokenizer.strips.get(token, (False, False)) for token in self.specials]
+        self.pattern = re.compile("|".join(  # each in a group, with the blanks that it takes
+            r"(?:(?<!\s)\s+)?" * left + f"({re.escape(token)})" + r"\s*" * right
+            for token, (left, right) in zip(self.specials, blanks, strict=True)))
         used = set(template) | set(json.dumps([messages, variables], ensure_ascii=False))
         unused = (chr(code) for code in range(0xE000, 0xF900) if chr(code) not in used)
         self.mark, self.content = next(unused), next(unused)
         self.variables = self._hidden(variables or {})
         self._encoded: dict[tuple[str, str | None], np.ndarray] = {}  # turns share their beginnings
-
-    def _as_text(self, token: str) -> str:
-        """A regex for the token, in a group, with the blanks that it takes."""
-        left, right = self.tokenizer.strips.get(token, (False, False))
-        return r"(?:(?<!\s)\s+)?" * left + f"({re.escape(token)})" + r"\s*" * right
 
     def render(self, messages: list[dict], *, add_generation_prompt: bool) -> str:
         messages = [{key: value for key, value in message.items() if key != "weight"} for message in messages]

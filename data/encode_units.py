@@ -10,14 +10,13 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from config import MachineError
 from data.examples import Example, Packing, examples, packed
-from data.sources import RowsUnit, Unit, split_of, texts_of, without_bad_rows
+from data.sources import RowsUnit, Rules, Unit, split_of, texts_of
 from data.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer
 from data.write_shards import Encoded, dtype_for
 
@@ -39,74 +38,62 @@ class EncodedUnit:
 
 
 class Encoder:
-    """Encodes units; each worker process has one. packing: the units hold examples, not texts; skip_bad: leave out rows
-    that cannot be used; parse_special: end-of-text spelled in a text ends a document."""
+    """Encodes units; each worker process has one. packing: the units hold examples, not texts."""
 
-    def __init__(self, tokenizer: Tokenizer, val_fraction: float, text_field: str, packing: Packing | None = None,
-                 skip_bad: bool = False, parse_special: bool = False):
-        self.settings = (val_fraction, text_field, packing, skip_bad, parse_special)
-        self.tokenizer, self.val_fraction, self.text_field = tokenizer, val_fraction, text_field
-        self.packing, self.skip_bad, self.parse_special = packing, skip_bad, parse_special
+    def __init__(self, tokenizer: Tokenizer, rules: Rules, packing: Packing | None = None):
+        self.tokenizer, self.rules, self.packing = tokenizer, rules, packing
         self.dtype = dtype_for(tokenizer.vocab_size)
         self.token_bytes = tokenizer.token_bytes()
 
     def encode(self, unit: Unit) -> EncodedUnit:
         """Tokens by split, and what is to be said of the unit."""
-        unit = self._readable(unit)
-        splits, counts = self._encode_texts(unit) if self.packing is None else \
-            self._encode_examples(unit, self.packing)
-        bad = sorted(unit.bad) if isinstance(unit, RowsUnit) else []
-        named = [(replace(unit, lines=b""), number) for number in bad[:BAD_ROWS_NAMED]]
-        return EncodedUnit(splits, counts + Counter(bad_rows=len(bad)), named, self._digest(unit))
+        bad = self.rules.bad_rows()
+        splits, counts = self._encode_texts(unit, bad) if self.packing is None else \
+            self._encode_examples(unit, self.packing, bad)
+        named = [(replace(unit, lines=b""), number) for number in bad[:BAD_ROWS_NAMED]] if bad else []
+        return EncodedUnit(splits, counts + Counter(bad_rows=len(bad or ())), named, self.digest(unit))
 
     def digest(self, unit: Unit) -> bytes:
         """A hash of what is in a unit and how it is split: where it is the same, so is what encode() makes of it."""
-        return self._digest(self._readable(unit))
-
-    def _readable(self, unit: Unit) -> Unit:
-        if not self.skip_bad:
-            return unit
-        read = None if self.packing is None else partial(examples, packing=self.packing, tokenizer=self.tokenizer)
-        return without_bad_rows(unit, self.text_field, read)
-
-    def _digest(self, unit: Unit) -> bytes:
-        bad = len(unit.bad) if isinstance(unit, RowsUnit) else 0
-        digest = hashlib.blake2b(f"{unit.split} {unit.ends} {bad}".encode(), digest_size=16)
+        digest = hashlib.blake2b(f"{unit.split} {unit.ends}".encode(), digest_size=16)
         if isinstance(unit, RowsUnit) and unit.group is None:
             digest.update(unit.content())
-        else:
-            for text, _ in texts_of(unit, self.text_field):
-                data = text.encode()
-                digest.update(b"%d " % len(data) + data)
+            return digest.digest()
+        bad: list[int] = []
+        for text, _ in texts_of(unit, self.rules.text_field, bad):
+            data = text.encode()
+            digest.update(b"%d " % len(data) + data)
+        digest.update(b"%d" % len(bad))
         return digest.digest()
 
-    def _encode_texts(self, unit: Unit) -> tuple[dict[str, Encoded], Counter]:
+    def _encode_texts(self, unit: Unit, bad: list[int] | None) -> tuple[dict[str, Encoded], Counter]:
         tokens: dict[str, list[np.ndarray]] = {}
         text_bytes, documents, counts = Counter(), Counter(), Counter()
         separator = separator_of(self.tokenizer.eot_token)
-        for text, invalid in texts_of(unit, self.text_field):
-            split = unit.split or split_of([text], self.val_fraction)
+        for text, invalid in texts_of(unit, self.rules.text_field, bad):
+            split = unit.split or split_of([text], self.rules.val_fraction)
             parts = separator.split(text)
             counts += Counter(invalid_utf8=invalid, separators=len(parts) - 1)
-            for number, part in enumerate(parts if self.parse_special else [text]):
+            for number, part in enumerate(parts if self.rules.parse_special else [text]):
                 if not part:
                     continue
                 tokens.setdefault(split, []).append(self.tokenizer.encode(part).astype(self.dtype))
-                if unit.ends or (self.parse_special and number < len(parts) - 1):
+                if unit.ends or (self.rules.parse_special and number < len(parts) - 1):
                     tokens[split].append(np.array([self.tokenizer.eot], dtype=self.dtype))
                     documents[split] += 1
                 text_bytes[split] += len(part) if part.isascii() else len(part.encode())
         return {split: Encoded(np.concatenate(parts), text_bytes[split], documents[split])
                 for split, parts in tokens.items()}, counts
 
-    def _encode_examples(self, unit: Unit, packing: Packing) -> tuple[dict[str, Encoded], Counter]:
+    def _encode_examples(self, unit: Unit, packing: Packing,
+                         bad: list[int] | None) -> tuple[dict[str, Encoded], Counter]:
         found: dict[str, list[Example]] = {}
         dropped, counts = Counter(), Counter()
-        for example, invalid in examples(unit, packing, self.tokenizer):
+        for example, invalid in examples(unit, packing, self.tokenizer, bad):
             if example is None:
                 dropped[unit.split or "train"] += 1
             else:
-                found.setdefault(unit.split or split_of([example.text], self.val_fraction), []).append(example)
+                found.setdefault(unit.split or split_of([example.text], self.rules.val_fraction), []).append(example)
             counts["invalid_utf8"] += invalid
         encoded = {}
         for split in (*found, *(dropped.keys() - found.keys())):
@@ -132,7 +119,7 @@ def separator_of(eot_token: str) -> re.Pattern:
 _encoder: Encoder | None = None  # of a worker process
 
 
-def _start_worker(parent: int, tokenizer_file: str | None, settings: tuple) -> None:
+def _start_worker(parent: int, tokenizer_file: Path | None, *settings: Rules | Packing | None) -> None:
     global _encoder
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])  # with it a pool ends the others when one has died
     end_with(parent)  # a pool that was killed cannot tell its workers, and they hold each other's end of its pipe
@@ -155,7 +142,8 @@ def _encode_in_worker(unit: Unit) -> EncodedUnit:
 
 
 @contextmanager
-def worker_pool(workers: int, tokenizer_file: Path | None = None, settings: tuple = ()) -> Iterator:
+def worker_pool(workers: int, tokenizer_file: Path | None = None,
+                *settings: Rules | Packing | None) -> Iterator:
     """A pool of processes, with an Encoder each if there is a tokenizer; killed if the block ends by an exception."""
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor
@@ -164,7 +152,7 @@ def worker_pool(workers: int, tokenizer_file: Path | None = None, settings: tupl
     # it starts them. SIGINT and SIGTERM come second, for multiprocessing unblocks them when it starts its resource
     # tracker, which ignores them anyway.
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1, signal.SIGHUP])
-    arguments = (os.getpid(), None if tokenizer_file is None else str(tokenizer_file), settings)
+    arguments = (os.getpid(), tokenizer_file, *settings)
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, arguments)
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
     finished = False
@@ -190,7 +178,7 @@ def encode_units(units: Iterator[Unit], encoder: Encoder, workers: int, tokenize
             yield unit.bytes, encoder.encode(unit)
         return
     pending = deque()
-    with worker_pool(workers, tokenizer_file, encoder.settings) as pool:
+    with worker_pool(workers, tokenizer_file, encoder.rules, encoder.packing) as pool:
         for unit in units:
             pending.append((unit.bytes, pool.submit(_encode_in_worker, unit)))
             if len(pending) >= UNITS_PER_WORKER * workers:

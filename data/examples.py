@@ -27,6 +27,7 @@ from data.rows import CHAT, CLASSIFICATION, FIELDS, ExampleError, OtherShape, pl
 from data.sources import SKIP_BAD, Unit, jsonl_rows, row_name
 from data.tokenizer import Tokenizer
 
+CHAT_FORMAT = 2  # of what is learnt from a chat; the first counted the contents of turns, not all that is to be written
 ROWS_PER_UNIT = 256  # at least, for best-fit to choose from
 SHOWN_CHARS = 400  # of a part of an example
 
@@ -43,8 +44,9 @@ class Packing:
     @property
     def settings(self) -> dict:
         """What decides the tokens, as index.json keeps it."""
-        template = {"chat_template": template_hash(self.chat_template)} if self.kind == CHAT else {}
-        return {"kind": self.kind, "max_seq_len": self.max_seq_len, "too_long": self.too_long} | template
+        of_chats = {"chat_template": template_hash(self.chat_template), "chat_format": CHAT_FORMAT}
+        return {"kind": self.kind, "max_seq_len": self.max_seq_len, "too_long": self.too_long} | (
+            of_chats if self.kind == CHAT else {})
 
     @property
     def row_tokens(self) -> int:
@@ -65,34 +67,37 @@ def template_hash(template: str) -> str:
 
 # ---- Rows -> examples ------------------------------------------------------------------------------------------------
 
-def examples(unit: Unit, packing: Packing, tokenizer: Tokenizer) -> Iterator[tuple[Example | None, int]]:
+def examples(unit: Unit, packing: Packing, tokenizer: Tokenizer,
+             bad: list[int] | None = None) -> Iterator[tuple[Example | None, int]]:
     """(example, invalid UTF-8 sequences replaced in its row) of the rows of a unit, of a conversation one or several;
-    None for one dropped as too long. Raises ExampleError naming the row."""
-    for number, row, invalid in jsonl_rows(unit):
-        with _naming(unit, number):
-            found = _examples(row, packing, tokenizer)
-        for example in found:
-            yield example, invalid
-            invalid = 0  # it is the row's
+    None for one dropped as too long. Raises ExampleError naming the row unless there is a list for bad ones."""
+    for number, row, invalid in jsonl_rows(unit, bad):
+        with _naming(unit, number, bad):
+            for example in _examples(row, packing, tokenizer):
+                yield example, invalid
+                invalid = 0  # it is the row's
 
 
-def texts_of_examples(unit: Unit, kind: str) -> Iterator[tuple[list[str], str]]:
+def texts_of_examples(unit: Unit, kind: str, bad: list[int] | None = None) -> Iterator[tuple[list[str], str]]:
     """(the texts of a row, to train a tokenizer on, and its Example.text) of each row of a unit. Raises ExampleError.
     """
-    for number, row, _ in jsonl_rows(unit):
-        with _naming(unit, number):
+    for number, row, _ in jsonl_rows(unit, bad):
+        with _naming(unit, number, bad):
             row = plain_row(row, kind)
-        parts = [m["content"] for m in row["messages"]] if kind == CHAT else [str(row[name]) for name in FIELDS[kind]]
-        yield parts, _text_of_row(row)
+            parts = [m["content"] for m in row["messages"]] if kind == CHAT else \
+                [str(row[name]) for name in FIELDS[kind]]
+            yield parts, _text_of_row(row)
 
 
 @contextmanager
-def _naming(unit: Unit, number: int) -> Iterator[None]:
+def _naming(unit: Unit, number: int, bad: list[int] | None) -> Iterator[None]:
     try:
         yield
     except (ExampleError, ChatError) as error:
-        way_out = "" if isinstance(error, OtherShape) else f"; or {SKIP_BAD}"
-        raise ExampleError(f"source {row_name(unit, number)} {error}{way_out}") from None
+        if bad is None:
+            way_out = "" if isinstance(error, OtherShape) else f"; or {SKIP_BAD}"
+            raise ExampleError(f"source {row_name(unit, number)} {error}{way_out}") from None
+        bad.append(number)
 
 
 def _text_of_row(row: dict) -> str:

@@ -102,6 +102,11 @@ class OutputFolder:
                             "one (--out, data.dir); to train on these shards as they are: data.source=[]")
         return None
 
+    @property
+    def point(self) -> dict:
+        """What is done."""
+        return {key: self.progress[key] for key in self.START}
+
     def save(self, **changes) -> None:
         """Write .progress.json with changes."""
         self.progress |= changes
@@ -113,14 +118,13 @@ class OutputFolder:
         if 0 < self.progress["units"] < point["units"]:
             splits = {split: state | {"shards": len(state["shards"])}
                       for split, state in self.progress["splits"].items()}
-            points = [*points, {key: self.progress[key] for key in self.START} | {"splits": splits}]
+            points = [*points, self.point | {"splits": splits}]
         self.save(**point, points=points if len(points) < POINTS else points[1::2])
 
     def points(self) -> dict[int, dict]:
         """The points to go on from, by their units."""
-        now = {key: self.progress[key] for key in self.START}
-        shards = {split: state["shards"] for split, state in now["splits"].items()}
-        before = [point | {"splits": {split: state | {"shards": shards[split][:state["shards"]]}
+        now = self.point
+        before = [point | {"splits": {split: state | {"shards": now["splits"][split]["shards"][:state["shards"]]}
                                       for split, state in point["splits"].items()}}
                   for point in self.progress["points"]]
         return {point["units"]: point for point in (*before, now)}
@@ -163,6 +167,8 @@ def refuse_differences(folder: Path, made: dict, ours: dict, *, way_out: str) ->
     theirs = {"bad_rows": "error", "parse_special": False} | made.get("settings", {})
     if not made.get("bad_rows"):
         theirs["bad_rows"] = ours.get("bad_rows")
+    if "shards" in made:  # finished: check_content() says that its chats are of an earlier format
+        theirs = {"chat_format": ours.get("chat_format")} | theirs
     if "kind" in theirs and not any(counts["truncated"] for counts in made.get("examples", {}).values()):
         theirs = {"too_long": "cut"} | theirs
     lines = [f"{key}: {json.dumps(theirs.get(key))} -> {json.dumps(ours[key])}" for key in ours

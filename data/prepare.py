@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 
 import cli
@@ -37,6 +37,7 @@ from data.source_files import FORMATS
 from data.sources import (
     STDLIB,
     UNIT_BYTES,
+    Rules,
     SourceError,
     TextFile,
     Texts,
@@ -102,15 +103,12 @@ def prepare(sources: Sequence[str], out_dir: Path, *, tokenizer: str = DEFAULT_T
                     {"kind": kind} if kind == TEXT else {})
     text_files = [file for source in sources for file in find_files(source, cli.note)]
     val_files = [file for source in val_sources for file in find_files(source, cli.note)]
-    skip_bad = bad_rows == "skip"
-    packing = choose_packing(text_files + val_files, text_field, max_seq_len, chat_template, too_long, kind, skip_bad)
+    rules = Rules(val_fraction, text_field, bad_rows == "skip", parse_special)
+    packing = choose_packing(text_files + val_files, rules, kind, max_seq_len, chat_template, too_long)
     if packing is None:
-        texts = choose_split(text_files, val_files, val_fraction, text_field, skip_bad=skip_bad)
+        texts = choose_split(text_files, val_files, rules)
     else:
-        if parse_special:
-            raise UserError(f"--parse-special (data.parse_special) is for plain text, but source {sources[0]!r} holds "
-                            f"{packing.kind}; leave it out")
-        texts = choose_split(text_files, val_files, val_fraction, None, skip_bad=skip_bad,
+        texts = choose_split(text_files, val_files, replace(rules, text_field=None),
                              row_unit_bytes=ROWS_PER_UNIT * 4 * packing.row_tokens)
         settings |= packing.settings
         if shard_tokens < packing.row_tokens:
@@ -136,12 +134,15 @@ def prepare(sources: Sequence[str], out_dir: Path, *, tokenizer: str = DEFAULT_T
         folder.close()
 
 
-def choose_packing(text_files: Sequence[TextFile], text_field: str, max_seq_len: int | None, chat_template: str,
-                   too_long: str, kind: str = "auto", skip_bad: bool = False) -> Packing | None:
+def choose_packing(text_files: Sequence[TextFile], rules: Rules, kind: str, max_seq_len: int | None,
+                   chat_template: str, too_long: str) -> Packing | None:
     """How the rows of examples in these files are packed; None if they hold plain text. Raises UserError."""
-    kind = find_kind(text_files, text_field, kind, skip_bad=skip_bad)
+    kind = find_kind(text_files, rules.text_field, kind, skip_bad=rules.skip_bad)
     if kind == TEXT:
         return None
+    if rules.parse_special:
+        raise UserError(f"--parse-special (data.parse_special) is for plain text, but source {text_files[0].path!r} "
+                        f"holds {kind}; leave it out")
     if max_seq_len is None or max_seq_len < 1:
         what = "is missing" if max_seq_len is None else f"= {max_seq_len} should be at least 1"
         raise UserError(f"--max-seq-len {what}: source {text_files[0].path!r} holds {kind}, which is packed into rows "
@@ -156,8 +157,7 @@ def _fill(folder: OutputFolder, texts: Texts, tokenizer_name: str, packing: Pack
     settings = folder.settings
     try:
         tokenizer = _tokenizer_of(folder, texts, tokenizer_name, packing)
-        encoder = Encoder(tokenizer, texts.val_fraction, texts.text_field, packing, texts.skip_bad,
-                          settings["parse_special"])
+        encoder = Encoder(tokenizer, texts.rules, packing)
         if folder.changed:
             units = folder.progress["units"]
             folder.go_back(_point_before_changes(folder, texts, encoder))
@@ -213,7 +213,7 @@ def _tokenizer_of(folder: OutputFolder, texts: Texts, name: str, packing: Packin
     if packing is not None and packing.kind == CHAT:
         save_template(folder.path, packing.chat_template)
     tokenizer = load_tokenizer(name) if vocab_size is None else \
-        _train_tokenizer(texts, packing, vocab_size, folder.settings["parse_special"])
+        _train_tokenizer(texts, packing, vocab_size)
     if known not in (None, tokenizer.fingerprint):
         cli.note(f"{folder.path}: {', '.join(folder.changed)} changed since this was begun, and with it {name}, which "
                  "is trained on it: all is made anew")
@@ -224,36 +224,37 @@ def _tokenizer_of(folder: OutputFolder, texts: Texts, name: str, packing: Packin
     return tokenizer
 
 
-def _train_tokenizer(texts: Texts, packing: Packing | None, vocab_size: int, parse_special: bool) -> Tokenizer:
+def _train_tokenizer(texts: Texts, packing: Packing | None, vocab_size: int) -> Tokenizer:
     """bpe:N; of more than a little text in a process of its own, for a signal cannot end the library's training."""
     cli.note(f"training tokenizer bpe:{vocab_size} on {min(texts.bytes, BPE_SAMPLE_BYTES) / 1e6:.1f} MB of text")
     if texts.bytes <= UNIT_BYTES:
-        return _train(texts, packing, vocab_size, parse_special)
+        return _train(texts, packing, vocab_size)
     started = time.monotonic()
     with worker_pool(1) as pool:
-        future = pool.submit(_train, texts, packing, vocab_size, parse_special)
+        future = pool.submit(_train, texts, packing, vocab_size)
         while True:
             with suppress(TimeoutError):
                 return future.result(NOTE_SECONDS)
             cli.note(f"training tokenizer bpe:{vocab_size}, {time.monotonic() - started:.0f} s so far")
 
 
-def _train(texts: Texts, packing: Packing | None, vocab_size: int, parse_special: bool) -> Tokenizer:
-    return train_bpe(_training_texts(texts, packing, parse_special), vocab_size)
+def _train(texts: Texts, packing: Packing | None, vocab_size: int) -> Tokenizer:
+    return train_bpe(_training_texts(texts, packing), vocab_size)
 
 
-def _training_texts(texts: Texts, packing: Packing | None = None, parse_special: bool = False) -> Iterator[str]:
+def _training_texts(texts: Texts, packing: Packing | None = None) -> Iterator[str]:
     """Texts of the training split, in all about BPE_SAMPLE_BYTES, from units spread evenly over it."""
-    stride = math.ceil(texts.bytes / BPE_SAMPLE_BYTES)
-    read = partial(texts_of, text_field=texts.text_field) if packing is None else \
-        partial(texts_of_examples, kind=packing.kind)
-    separator = separator_of(END_OF_TEXT) if parse_special else None
+    stride, rules = math.ceil(texts.bytes / BPE_SAMPLE_BYTES), texts.rules
+    separator = separator_of(END_OF_TEXT) if rules.parse_special else None
     for unit in itertools.islice(texts.units(cuttable=True), 0, None, stride):
         if unit.split == "val":
             continue
-        found = read(texts.readable(unit, read))
-        for parts, hashed in found if packing is not None else (([text], text) for text, _ in found):
-            if unit.split == "train" or split_of([hashed], texts.val_fraction) == "train":
+        if packing is None:
+            found = (([text], text) for text, _ in texts_of(unit, rules.text_field, rules.bad_rows()))
+        else:
+            found = texts_of_examples(unit, packing.kind, rules.bad_rows())
+        for parts, hashed in found:
+            if unit.split == "train" or split_of([hashed], rules.val_fraction) == "train":
                 yield from parts if separator is None else filter(None, separator.split(parts[0]))
 
 
@@ -276,7 +277,7 @@ def _chained(before: bytes, digest: bytes) -> bytes:
 def _encode_texts(folder: OutputFolder, texts: Texts, encoder: Encoder, writers: dict[str, SplitWriter], *,
                   workers: int, should_stop: Callable[[], bool]) -> None:
     """Append the tokens of all units that .progress.json does not count yet, and keep it up to date."""
-    point = {key: folder.progress[key] for key in folder.START}
+    point = folder.point
     digest, named = bytes.fromhex(point["digest"]), list(point["bad_rows_named"])
     units = texts.units(cuttable=encoder.tokenizer.cuttable)
     skipped = sum(unit.bytes for unit in itertools.islice(units, point["units"]))
@@ -422,9 +423,7 @@ def main(argv: list[str]) -> None:
         raise UserError("--out DIR is missing; name the folder for the shards")
     if args.parent is not None:
         end_with(args.parent)
-    template = DEFAULT_TEMPLATE
-    if args.chat_template is not None:
-        template = read_template(args.chat_template)
+    template = DEFAULT_TEMPLATE if args.chat_template is None else read_template(args.chat_template)
     stop = cli.StopRequest(interrupts=True)
     try:
         prepare(args.sources, Path(args.out), tokenizer=args.tokenizer, val_fraction=args.val_fraction,

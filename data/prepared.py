@@ -116,10 +116,10 @@ def _prepare_in_a_process(folder: Path, data: DataConfig, max_seq_len: int, chat
     status = child.wait()
     if status in (0, os.EX_TEMPFAIL):
         return status == 0
-    if status == os.EX_OSERR:
+    if status == os.EX_OSERR and not workers:
         cli.note("a worker process died (out of memory?): preparing goes on in a single process, which takes less")
         return _prepare_in_a_process(folder, data, max_seq_len, chat_template, should_stop, "--workers=1")
-    number = -status if status < 0 else status - 128
+    number = signal.SIGKILL if status == os.EX_OSERR else -status if status < 0 else status - 128
     if number < 0:
         sys.exit(status)  # it has said why
     if should_stop():
@@ -150,8 +150,13 @@ def _is_prepared(folder: Path, data: DataConfig, max_seq_len: int, chat_template
 
 def check_content(folder: Path, data: DataConfig) -> None:
     """For one rank to call when ensure_prepared() is through, for it reads the sources: raise ConfigError if what is in
-    them is not what the folder was made from. Folders from before content was recorded are taken as they are."""
+    them is not what the folder was made from. Folders from before content was recorded are taken as they are; those
+    from before CHAT_FORMAT, too, and it says so."""
     made = (load_index(folder) or {}).get("settings", {})
+    if made.get("kind") == CHAT and "chat_format" not in made:
+        cli.note(f"{folder} was prepared by an earlier version, for which the loss counted other tokens of a chat: a "
+                 "run that goes on keeps to it; for a new run prepare the chats anew (name another data.dir, or remove "
+                 "this folder)")
     if any("content" in source for key in ("sources", "val_sources") for source in made.get(key, [])) and data.source:
         with suppress(SourceError):  # it is gone: ensure_prepared() said so
             refuse_differences(folder, {"settings": made}, _described(data, content=True),

@@ -6,12 +6,12 @@ and that nothing honours are refused by name, rows of other shapes with a comman
 """
 
 import json
-import shlex
 from collections.abc import Sequence
 
 from config import UserError
 from data.chat import learnt_turns
 from data.sources import SourceError, TextFile, first_row
+from data.text import piped
 
 TEXT, PROMPT_RESPONSE, CLASSIFICATION, CHAT = "text", "prompt/response", "classification", "chat"
 FIELDS = {CHAT: ("messages",), PROMPT_RESPONSE: ("prompt", "response"), CLASSIFICATION: ("text", "label")}
@@ -40,8 +40,8 @@ class OtherShape(ExampleError):
 
 def conversion(expression: str, path: str = "IN.jsonl") -> str:
     """A command that makes OUT.jsonl of a JSONL file by a Python expression of its rows r."""
-    return (f'python -c "import json, sys; [print(json.dumps({expression})) for r in map(json.loads, filter(str.strip, '
-            f"open(sys.argv[1], encoding='utf-8')))]\" {shlex.quote(path)} > OUT.jsonl")
+    return piped(f'python -c "import json, sys; [print(json.dumps({expression})) for r in map(json.loads, '
+                 'filter(bytes.strip, sys.stdin.buffer))]"', path, "OUT.jsonl")
 
 
 def kind_of_row(row: object, text_field: str) -> str:

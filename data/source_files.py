@@ -19,7 +19,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.text import SourceError
+from data.text import SourceError, piped
 
 STDLIB = "python-stdlib"
 STDLIB_SKIPPED = {"test", "tests", "idlelib", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -204,9 +204,7 @@ def to_rows(path: str) -> str:
         imports = "csv, io, json, sys; csv.field_size_limit(2**31 - 1)"
         rows = f"csv.DictReader(io.TextIOWrapper(sys.stdin.buffer, 'utf-8-sig', newline=''){tab})"
     command = f'python -c "import {imports}; [print(json.dumps({values})) for row in {rows}]"'
-    path, new = shlex.quote(path), shlex.quote(f"{path[:-len(form + packing)]}.rows.jsonl")
-    unpack = {".gz": "gzip -dc", ".zst": "zstd -dc"}.get(packing)
-    return f"{unpack} < {path} | {command} > {new}" if unpack else f"{command} < {path} > {new}"
+    return piped(command, path, shlex.quote(f"{path[:-len(form + packing)]}.rows.jsonl"))
 
 
 def _counted(left_out: LeftOut) -> str:

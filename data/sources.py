@@ -12,21 +12,18 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import re
 import zlib
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
-
 import cli
-from config import MachineError, UserError
+from config import MachineError
 from data.source_files import STDLIB, TextFile, find_files, to_rows
 from data.text import (
     HEAD_BYTES,
@@ -47,14 +44,10 @@ SEARCH_BYTES = 1 << 12  # read at first to find a cut
 FIRST_ROW_BYTES = 1 << 12  # read at least, to see what a .jsonl holds
 PARQUET_ROWS = 1024  # read at a time
 FEW_DOCUMENTS = 100  # with fewer the text is split by characters
-WHOLE_BYTES = 64 << 20  # of a file that are hashed; of a longer one SAMPLES times SAMPLE_BYTES, spread over it
-SAMPLES, SAMPLE_BYTES = 64, 64 << 10
+HASHED_BYTES = 1 << 30  # of a source that are hashed at each start; of a larger one blocks spread over each file
+BLOCK_BYTES = 1 << 14
 SKIP_BAD = "leave such rows out (--bad-rows skip, data.bad_rows=skip)"
 BAD_ROW = f"mend or remove the row, or {SKIP_BAD}"
-
-
-class NotRows(SourceError):
-    """A file that is no .jsonl at all: leaving rows out does not help."""
 
 
 def describe(source: str, *, content: bool = True) -> dict:
@@ -71,16 +64,15 @@ def describe(source: str, *, content: bool = True) -> dict:
 
 def _content_hash(files: Sequence[TextFile]) -> str:
     """blake2b over what is in the files: edits that keep the size show. Not their time, which differs in every copy."""
-    digest = hashlib.blake2b(digest_size=16)
+    digest, share = hashlib.blake2b(digest_size=16), HASHED_BYTES / max(1, sum(file.bytes for file in files))
     for file in files:
-        with _reading(file.path), open(file.path, "rb", buffering=0) as opened:
-            if file.bytes > WHOLE_BYTES:
-                for sample in range(SAMPLES):
-                    opened.seek(sample * (file.bytes - SAMPLE_BYTES) // (SAMPLES - 1))
-                    digest.update(opened.read(SAMPLE_BYTES))
-            else:
-                while block := opened.read(UNIT_BYTES):
-                    digest.update(block)
+        blocks = math.ceil(file.bytes / BLOCK_BYTES)
+        read = min(blocks, max(2, int(blocks * share)))
+        with _reading(file.path), open(file.path, "rb") as opened:
+            for block in range(read):
+                if read < blocks:  # the first and the last are among them
+                    opened.seek(block * (file.bytes - BLOCK_BYTES) // (read - 1))
+                digest.update(opened.read(BLOCK_BYTES))
     return digest.hexdigest()
 
 
@@ -108,13 +100,6 @@ def _read_range(path: str, start: int, end: int) -> bytes:
     return data
 
 
-def _streamed(path: str, packing: str, opened: BinaryIO) -> Iterator[bytes]:
-    """What a file holds as UTF-8, in blocks."""
-    for block in utf8_blocks(_unpacked(path, packing, opened)):
-        refuse_nuls(block, f"source {path!r}")
-        yield block
-
-
 def _head(file: TextFile) -> bytes:
     """The first HEAD_BYTES, unpacked."""
     head = b""
@@ -137,9 +122,10 @@ def check_heads(files: Sequence[TextFile]) -> bool:
     return bool(warnings)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Units: tasks of about UNIT_BYTES, for any process. `bytes` of source are what one stands for, for the progress bar;
-# split None: the hash of each document decides; ends: the document ends with the unit.
+# ---- Units -----------------------------------------------------------------------------------------------------------
+# Tasks of about UNIT_BYTES, for any process. `bytes` of source are what one stands for, for the progress bar;
+# split None: the hash of each document decides; ends: the document ends with the unit. bad, where rows are read: a list
+# that gets the numbers in the unit of those that cannot be used; None = they are refused.
 
 @dataclass(frozen=True)
 class TextUnit:
@@ -154,7 +140,7 @@ class TextUnit:
     text: str | None = None
     invalid: int = 0  # sequences replaced in `text`
 
-    def texts(self, text_field: str) -> Iterator[tuple[str, int]]:
+    def texts(self, text_field: str, bad: list[int] | None) -> Iterator[tuple[str, int]]:
         yield decoded(_read_range(self.path, self.start, self.end)) if self.text is None else (self.text, self.invalid)
 
 
@@ -167,7 +153,7 @@ class FilesUnit:
     split: str | None
     ends = True
 
-    def texts(self, text_field: str) -> Iterator[tuple[str, int]]:
+    def texts(self, text_field: str, bad: list[int] | None) -> Iterator[tuple[str, int]]:
         for path in self.paths:
             with _reading(path):
                 data = Path(path).read_bytes()
@@ -186,31 +172,29 @@ class RowsUnit:
     lines: bytes = b""
     first_line: int | None = None  # number of the first of `lines` in the file, from 1
     group: int | None = None
-    bad: frozenset[int] = frozenset()  # numbers in the unit of rows that are left out of it: see without_bad_rows
-    is_empty: bool = False  # what is in it was handed on; it still stands for its bad rows
+    only_bad: bool = False  # its texts are in other units: it stands for its bad rows
     ends = True
 
     def content(self) -> bytes:
         """The lines of a .jsonl."""
         return self.lines or _read_range(self.path, self.start, self.end)
 
-    def texts(self, text_field: str) -> Iterator[tuple[str, int]]:
-        if self.is_empty:
-            return iter(())
-        return self._jsonl_texts(text_field) if self.group is None else self._parquet_texts(text_field)
+    def texts(self, text_field: str, bad: list[int] | None) -> Iterator[tuple[str, int]]:
+        found = self._jsonl_texts(text_field, bad) if self.group is None else self._parquet_texts(text_field, bad)
+        return (("", 0) for _ in found) if self.only_bad else found
 
-    def _jsonl_texts(self, text_field: str) -> Iterator[tuple[str, int]]:
-        for number, value, invalid in jsonl_rows(self):
+    def _jsonl_texts(self, text_field: str, bad: list[int] | None) -> Iterator[tuple[str, int]]:
+        for number, value, invalid in jsonl_rows(self, bad):
             if isinstance(value, dict) and isinstance(value.get(text_field), str):
                 yield value[text_field], invalid
                 continue
             found = json.dumps(value)[:40] if not isinstance(value, dict) else \
                 f"{json.dumps(value[text_field])[:40]} in it" if text_field in value else f"fields {', '.join(value)}"
-            raise SourceError(f"source {row_name(self, number)} has no text in a field {text_field!r}, only {found}"
-                              f"; {BAD_ROW}, or name the field (--text-field, data.text_field), or call the fields of "
-                              "examples prompt and response, text and label, or messages")
+            _leave_out(self, number, bad, f"has no text in a field {text_field!r}, only {found}; {BAD_ROW}, or name "
+                       "the field (--text-field, data.text_field), or call the fields of examples prompt and response, "
+                       "text and label, or messages")
 
-    def _parquet_texts(self, text_field: str) -> Iterator[tuple[str, int]]:
+    def _parquet_texts(self, text_field: str, bad: list[int] | None) -> Iterator[tuple[str, int]]:
         file = _open_parquet(self.path)
         names = file.schema_arrow.names
         kind = "nothing" if text_field not in names else "several of that name" if names.count(text_field) > 1 else \
@@ -230,63 +214,41 @@ class RowsUnit:
             for value, number in zip(column, numbers, strict=False):
                 if value.is_valid:
                     yield decoded(value.as_buffer().to_pybytes())  # as_py() fails where it is not UTF-8
-                elif number not in self.bad:
-                    raise SourceError(f"source {row_name(self, number)} has no text in a field {text_field!r}, only "
-                                      f"null in it; {BAD_ROW}, or name the column (--text-field, data.text_field)")
+                else:
+                    _leave_out(self, number, bad, f"has no text in a field {text_field!r}, only null in it; {BAD_ROW}, "
+                               "or name the column (--text-field, data.text_field)")
 
 
 Unit = TextUnit | FilesUnit | RowsUnit
 
 
-def texts_of(unit: Unit, text_field: str) -> Iterator[tuple[str, int]]:
+def texts_of(unit: Unit, text_field: str, bad: list[int] | None = None) -> Iterator[tuple[str, int]]:
     """(text, invalid UTF-8 sequences replaced by U+FFFD in it) of each document of a unit; empty ones are left out."""
-    return (found for found in unit.texts(text_field) if found[0])
+    return (found for found in unit.texts(text_field, bad) if found[0])
 
 
-def jsonl_rows(unit: RowsUnit) -> Iterator[tuple[int, object, int]]:
+def jsonl_rows(unit: RowsUnit, bad: list[int] | None = None) -> Iterator[tuple[int, object, int]]:
     """(number in the unit, value, invalid UTF-8 sequences replaced) of each row of a .jsonl that is not blank."""
     is_first = unit.start == 0 and unit.first_line in (None, 1)
     for number, row in enumerate(unit.content().splitlines()):  # of bytes: at \n, \r\n and \r, which JSON has no other
         if not row.strip():
             continue
         if is_first and row.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
-            raise NotRows(f"source {row_name(unit, number)} begins an array, and a row is an object on a line of "
-                          f"its own; make rows of it: {to_rows(unit.path)}")
+            raise SourceError(f"source {row_name(unit, number)} begins an array, and a row is an object on a line "
+                              f"of its own; make rows of it: {to_rows(unit.path)}")
         try:
             value, invalid = row_of(row)
         except ValueError as error:
-            raise SourceError(f"source {row_name(unit, number)} is not JSON: {error}; {BAD_ROW}") from None
+            _leave_out(unit, number, bad, f"is not JSON: {error}; {BAD_ROW}")
+            continue
         is_first = False
         yield number, value, invalid
 
 
-def without_bad_rows(unit: Unit, text_field: str | None, read: Callable[[Unit], Iterable] | None = None) -> Unit:
-    """The unit without the rows that `read` (left out: texts_of) refuses; their numbers in it are its `bad`."""
-    read = read or partial(texts_of, text_field=text_field)
-    if not isinstance(unit, RowsUnit) or unit.is_empty:
-        return unit
-    if unit.group is not None:
-        file = _open_parquet(unit.path)
-        with _reading(unit.path):
-            if text_field in file.schema_arrow.names:  # else reading it says so
-                column = file.read_row_group(unit.group, columns=[text_field]).column(0)
-                unit = replace(unit, bad=frozenset(np.flatnonzero(column.is_null()).tolist()))
-        return unit
-    try:
-        deque(read(replace(unit, first_line=unit.first_line or 1)), maxlen=0)  # to find it takes reading up to there
-        return unit
-    except NotRows:
-        raise
-    except UserError:
-        rows, bad = unit.content().splitlines(), set()
-    for number, row in enumerate(rows):
-        try:
-            deque(read(replace(unit, lines=row + b"\n", first_line=number + 1)), maxlen=0)
-        except UserError:
-            bad.add(number)
-    # a blank line each, so that the others keep their numbers
-    return replace(unit, lines=b"\n".join(b"" if number in bad else row for number, row in enumerate(rows)) or b"\n",
-                   bad=unit.bad | bad)
+def _leave_out(unit: RowsUnit, number: int, bad: list[int] | None, problem: str) -> None:
+    if bad is None:
+        raise SourceError(f"source {row_name(unit, number)} {problem}") from None
+    bad.append(number)
 
 
 def row_name(unit: RowsUnit, number: int) -> str:
@@ -296,19 +258,24 @@ def row_name(unit: RowsUnit, number: int) -> str:
         return f"{unit.path!r} row {1 + number + sum(groups.row_group(g).num_rows for g in range(unit.group))}"
     first_line = unit.first_line
     if first_line is None:
-        with open(unit.path, "rb") as opened:
-            first_line = 1 + sum(opened.read(min(UNIT_BYTES, unit.start - start)).count(b"\n")
-                                 for start in range(0, unit.start, UNIT_BYTES))
+        first_line = 1
+        with _reading(unit.path), open(unit.path, "rb") as opened:
+            while (place := opened.tell()) < unit.start:  # which is behind a \n
+                rows = opened.read(min(UNIT_BYTES, unit.start - place - 1)) + opened.readline()
+                first_line += _line_ends(rows)
     return f"{unit.path!r} line {first_line + number}"
+
+
+def _line_ends(data: bytes) -> int:
+    """As splitlines() counts them: \n, \r\n and \r."""
+    return data.count(b"\n") + data.count(b"\r") - data.count(b"\r\n")
 
 
 def first_row(file: TextFile, *, skip_bad: bool = False) -> object | None:
     """The first row of a .jsonl that is not blank; None if there is none."""
     warning_of(_head(file), f"source {file.path!r}", file.path)  # it raises what is no text
-    units = _row_units(file, None, FIRST_ROW_BYTES)
-    if skip_bad:
-        units = (without_bad_rows(unit, None, jsonl_rows) for unit in units)
-    return next((row for unit in units for _, row, _ in jsonl_rows(unit)), None)
+    bad = [] if skip_bad else None
+    return next((row for unit in _row_units(file, None, FIRST_ROW_BYTES) for _, row, _ in jsonl_rows(unit, bad)), None)
 
 
 # ---- Files -> units, in order ----------------------------------------------------------------------------------------
@@ -316,25 +283,25 @@ def first_row(file: TextFile, *, skip_bad: bool = False) -> object | None:
 def whole_document_units(files: Sequence[TextFile], split: str | None, *, val_fraction: float, unit_bytes: int,
                          row_unit_bytes: int | None = None) -> Iterator[Unit]:
     """The units of files whose documents stay whole: all of one split, or (None) each document by its hash."""
-    for is_small, members in itertools.groupby(files, _is_small):
+    def is_small(file: TextFile) -> bool:
+        return file.kind == "txt" and not file.packing and file.bytes < UNIT_BYTES
+
+    for small, members in itertools.groupby(files, is_small):
         paths, size = [], 0  # of small files, which share a unit
         for file in members:
-            if is_small:
-                paths, size = [*paths, file.path], size + file.bytes
+            if small:
+                paths.append(file.path)
+                size += file.bytes
                 if size >= UNIT_BYTES:
                     yield FilesUnit(tuple(paths), size, split)
                     paths, size = [], 0
             elif file.kind == "txt":
-                texts = (text for unit in _txt_units(file, "", unit_bytes) for text, _ in unit.texts(""))
+                texts = (text for unit in _txt_units(file, "", unit_bytes) for text, _ in texts_of(unit, ""))
                 yield from _txt_units(file, split or split_of(texts, val_fraction), unit_bytes)
             else:
                 yield from _row_units(file, split, row_unit_bytes)
         if paths:
             yield FilesUnit(tuple(paths), size, split)
-
-
-def _is_small(file: TextFile) -> bool:
-    return file.kind == "txt" and not file.packing and file.bytes < UNIT_BYTES
 
 
 def _is_streamed(file: TextFile) -> bool:
@@ -359,15 +326,17 @@ def _streamed_txt_units(file: TextFile, split: str, unit_bytes: int) -> Iterator
     """The same units, with their texts: as much of the file is held as one of them may be long."""
     rest, place = b"", 0
     with _reading(file.path), open(file.path, "rb") as opened:
-        blocks = _streamed(file.path, file.packing, opened)
+        blocks = utf8_blocks(_unpacked(file.path, file.packing, opened))
         while True:
-            more = [rest]
-            while sum(map(len, more)) <= unit_bytes + LONGEST_UNIT_BYTES and (block := next(blocks, None)) is not None:
-                more.append(block)
-            rest = b"".join(more)
+            held, size = [rest], len(rest)
+            while size <= unit_bytes + LONGEST_UNIT_BYTES and (block := next(blocks, None)) is not None:
+                held.append(block)
+                size += len(block)
+            rest = b"".join(held)
             if not rest:
                 return
             end = _unit_end(io.BytesIO(rest), 0, len(rest), unit_bytes)
+            refuse_nuls(rest[:end], f"source {file.path!r}")
             text, invalid = decoded(rest[:end])
             size, place, rest = opened.tell() - place, opened.tell(), rest[end:]
             yield TextUnit(size * file.text_bytes // file.bytes, split, not rest, file.path, text=text, invalid=invalid)
@@ -433,17 +402,20 @@ def _open_parquet(path: str):
 
 
 def _streamed_row_units(file: TextFile, split: str | None, unit_bytes: int) -> Iterator[RowsUnit]:
-    line, held, place = 1, [], 0
+    line, held, size, place = 1, [], 0, 0
     with _reading(file.path), open(file.path, "rb") as opened:
-        for block in itertools.chain(_streamed(file.path, file.packing, opened), [b"\n"]):  # the last row may lack it
+        blocks = utf8_blocks(_unpacked(file.path, file.packing, opened))
+        for block in itertools.chain(blocks, [b"\n"]):  # the last row may lack it
             held.append(block)
-            if b"\n" not in block or (sum(map(len, held)) < unit_bytes and block != b"\n"):
+            size += len(block)
+            if b"\n" not in block or (size < unit_bytes and block != b"\n"):
                 continue
             rows, newline, rest = b"".join(held).rpartition(b"\n")
-            size, place, held = opened.tell() - place, opened.tell(), [rest]
-            yield RowsUnit(file.path, size * file.text_bytes // file.bytes, split, lines=rows + newline,
+            refuse_nuls(rows, f"source {file.path!r}")
+            read, place, held, size = opened.tell() - place, opened.tell(), [rest], len(rest)
+            yield RowsUnit(file.path, read * file.text_bytes // file.bytes, split, lines=rows + newline,
                            first_line=line)
-            line += rows.count(b"\n") + 1
+            line += _line_ends(rows + newline)
 
 
 def _unpacked(path: str, packing: str, opened: BinaryIO, block_bytes: int | None = None) -> Iterator[bytes]:
@@ -461,7 +433,8 @@ def _unpacked(path: str, packing: str, opened: BinaryIO, block_bytes: int | None
             # any window (zstd --long=31): by default those above 128 MiB are refused; memory is taken as text fills it
             frame = frame or zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
             try:
-                yield frame.decompress(data)
+                if block := frame.decompress(data):
+                    yield block
             except zstandard.ZstdError as error:
                 raise zlib.error(str(error)) from None
             data, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
@@ -472,25 +445,33 @@ def _unpacked(path: str, packing: str, opened: BinaryIO, block_bytes: int | None
 # ---- The split into train and val ------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
+class Rules:
+    """What the user chose for documents of any kind."""
+
+    val_fraction: float
+    text_field: str | None = "text"  # None: rows are no plain text
+    skip_bad: bool = False  # rows that cannot be used are left out
+    parse_special: bool = False  # end-of-text spelled in a text ends a document
+
+    def bad_rows(self) -> list[int] | None:
+        """For the numbers of bad rows, if they are left out."""
+        return [] if self.skip_bad else None
+
+
+@dataclass(frozen=True)
 class Texts:
     """The files to prepare and how val is chosen: given, none, hash (of documents), or the last characters or rows."""
 
     files: list[TextFile]
     val_files: list[TextFile]
-    val_fraction: float
-    text_field: str | None  # None: rows are no plain text
+    rules: Rules
     val_split: str
     row_unit_bytes: int  # of text of rows in a unit
     warned: bool  # of another encoding
-    skip_bad: bool = False  # rows that cannot be used are left out
 
     @property
     def bytes(self) -> int:
         return sum(file.text_bytes for file in self.files + self.val_files)
-
-    def readable(self, unit: Unit, read: Callable[[Unit], Iterable] | None = None) -> Unit:
-        """The unit, without its bad rows if they are left out; read as in without_bad_rows."""
-        return without_bad_rows(unit, self.text_field, read) if self.skip_bad else unit
 
     def units(self, *, cuttable: bool) -> Iterator[Unit]:
         """All units, in order: the same at each call. cuttable: a cut changes no ids, so a .txt is cut every 1 MB."""
@@ -502,38 +483,38 @@ class Texts:
         else:
             split = None if self.val_split == "hash" else "train"
             for files, chosen in ((self.files, split), (self.val_files, "val")):
-                yield from whole_document_units(files, chosen, val_fraction=self.val_fraction, unit_bytes=unit_bytes,
-                                                row_unit_bytes=self.row_unit_bytes)
+                yield from whole_document_units(files, chosen, val_fraction=self.rules.val_fraction,
+                                                unit_bytes=unit_bytes, row_unit_bytes=self.row_unit_bytes)
 
     def _split_by_characters(self, unit_bytes: int) -> Iterator[Unit]:
         """The last val_fraction of the characters is val (nanoGPT's way)."""
         def units() -> Iterator[Unit]:
-            return map(self.readable, whole_document_units(self.files, "train", val_fraction=0.0,
-                                                           unit_bytes=unit_bytes))
+            return whole_document_units(self.files, "train", val_fraction=0.0, unit_bytes=unit_bytes)
 
-        lengths = [sum(len(text) for text, _ in texts_of(unit, self.text_field)) for unit in units()]
-        train_left = int(sum(lengths) * (1 - self.val_fraction))
+        field = self.rules.text_field
+        lengths = [sum(len(text) for text, _ in texts_of(unit, field, self.rules.bad_rows())) for unit in units()]
+        train_left = int(sum(lengths) * (1 - self.rules.val_fraction))
         for unit, length in zip(units(), lengths, strict=True):
             if length <= train_left or train_left == 0:
                 yield unit if length <= train_left else replace(unit, split="val")
                 train_left = max(0, train_left - length)
                 continue
-            if isinstance(unit, RowsUnit) and unit.bad:
-                yield replace(unit, split="train", is_empty=True)
-            for text, invalid in texts_of(unit, self.text_field):
+            for text, invalid in texts_of(unit, field, bad := self.rules.bad_rows()):
                 head, tail = text[:train_left], text[train_left:]
                 if head:
                     yield TextUnit(len(head), "train", unit.ends and not tail, text=head, invalid=invalid)
                 if tail:
                     yield TextUnit(len(tail), "val", unit.ends, text=tail, invalid=0 if head else invalid)
                 train_left -= len(head)
+            if bad:
+                yield replace(unit, bytes=0, only_bad=True)
 
     def _split_by_rows(self) -> Iterator[Unit]:
         """A few rows stay whole: the last val_fraction of them, at least one, is val."""
         lines = [b"".join(unit.content() for unit in _row_units(file, None)).splitlines()
                  for file in self.files]
         filled = [(place, number) for place, rows in enumerate(lines) for number, row in enumerate(rows) if row.strip()]
-        first_val = filled[-max(1, round(len(filled) * self.val_fraction))]
+        first_val = filled[-max(1, round(len(filled) * self.rules.val_fraction))]
         for place, (file, rows) in enumerate(zip(self.files, lines, strict=True)):
             cut = sum((place, number) < first_val for number in range(len(rows)))
             for split, start, part in (("train", 0, rows[:cut]), ("val", cut, rows[cut:])):
@@ -542,18 +523,15 @@ class Texts:
                     yield RowsUnit(file.path, len(content), split, lines=content, first_line=start + 1)
 
 
-def choose_split(files: list[TextFile], val_files: list[TextFile], val_fraction: float, text_field: str | None, *,
-                 row_unit_bytes: int = 0, skip_bad: bool = False) -> Texts:
-    """How the texts are split; text_field None: rows stay whole, whatever they hold; row_unit_bytes: of rows in a unit,
-    at least; skip_bad: leave out rows that cannot be used. Raises SourceError if there is no text."""
-    read = jsonl_rows if text_field is None else partial(texts_of, text_field=text_field)
-
+def choose_split(files: list[TextFile], val_files: list[TextFile], rules: Rules, *, row_unit_bytes: int = 0) -> Texts:
+    """How the texts are split; row_unit_bytes: of rows in a unit, at least. Raises SourceError if there is no text."""
     def documents(file: TextFile) -> Iterator[object]:
         if file.kind == "txt":
             yield file
             return
+        bad = rules.bad_rows()
         for unit in _row_units(file, None):
-            yield from read(without_bad_rows(unit, text_field, read) if skip_bad else unit)
+            yield from jsonl_rows(unit, bad) if rules.text_field is None else texts_of(unit, rules.text_field, bad)
 
     warned = check_heads(files + val_files)
     counts = []
@@ -561,13 +539,12 @@ def choose_split(files: list[TextFile], val_files: list[TextFile], val_fraction:
         found = itertools.chain.from_iterable(map(documents, named))
         counts.append(sum(1 for _ in itertools.islice(found, limit)))
         if named and not counts[-1]:
-            raise SourceError(f"source {named[0].path!r} holds no text: every row is empty{' or bad' * skip_bad}")
-    if val_files or val_fraction == 0.0:
+            raise SourceError(f"source {named[0].path!r} holds no text: every row is empty{' or bad' * rules.skip_bad}")
+    if val_files or rules.val_fraction == 0.0:
         val_split = "given" if val_files else "none"
     else:
-        val_split = "hash" if counts[0] == FEW_DOCUMENTS else "rows" if text_field is None else "characters"
-    row_unit_bytes = min(max(UNIT_BYTES, row_unit_bytes), LONGEST_UNIT_BYTES)
-    return Texts(files, val_files, val_fraction, text_field, val_split, row_unit_bytes, warned, skip_bad)
+        val_split = "hash" if counts[0] == FEW_DOCUMENTS else "rows" if rules.text_field is None else "characters"
+    return Texts(files, val_files, rules, val_split, min(max(UNIT_BYTES, row_unit_bytes), LONGEST_UNIT_BYTES), warned)
 
 
 def split_of(texts: Iterable[str], val_fraction: float) -> str:

@@ -59,8 +59,9 @@ def utf8_blocks(blocks: Iterable[bytes]) -> Iterator[bytes]:
         yield from blocks
         return
     decoder = codecs.getincrementaldecoder(encoding)("invalid_in_utf8_too")
-    for block in itertools.chain(blocks, [b""]):
-        yield decoder.decode(block, final=block == b"").encode("utf-8", "surrogateescape")
+    for block in blocks:
+        yield decoder.decode(block).encode("utf-8", "surrogateescape")
+    yield decoder.decode(b"", final=True).encode("utf-8", "surrogateescape")
 
 
 def is_utf8(head: bytes) -> bool:
@@ -156,11 +157,14 @@ def _way_out(head: bytes, path: str | None) -> str:
 
 def _conversion(encoding: str, path: str | None) -> str:
     """The command that makes UTF-8 of a file."""
-    paths = _paths(path)
+    return piped(f"iconv -f {encoding} -t UTF-8", path, _paths(path)["new"])
+
+
+def piped(command: str, path: str | None, new: str) -> str:
+    """A shell's line that makes a file `new` (in quotes if need be) of one that may be packed."""
     unpack = {".gz": "gzip -dc", ".zst": "zstd -dc"}.get(Path(path or "").suffix.lower())
-    if unpack is not None:
-        return f"{unpack} < {paths['path']} | iconv -f {encoding} -t UTF-8 > {paths['new']}"
-    return f"iconv -f {encoding} -t UTF-8 {paths['path']} > {paths['new']}"
+    quoted = "FILE" if path is None else shlex.quote(path)
+    return f"{unpack} < {quoted} | {command} > {new}" if unpack else f"{command} < {quoted} > {new}"
 
 
 def _paths(path: str | None) -> dict[str, str]:

@@ -145,8 +145,9 @@ class Tokenizer:
         token or other "text", None = nothing: SentencePiece's kinds begin a text with a mark, and only that.
         """
         text = replace_surrogates(text)
-        if self._hf is not None and behind is not None:
-            return np.array(self._behind(behind).encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+        if self._hf is not None:
+            hf = self._hf if behind is None else self._behind(behind)
+            return np.array(hf.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
         if self._pattern is None or len(text) <= PIECE_CHARS:
             return self._encode_piece(text)
         parts = []
@@ -155,8 +156,6 @@ class Tokenizer:
         return np.concatenate(parts)
 
     def _encode_piece(self, text: str) -> np.ndarray:
-        if self._hf is not None:
-            return np.array(self._hf.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
         if self._pattern is None:
             return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint32)
         return self._encoding.encode_to_numpy(text, disallowed_special=())  # twice as fast as encode_ordinary's list

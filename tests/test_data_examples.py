@@ -216,7 +216,8 @@ def test_many_rows_of_which_some_are_too_long_are_prepared_and_counted(tmp_path,
 def test_what_decides_the_tokens_is_among_the_settings():
     assert Packing("prompt/response", 9, too_long="drop").settings == {
         "kind": "prompt/response", "max_seq_len": 9, "too_long": "drop"}
-    assert Packing("chat", 9, "x").settings.keys() == {"kind", "max_seq_len", "too_long", "chat_template"}
+    assert Packing("chat", 9, "x").settings.keys() == {"kind", "max_seq_len", "too_long", "chat_template",
+                                                          "chat_format"}
 
 
 def test_what_is_reported_is_what_is_there(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import gc
 import gzip
 import hashlib
 import inspect
@@ -307,7 +308,7 @@ def test_a_bpe_of_a_large_text_is_trained_on_a_sample_spread_over_it(tmp_path, m
     monkeypatch.setattr(module, "BPE_SAMPLE_BYTES", 10_000)
     monkeypatch.setattr(sources, "UNIT_BYTES", 1000)
     (tmp_path / "a.txt").write_text(SOURCE)
-    texts = sources.choose_split(sources.find_files(str(tmp_path / "a.txt")), [], 0.1, "text")
+    texts = sources.choose_split(sources.find_files(str(tmp_path / "a.txt")), [], sources.Rules(0.1))
     sample = list(module._training_texts(texts))
     assert 4_000 < sum(map(len, sample)) < 20_000
     found = [SOURCE.index(text) for text in sample]
@@ -316,9 +317,9 @@ def test_a_bpe_of_a_large_text_is_trained_on_a_sample_spread_over_it(tmp_path, m
 
 def test_examples_left_out_as_too_long_are_counted_and_said(tmp_path, monkeypatch, capsys):
     """examples.py decides which; here every row with an x stands for those."""
-    def leave_out(unit, packing, tokenizer):
+    def leave_out(unit, packing, *others):
         assert packing.too_long == "drop"
-        for example, invalid in examples(unit, packing, tokenizer):
+        for example, invalid in examples(unit, packing, *others):
             yield None if "x" in example.text else example, invalid
     examples = encode_units.examples
     monkeypatch.setattr(encode_units, "examples", leave_out)
@@ -379,7 +380,7 @@ def test_stopped_anywhere_the_same_call_goes_on_to_the_same_bytes(stop_at, tmp_p
     monkeypatch.setattr(encode_units.Encoder, "encode", lambda self, unit: encoded.append(unit) or encode(self, unit))
     prepare([str(tmp_path / "in")], tmp_path / "out", **settings)
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
-    texts = sources.choose_split(sources.find_files(str(tmp_path / "in")), [], 0.05, "text")
+    texts = sources.choose_split(sources.find_files(str(tmp_path / "in")), [], sources.Rules(0.05))
     assert encoded == list(texts.units(cuttable=True))[stop_at + 1:]  # nothing that was finished is done again
 
 
@@ -604,6 +605,7 @@ def test_settings_out_of_range_are_named(settings, message, tmp_path):
 ])
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz"])
 def test_a_row_that_is_no_document_is_named_by_file_and_line(row, message, kind, tmp_path, monkeypatch):
+    gc.collect()  # what other tests left must not be finalized at the bottom of the deep row's recursion
     monkeypatch.setattr(sources, "UNIT_BYTES", 1000)  # it lies in a later unit
     rows = (jsonl(PARTS[:148]) + "\n" + row + "\n" + jsonl(PARTS[148:160])).encode()
     (tmp_path / f"a.{kind}").write_bytes(gzip.compress(rows) if kind.endswith("gz") else rows)

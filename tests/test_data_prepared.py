@@ -168,6 +168,15 @@ def test_preparing_goes_on_in_one_process_after_a_worker_died(book, capfd):
     assert (folder / "index.json").read_bytes() == Path("whole/index.json").read_bytes()
 
 
+def test_a_worker_that_dies_again_without_others_ends_it(book, monkeypatch, capfd):
+    Path("python").write_text(f"#!/bin/sh\necho started >&2; exit {os.EX_OSERR}\n")  # as prepare.py says it
+    Path("python").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(Path("python").absolute()))
+    with pytest.raises(MachineError, match="ended by signal 9 .*out of memory"):
+        ensure_prepared(book, 64)
+    assert capfd.readouterr().err.count("started") == 2
+
+
 def test_a_folder_that_another_process_fills_is_waited_for(book, monkeypatch, capsys):
     monkeypatch.setattr(module, "POLL_SECONDS", 0.1)
     monkeypatch.setattr(module, "NOTE_SECONDS", 0.0)
@@ -381,6 +390,30 @@ def test_rows_prepared_before_there_was_a_choice_are_taken_if_none_was_too_long(
         ensure_prepared(data, 64)
     words = re.search(r"to train on it as it is: data.source=\[\] data.dir=(\S+)$", str(refused.value))
     assert ensure_prepared(DataConfig(source=(), dir=words[1]), 64) == folder  # the advice, followed
+
+
+def test_chats_of_an_earlier_format_are_taken_and_said_but_not_mixed_with_new_ones(book, capsys):
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    Path("chat.jsonl").write_text((json.dumps({"messages": talk}) + "\n") * 20)
+    data = DataConfig(source=("chat.jsonl",), tokenizer="bytes", dir="out")
+    settings = {"tokenizer": "bytes", "max_seq_len": 64}
+    index = prepare(["chat.jsonl"], Path("out"), **settings)
+    check_content(Path("out"), data)
+    assert "earlier version" not in capsys.readouterr().err
+    del index["settings"]["chat_format"]
+    Path("out", "index.json").write_text(json.dumps(index))
+    for same in (data, DataConfig(dir="out")):
+        check_content(ensure_prepared(same, 64), same)
+        assert "out was prepared by an earlier version" in capsys.readouterr().err
+    prepare(["chat.jsonl"], Path("out"), **settings)  # found done
+
+    with pytest.raises(PreparationStopped):
+        prepare(["chat.jsonl"], Path("half"), should_stop=lambda: True, **settings)
+    progress = json.loads(Path("half", ".progress.json").read_text())
+    del progress["settings"]["chat_format"]
+    Path("half", ".progress.json").write_text(json.dumps(progress))
+    with pytest.raises(UserError, match="chat_format: null -> 2"):
+        prepare(["chat.jsonl"], Path("half"), **settings)
 
 
 def test_the_way_out_of_a_given_folder_with_another_tokenizer_is_not_what_was_done_already(mine, no_process):

@@ -1,11 +1,15 @@
 """What rows say: messages in their plain form, what is refused by name, and the commands that convert other shapes."""
 
+import codecs
+import gzip
 import json
 import subprocess
 import sys
 
 import pytest
 
+from config import UserError
+from data.prepare import prepare
 from data.rows import ExampleError, plain_messages
 from tests.test_data_examples import prepared, refusal
 
@@ -55,3 +59,12 @@ def test_rows_of_another_shape_are_refused_with_a_command_that_converts_them(row
     converted = tmp_path / "OUT.jsonl"
     assert [json.loads(line) for line in converted.read_text().splitlines()] == [expected] * 2
     prepared(str(converted), tmp_path / "done", max_seq_len=100, val_fraction=0.0)
+
+
+def test_the_command_reads_what_may_be_a_source(tmp_path):
+    (tmp_path / "it's.jsonl.gz").write_bytes(gzip.compress(codecs.BOM_UTF8 + json.dumps(SHAREGPT).encode() + b"\r\n\n"))
+    with pytest.raises(UserError, match="has rows of conversations; convert it first") as refused:
+        prepare([str(tmp_path / "it's.jsonl.gz")], tmp_path / "out", tokenizer="bytes", max_seq_len=100)
+    command = str(refused.value).partition("first: ")[2].replace("python", sys.executable, 1)
+    subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+    assert list(json.loads((tmp_path / "OUT.jsonl").read_text())) == ["messages"]

@@ -44,3 +44,21 @@ def test_units_are_small_read_themselves_in_any_process_and_cover_all_texts_in_o
             assert invalid == 0 and len(text) < 800
     packed = [text.replace("number", "packed") for text in texts[20:40]]
     assert found == "".join(text + "|" for text in [*texts[:40], *packed])
+
+
+def test_of_a_large_source_blocks_of_every_file_say_whether_it_was_changed(tmp_path, monkeypatch):
+    data = {name: bytes([65 + i % 26 for i in range(size)]) for name, size in (("a", 5000), ("b", 90), ("c", 20_000))}
+
+    def content(**changed: int) -> str:
+        for name, each in data.items():
+            place = changed.get(name, 0)
+            (tmp_path / f"{name}.txt").write_bytes(each if name not in changed else
+                                                   each[:place] + b"?" + each[place + 1:])
+        return sources.describe(str(tmp_path))["content"]
+
+    monkeypatch.setattr(sources, "BLOCK_BYTES", 100)
+    edits = [{"a": 0}, {"a": 4999}, {"b": 50}, {"c": 19_999}, {"c": 150}]
+    assert content() == content() and len({content(), *(content(**edit) for edit in edits)}) == 6
+    monkeypatch.setattr(sources, "HASHED_BYTES", 2500)  # a tenth
+    assert len({content(), *(content(**edit) for edit in edits[:4])}) == 5
+    assert content(c=150) == content()  # not all is read

@@ -168,6 +168,18 @@ def test_other_encodings_are_warned_of_at_once_and_by_file(tmp_path, capfd):
     assert "1,200 invalid UTF-8 sequences replaced" in summary
 
 
+@pytest.mark.parametrize("level", [1, 19, "a frame each"])
+def test_zstds_blocks_may_give_nothing_and_end_within_a_character(level, tmp_path):
+    zstandard = pytest.importorskip("zstandard", reason="zstandard is not installed; .zst stays untested")
+    rng = random.Random(0)
+    text = "".join(chr(rng.randrange(0x10000, 0x110000)) for _ in range(100_000))  # can hardly be compressed
+    data = codecs.BOM_UTF16_LE + text.encode("utf-16-le")
+    (tmp_path / "a.txt.zst").write_bytes(zstandard.compress(data, level) if level != "a frame each" else b"".join(
+        zstandard.compress(data[i:i + 7]) for i in range(0, len(data), 7)))
+    index = prepare([str(tmp_path / "a.txt.zst")], tmp_path / "out", tokenizer="bytes", val_fraction=0.0)
+    assert index["invalid_utf8"] == 0 and text_in(tmp_path / "out") == text
+
+
 @pytest.mark.parametrize(("words", "warned"), [("word " * 100 + "ü", True), ("word " * 1200 + "ü", False)])
 def test_another_encoding_further_on_is_warned_of_once_when_it_comes(words, warned, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(sources, "UNIT_BYTES", 10_000)
@@ -189,6 +201,17 @@ def test_rows_end_with_any_newline_and_at_nothing_else(name, end, tmp_path):
     index = prepare([str(tmp_path / name)], tmp_path / "out", tokenizer="bytes", val_fraction=0.0)
     assert text_in(tmp_path / "out") == "a\u2028b\u2029c\x85d\x0be" + "😀 f\u2028" + "gh"
     assert index["shards"][0]["documents"] == 4 and index["invalid_utf8"] == 0
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+@pytest.mark.parametrize("ends", ["\n", "\r\n", "\r", "\n\r\n\n\r"])
+def test_lines_are_counted_as_editors_do_in_every_unit(ends, name, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "UNIT_BYTES", 1000)
+    rows = "".join(json.dumps({"text": f"row {i}"} if i != 299 else "bad") + ends[i % len(ends)] for i in range(300))
+    line = next(number for number, row in enumerate(io.StringIO(rows, newline=None), start=1) if "bad" in row)
+    (tmp_path / name).write_bytes(compressed(name, rows.encode()))
+    with pytest.raises(UserError, match=f"line {line} has no text"):
+        prepare([str(tmp_path / name)], tmp_path / "out", tokenizer="bytes")
 
 
 @pytest.mark.parametrize("kind", ["text", "examples"])
