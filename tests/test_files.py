@@ -4,7 +4,6 @@ import json
 import os
 import resource
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -56,8 +55,7 @@ def test_a_file_that_cannot_grow_leaves_the_old_one_and_one_line(tmp_path):
 def run_files(run: Path, generation: int) -> None:
     """All that a run writes beside checkpoints and logs."""
     config = Config(train=TrainConfig(out_dir=str(run), seed=generation))
-    parent = SimpleNamespace(generation={"eos_token_id": [256, generation]})
-    train.write_run_files(config, load_tokenizer("bytes"), f"{{# {generation} #}}", parent)
+    train.write_run_files(config, load_tokenizer("bytes"), f"{{# {generation} #}}", {"eos_token_id": [256, generation]})
     save_base(run, {"weight": torch.full((3,), float(generation))})
 
 
