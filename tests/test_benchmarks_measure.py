@@ -41,13 +41,10 @@ def test_contenders_take_turns_and_begin_in_turn(capsys):
     assert capsys.readouterr().err == "a, repeat 1: 1 s\nb, repeat 1: 2 s\nb, repeat 2: 3 s\na, repeat 2: 4 s\n"
 
 
-def test_json_that_cannot_be_written_leaves_nothing_half_done(tmp_path, monkeypatch):
-    monkeypatch.setattr(measure, "WATCHED_S", 0.0)
-    args = argparse.Namespace(json=str(tmp_path), run=lambda args, figures: figures.take_turns(
-        {"a": lambda: {"s": 1.0}}, 1) or {})
-    with pytest.raises(MachineError, match=f"writing '{tmp_path}' failed: Is a directory"):
+def test_json_that_could_not_be_written_is_refused_before_anything_is_measured(tmp_path):
+    args = argparse.Namespace(json=str(tmp_path), run=lambda args, figures: pytest.fail("it measured"))
+    with pytest.raises(UserError, match=f"--json '{tmp_path}' is no regular file; name another"):
         measure.report(["train"], args)
-    assert list(tmp_path.parent.glob(f".{tmp_path.name}*")) == []
 
 
 def test_cpu_time_of_others_is_what_is_busy_and_not_ours(monkeypatch, capsys):
