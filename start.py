@@ -170,7 +170,7 @@ def inherit(config: Config, given: set[str], parent: Parent | None, world: World
     if _ends_early(config) and optim.min_lr == 0.0:
         way_out = "lower that, or raise optim.decay_steps or optim.min_lr"
         if has_checkpoint(config):
-            way_out = f"for a longer schedule start a new run from here: {fork_words(config, config.train.max_steps)}"
+            way_out = f"for a longer schedule start a new run from here, {fork_words(config, config.train.max_steps)}"
         raise ConfigError(f"optim.schedule ends at step {config.optim.decay_steps} at learning rate 0 (optim.min_lr): "
                           f"no step after it, up to train.max_steps = {config.train.max_steps}, would learn; {way_out}")
     if tokens % share:
@@ -190,7 +190,7 @@ def fork_words(config: Config, max_steps: int | str | None, path: Path | None = 
     words = [f"train.fork_from={quote(str(path or config.train.out_dir))}", "train.out_dir=NEW"]
     words += ["train.init_from=None"] if config.train.init_from is not None else []
     words += [f"train.max_steps={max_steps} optim.decay_steps={max_steps}"] if max_steps is not None else []
-    return " ".join(words)
+    return f"adding to this command: {' '.join(words)}"
 
 
 def when_finished(config: Config) -> str:
@@ -201,7 +201,7 @@ def when_finished(config: Config) -> str:
                                                    else f" at optim.min_lr = {optim.min_lr:g}")
     if optim.decay_steps > max_steps:
         return f"raise train.max_steps to go on, to optim.decay_steps = {optim.decay_steps} at most"
-    return f"its schedule ended at learning rate 0, for a longer one start a new run: {fork_words(config, 'STEPS')}"
+    return f"its schedule ended at learning rate 0, for a longer one start a new run, {fork_words(config, 'STEPS')}"
 
 
 def resolve(config: Config, *, tokenizer: Tokenizer, parent: Parent | None, machine: Machine, data_dir: Path) -> Config:

@@ -37,11 +37,12 @@ import start as starting
 import trackers
 from cli import StopRequest, commit, note
 from config import Config, ConfigError, MachineError, UserError
-from data.chat import DEFAULT_TEMPLATE, TEMPLATE_FILE, save_template
+from data.chat import DEFAULT_TEMPLATE, save_template
 from data.dataset import Dataset, open_dataset, open_split
 from data.loader import MicroBatch, TrainLoader, ValLoader
 from data.prepare import PreparationStopped
 from data.prepared import check_content, ensure_prepared
+from data.rows import CHAT
 from data.tokenizer import Tokenizer, load_tokenizer
 from data.verify_shards import BackgroundVerifier
 from distributed import Machine, World
@@ -240,7 +241,7 @@ def fail(run: Training) -> None:
                 if skips else "the validation loss is not finite"
             good = checkpoint.newest_before(Path(train.out_dir), step - skips)
             way_out = "no checkpoint from before is left; start again with another train.out_dir" if good is None else \
-                f"go on from the newest checkpoint before that: {starting.fork_words(run.config, None, good)}"
+                f"go on from the newest checkpoint before that, {starting.fork_words(run.config, None, good)}"
             raise MachineError(f"step {step} of {train.max_steps}: {found}; {way_out} and a lower optim.lr (now "
                                f"{run.config.optim.lr:g}) or optim.grad_clip (now {run.config.optim.grad_clip:g})"
                                + (", or train.dtype=float32" if train.dtype != "float32" else ""))
@@ -286,7 +287,7 @@ def report(run: Training) -> None:
         run.log.note(f"best validation loss: {state['val_loss']:.4f}, kept as {best}")
     peak = metrics.peak_memory_bytes(run.machine.device)
     memory = "" if peak is None else f"peak memory {peak / 2 ** 20:.0f} MiB; "
-    words = ' --chat --prompt "Hello"' if (out_dir / TEMPLATE_FILE).exists() else ""
+    words = ' --chat --prompt "Hello"' if run.dataset.index.get("settings", {}).get("kind") == CHAT else ""
     run.log.note(f"finished {run.progress.step} steps; {memory}run folder {out_dir}: "
                  f"python sample.py {quote(str(out_dir))}{words}")
 

@@ -142,7 +142,7 @@ def open_split(dataset: Dataset, split: str) -> TokenStream:
         way_out = f"add one named *{split}*.bin" if dataset.vocab_size is None else "prepare the data again"
         if split == "val":
             way_out += " with --val-fraction or --val" if dataset.vocab_size is not None else ""
-            way_out += ", train without (train.py data.val_fraction=0), or name a text (eval.py --data)"
+            way_out += "; train.py goes without by data.val_fraction=0, eval.py scores a text by --data FILE"
         raise ShardError(f"data folder {str(dataset.dir)!r} has no {split} shard; {way_out}")
     return TokenStream(headers, f"{split} split of {str(dataset.dir)!r}", dataset.index.get("row_tokens"))
 

@@ -297,8 +297,8 @@ def _encode_texts(folder: OutputFolder, texts: Texts, encoder: Encoder, writers:
                 size, encoded = next(results)
             except StopIteration:
                 break
-            except UserError:  # in a unit; those before it stay, if they are worth it
-                if folder.progress["units"]:
+            except (UserError, KeyboardInterrupt) as error:  # what is done stays; before a mistake if it is worth it
+                if folder.progress["units"] or not isinstance(error, UserError):
                     save()
                 raise
             for split, tokens in encoded.splits.items():

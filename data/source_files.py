@@ -133,7 +133,8 @@ def _match(pattern: str, left_out: LeftOut) -> tuple[Path, list[Path]]:
         words = {"**/": "(?:[^/]+/)*", "**": ".*", "*": "[^/]*", "?": "[^/]"}
         spelled = "".join(words.get(part, part.replace("[!", "[^") if GLOB.fullmatch(part) else re.escape(part))
                           for part in re.split(f"({GLOB.pattern})", Path(pattern).as_posix()))
-        paths = [path for path in _walk(top, left_out) if re.fullmatch(spelled, path.as_posix(), re.DOTALL)]
+        others = defaultdict(list)  # what the pattern does not name is not left out
+        paths = [path for path in _walk(top, others) if re.fullmatch(spelled, path.as_posix(), re.DOTALL)]
     else:
         paths = sorted(map(Path, glob.glob(pattern)), key=lambda path: path.relative_to(top).parts)
     members = [_of_known_kinds(_walk(path, left_out), left_out) if path.is_dir() else

@@ -196,7 +196,7 @@ def test_raising_max_steps_past_a_schedule_that_ends_at_0_is_refused_with_words_
     with pytest.raises(ConfigError, match="ends at step 12 at learning rate 0.*train.fork_from='a run'") as error:
         run(settings, "a run", "train.max_steps=20")
     assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
-    words = shlex.split(str(error.value).partition("from here: ")[2])
+    words = shlex.split(str(error.value).partition("adding to this command: ")[2])
     assert "train.out_dir=NEW" in words
     new = run([*settings, "train.max_steps=20"], "a run", *words)  # train.out_dir=NEW comes last, and counts
     made = {row["step"]: row["lr"] for row in rows(Path("NEW"))}
