@@ -525,6 +525,24 @@ def test_a_stop_ends_the_training_of_a_tokenizer_and_the_same_command_goes_on(tm
     assert run(*words[:-1], "bpe:300").returncode == 0
 
 
+def test_what_was_encoded_before_a_stop_stays(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text(SOURCE)
+    monkeypatch.setattr(sources, "UNIT_BYTES", 5000)
+    whole = prepare([str(tmp_path / "a.txt")], tmp_path / "whole", tokenizer="bytes")
+    real = module.encode_units
+
+    def stopped(*args):
+        yield from itertools.islice(real(*args), 3)
+        raise KeyboardInterrupt  # where a signal finds it waiting for the next unit
+
+    monkeypatch.setattr(module, "encode_units", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bytes")
+    assert json.loads((tmp_path / "out" / ".progress.json").read_text())["units"] == 3
+    monkeypatch.setattr(module, "encode_units", real)
+    assert prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bytes") == whole
+
+
 def test_a_worker_that_dies_is_one_line_and_the_same_call_goes_on(tmp_path, monkeypatch, bpe):
     (tmp_path / "a.txt").write_text(SOURCE)
     monkeypatch.setattr(module, "SMALL_BYTES", 0)
