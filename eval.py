@@ -24,6 +24,7 @@ import files
 import sample
 from config import UserError, exit_cleanly
 from data.dataset import open_dataset, open_split
+from data.encode_units import separator_of
 from data.loader import IGNORED, MicroBatch, ValLoader
 from data.text import read_text
 from data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
@@ -244,6 +245,11 @@ def _data(args: argparse.Namespace, saved: SavedRun, device: torch.device) -> Da
     text, invalid = read_text(str(data), f"--data {str(data)!r}", note=cli.note)
     if invalid:
         cli.note(f"--data {str(data)!r}: {invalid:,} invalid UTF-8 sequences replaced by U+FFFD")
+    separators = len(separator_of(tokenizer.eot_token).findall(text)) if config.data.parse_special else 0
+    if separators:
+        cli.note(f"--data {str(data)!r}: the text spells end-of-text {separators:,} times, which is plain text here, and "
+                 "ends documents for the run (data.parse_special): the loss is that of another text; a folder prepared "
+                 "with --parse-special is scored as the run was trained")
     ids = tokenizer.encode(text)
     if len(ids) == 0:
         raise UserError(f"text {str(data)!r} is empty; name a file with text in it")

@@ -251,6 +251,15 @@ def test_bits_per_byte_of_a_text_are_of_its_real_bytes_or_null(tmp_path, capsys,
         assert f"bits_per_byte is null: the run's tokenizer loses some of the text ({unknown} of" in err
 
 
+def test_a_text_that_spells_end_of_text_is_said_to_be_another_than_the_run_learnt(settings, capsys):  # noqa: F811
+    Path("parts.txt").write_text("<|endoftext|>".join(["the cat sat on a mat "] * 300))
+    run([settings[0], "data.source=parts.txt", "data.parse_special=true"], "parted", "train.max_steps=1")
+    for data, is_said in (("parts.txt", True), (str(next(Path("shards").iterdir())), False)):
+        capsys.readouterr()
+        evaluation.main(["parted", "--data", data])
+        assert ("the text spells end-of-text 299 times" in capsys.readouterr().err) == is_said
+
+
 def test_the_command_line_keeps_documents_apart_as_training_did(settings, capsys):  # noqa: F811
     Path("many.jsonl").write_text("".join(json.dumps({"text": f"a row of text number {i}"}) + "\n" for i in range(300)))
     run_dir = run([settings[0], "data.source=many.jsonl"], "apart", "data.document_mask=true")
