@@ -247,9 +247,9 @@ def _data(args: argparse.Namespace, saved: SavedRun, device: torch.device) -> Da
         cli.note(f"--data {str(data)!r}: {invalid:,} invalid UTF-8 sequences replaced by U+FFFD")
     separators = len(separator_of(tokenizer.eot_token).findall(text)) if config.data.parse_special else 0
     if separators:
-        cli.note(f"--data {str(data)!r}: the text spells end-of-text {separators:,} times, which is plain text here, and "
-                 "ends documents for the run (data.parse_special): the loss is that of another text; a folder prepared "
-                 "with --parse-special is scored as the run was trained")
+        cli.note(f"--data {str(data)!r}: the text spells end-of-text {separators:,} times, plain text here, and "
+                 "the end of documents for the run (data.parse_special): the loss is that of another text; a folder "
+                 "prepared with --parse-special is scored as the run was trained")
     ids = tokenizer.encode(text)
     if len(ids) == 0:
         raise UserError(f"text {str(data)!r} is empty; name a file with text in it")
