@@ -152,11 +152,9 @@ class DataConfig:
     too_long: str = knob("cut", "rows of examples longer than the context. cut: of a chat whole oldest turns go, then "
                                 "the front of the prompt or text, then the end of the response; drop: leave the row "
                                 "out; error: refuse", choices=("cut", "drop", "error"))
-    bad_rows: str = knob("error", "rows that cannot be used. error: refuse; skip: leave them out, counted",
-                         choices=("error", "skip"))
+    bad_rows: str = knob("error", "rows that cannot be used; skip: left out, counted", choices=("error", "skip"))
     parse_special: bool = knob(False, "end-of-text spelled in a text, as <|endoftext|>, ends a document")
-    document_mask: bool = knob(False, "tokens see their own document only, which the end-of-text before it opens; "
-                                      "positions restart with it")
+    document_mask: bool = knob(False, "tokens see their own document only, opened by end-of-text; positions restart")
 
 
 @dataclass(frozen=True)
@@ -219,8 +217,7 @@ class TrainConfig:
     eval_tokens: int = knob(1_048_576, "validation tokens per evaluation, at most all of them", minimum=1)
     log_every: int = knob(10, "steps between log lines", minimum=1)
     save_every: int = knob(1000, "steps between checkpoints; the last step is always saved", minimum=1)
-    keep: int = knob(2, "newest checkpoints kept, beside that with the best validation loss; those saved while steps "
-                       "are skipped count for none", minimum=1)
+    keep: int = knob(2, "newest checkpoints kept, beside the best; those of skipped steps count for none", minimum=1)
     sample_every: int = knob(0, "steps between printed samples; 0 = only at the end", minimum=0)
     tracker: str = knob("none", "also send metrics to", choices=("none", "tensorboard", "wandb"))
     deterministic: bool = knob(False, "bitwise repeatable on CUDA too, somewhat slower")

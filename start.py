@@ -55,25 +55,39 @@ class Progress:
 
 @dataclass(frozen=True)
 class Start:
-    """What a run starts from. fresh: new weights from train.seed; init: the weights of a checkpoint or a Hugging Face
-    folder (train.init_from); fork: weights, moments and step of another run's checkpoint (train.fork_from); resume: the
-    run's own newest checkpoint."""
+    """What a run starts from."""
 
-    kind: str
     path: str | None = None
     step: int = 0
-    is_settled: bool = True  # the last step was not skipped, and its evaluation is not due
+    is_settled: bool = True  # its last step was not skipped, and the evaluation of that is not due
+
+
+class Fresh(Start):
+    """New weights from train.seed."""
+
+
+class Init(Start):
+    """The weights of a checkpoint or a Hugging Face folder (train.init_from)."""
+
+
+class Fork(Start):
+    """Weights, moments and step of another run's checkpoint (train.fork_from)."""
+
+
+class Resume(Start):
+    """The run's own newest checkpoint."""
 
 
 def agree_on_start(config: Config, parent: Parent | None, dataset: Dataset, world: World,
                    note: Callable[[str], None]) -> Start:
     """Rank 0 chooses and checks what the run starts from; every rank gets the same answer. Raises CheckpointError,
     ConfigError."""
-    start = Start("fresh")
+    start = Fresh()
     with distributed.raise_on_all_ranks(world):
         if world.is_main:
             start = _choose_start(config, parent, dataset, note)
-    return Start(**distributed.gather(dataclasses.asdict(start), world)[0])
+    name, values = distributed.gather([type(start).__name__, dataclasses.asdict(start)], world)[0]
+    return {"Fresh": Fresh, "Init": Init, "Fork": Fork, "Resume": Resume}[name](**values)
 
 
 def _choose_start(config: Config, parent: Parent | None, dataset: Dataset, note: Callable[[str], None]) -> Start:
@@ -82,7 +96,7 @@ def _choose_start(config: Config, parent: Parent | None, dataset: Dataset, note:
     if (own := checkpoint.newest(out_dir, note)) is not None:
         state = _state_to_go_on_from(own, "out_dir", config, note)
         _check_resumable(config, state, dataset.hash)
-        return Start("resume", str(own), state["step"], not (state["val_due"] or state["skips_in_a_row"]))
+        return Resume(str(own), state["step"], not (state["val_due"] or state["skips_in_a_row"]))
     if any(out_dir.glob("checkpoints/step_*.damaged")):
         raise CheckpointError(f"every checkpoint in {str(out_dir / 'checkpoints')!r} is damaged and none is left to go "
                               "on from; remove them to start from step 0, or choose another train.out_dir")
@@ -92,12 +106,12 @@ def _choose_start(config: Config, parent: Parent | None, dataset: Dataset, note:
         if step >= train.max_steps:
             raise ConfigError(f"train.fork_from starts at step {step} but train.max_steps = {train.max_steps}; raise "
                               "it, max_steps counts from step 0")
-        return Start("fork", str(path), step)
+        return Fork(str(path), step)
     if train.init_from is not None:
         is_hf = isinstance(parent, HuggingFaceModel)
         path = parent.dir if is_hf else checkpoint.resolve(train.init_from, note, weights_only=True)
-        return Start("init", str(path))
-    return Start("fresh")
+        return Init(str(path))
+    return Fresh()
 
 
 def _state_to_go_on_from(path: Path, knob: str, config: Config, note: Callable[[str], None]) -> dict:
@@ -108,8 +122,7 @@ def _state_to_go_on_from(path: Path, knob: str, config: Config, note: Callable[[
         raise CheckpointError(f"train.{knob} = {run!r} holds converted weights without optimizer state; start a run of "
                               f"its own from them: train.init_from={quote(run)} and another train.out_dir")
     state = checkpoint.load_state(path)
-    is_older = "tokens" not in state  # made by an earlier version
-    if is_older and config.data.document_mask and state["step"] < config.train.max_steps:
+    if "tokens" not in state and config.data.document_mask and state["step"] < config.train.max_steps:
         note("data.document_mask: the version that trained this run let an end-of-text close the document before it, "
              "this one lets it open the document behind it: losses differ from here on (docs/DECISIONS.md)")
     return state
@@ -248,14 +261,14 @@ def build(start: Start, config: Config, parent: Parent | None, machine: Machine,
         if tensors:
             checkpoint.load_into(model, tensors, start.path)
         if config.lora.rank:
-            if world.is_main and start.kind != "resume":
+            if world.is_main and not isinstance(start, Resume):
                 progress.base_sha256 = save_base(Path(config.train.out_dir), tensors)
             lora.add_adapters(model, config.lora)
         model = model.to(machine.device)  # with its adapters
         # Muon's products may be rough, but in a float32 run a rounding to bfloat16 would turn last bits into steps.
         rough = distributed.computes_bfloat16(machine.device) and machine.dtype != torch.float32
         optimizer = Optimizer(model, config.optim, newton_schulz_dtype=torch.bfloat16 if rough else torch.float32)
-        if start.kind in ("fork", "resume"):
+        if isinstance(start, Fork | Resume):
             _go_on(start, config, parent, model, optimizer, progress)
     return model, optimizer, progress
 
@@ -263,19 +276,19 @@ def build(start: Start, config: Config, parent: Parent | None, machine: Machine,
 def _starting_weights(start: Start, config: Config, parent: Parent | None, world: World) -> dict[str, Tensor]:
     """The tensors that the model starts with, for adapters their base; none for fresh weights. Those of init_from are
     read by rank 0 alone, which gives them to the others (distributed.wrap)."""
-    if start.kind == "fresh" or (start.kind == "init" and not world.is_main):
+    if isinstance(start, Fresh) or (isinstance(start, Init) and not world.is_main):
         return {}
-    if start.kind == "init":
+    if isinstance(start, Init):
         tensors = parent.weights() if isinstance(parent, HuggingFaceModel) else weights_of(Path(start.path))
     else:
         tensors = (load_base if config.lora.rank else weights_of)(Path(start.path))
     return _cut_positions(tensors, config)
 
 
-def _go_on(start: Start, config: Config, parent: Parent | None, model: GPT, optimizer: Optimizer,
+def _go_on(start: Fork | Resume, config: Config, parent: Parent | None, model: GPT, optimizer: Optimizer,
            progress: Progress) -> None:
     """Adapters, moments and counters of the checkpoint, in place."""
-    path, is_resume = Path(start.path), start.kind == "resume"
+    path, is_resume = Path(start.path), isinstance(start, Resume)
     trained = config if is_resume else parent.config  # what made the checkpoint
     state = checkpoint.load_state(path)
     try:
@@ -304,9 +317,8 @@ def _cut_positions(tensors: dict[str, Tensor], config: Config) -> dict[str, Tens
 
 def describe(start: Start, config: Config) -> str:
     """Where the weights come from, and what is to be known of the schedule, as a line for the log."""
-    what = {"fresh": "new weights from train.seed", "init": f"weights of {start.path}, at step {start.step}",
-            "fork": f"everything of {start.path}, at step {start.step}",
-            "resume": f"going on from step {start.step} ({start.path})"}[start.kind]
-    optim, is_over = config.optim, _ends_early(config)
-    return f"start: {what}" + (f"; optim.schedule ends at step {optim.decay_steps}, the steps after it are made at "
-                               f"optim.min_lr = {optim.min_lr:g}" if is_over else "")
+    what = {Fresh: "new weights from train.seed", Init: f"weights of {start.path}, at step {start.step}",
+            Fork: f"everything of {start.path}, at step {start.step}",
+            Resume: f"going on from step {start.step} ({start.path})"}[type(start)]
+    return f"start: {what}" + (f"; optim.schedule ends at step {config.optim.decay_steps}, the steps after it are made "
+                               f"at optim.min_lr = {config.optim.min_lr:g}" if _ends_early(config) else "")

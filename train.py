@@ -50,7 +50,7 @@ from finetune.runs import end_ids, files_to_save, kept_template, run_lock, save_
 from kernels import self_check
 from model import GPT, flops_per_token, padded_vocab_size
 from optim import LossScale, Optimizer, clip_gradients, learning_rate
-from start import Progress
+from start import Progress, Resume
 
 DEMO = Path(__file__).parent / "configs" / "demo.toml"
 MAX_SKIPS_IN_A_ROW = 10
@@ -328,9 +328,9 @@ def train(config: Config, given: set[str], *, world: World, stop: StopRequest) -
             has_val = config.data.val_fraction > 0.0 or any(s["split"] == "val" for s in dataset.index["shards"])
             val_data = ValLoader(open_split(dataset, "val"), eval_tokens=config.train.eval_tokens, **common) \
                 if has_val else None
-        verdicts = self_check.verdicts(config.train.kernels, config.model, dtype=machine.dtype, device=machine.device,
-                                       table_rows=padded_vocab_size(config.model.vocab_size))
-        verdicts = distributed.gather(verdicts, world)
+        verdicts = distributed.gather(self_check.verdicts(
+            config.train.kernels, config.model, dtype=machine.dtype, device=machine.device,
+            table_rows=padded_vocab_size(config.model.vocab_size)), world)
         with distributed.raise_on_all_ranks(world):
             kernels_line = self_check.agree(config.train.kernels, verdicts)
             starting.check_same_on_all_ranks(config, dataset, world)
@@ -339,7 +339,7 @@ def train(config: Config, given: set[str], *, world: World, stop: StopRequest) -
                 stack.enter_context(run_lock(Path(config.train.out_dir)))
         notes: list[str] = []
         start = starting.agree_on_start(config, parent, dataset, world, lambda line: (notes.append(line), note(line)))
-        if start.kind == "resume" and start.step >= config.train.max_steps and start.is_settled:
+        if isinstance(start, Resume) and start.step >= config.train.max_steps and start.is_settled:
             if world.is_main:
                 print(f"run {config.train.out_dir!r} is finished: step {start.step} of {config.train.max_steps}; "
                       f"{starting.when_finished(config)}, or choose another train.out_dir")

@@ -83,7 +83,7 @@ def _reading(path: str) -> Iterator[None]:
         yield
     except PermissionError as error:
         raise SourceError(f"source {path!r} cannot be read: {error.strerror}; see who may read it (ls -l)") from None
-    except (OSError, EOFError, zlib.error, ValueError, NotImplementedError) as error:  # pyarrow has them too
+    except (OSError, EOFError, zlib.error, ValueError, NotImplementedError) as error:  # or pyarrow's kinds of them
         if getattr(error, "errno", None):
             raise MachineError(f"reading {path!r} failed: {error.strerror}") from None
         raise SourceError(f"source {path!r} cannot be read: {str(error).partition(chr(10))[0]}; see that it is whole"

@@ -20,7 +20,6 @@ from cli import is_installed
 from kernels import chunked_loss, cpu, reference
 from kernels.reference import document_starts, first_visible_key  # noqa: F401 (public: the makers of first_key)
 
-OPS = ("attention", "layer_norm", "rms_norm", "linear", "linear_cross_entropy")
 TRITON = ("attention", "layer_norm", "rms_norm", "linear_cross_entropy")  # those that have a Triton kernel
 
 _chosen: dict[str, tuple[str, ModuleType]] = {}  # the backend of each operation that torch does not compute

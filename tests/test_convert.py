@@ -897,7 +897,7 @@ def test_a_converted_run_starts_another_but_cannot_go_on(tmp_path):
     from_hf(make_hf(tmp_path / "hf"), tmp_path / "run")
     run, new = str(tmp_path / "run"), str(tmp_path / "new")
     found = start._choose_start(Config(train=TrainConfig(out_dir=new, init_from=run)), None, None, print)
-    assert found == start.Start("init", f"{run}/checkpoints/step_00000000")
+    assert found == start.Init(f"{run}/checkpoints/step_00000000")
     for knobs in ({"out_dir": new, "fork_from": run}, {"out_dir": run}):
         with pytest.raises(checkpoint.CheckpointError, match="without optimizer state.*train.init_from="):
             start._choose_start(Config(train=TrainConfig(**knobs)), None, None, print)

@@ -54,7 +54,7 @@ def test_a_hugging_face_parent_is_read_once_and_by_rank_0_alone(settings, monkey
     assert reads == [Path("hf")]
     parent = starting.read_parent(config)
     assert reads == [Path("hf")]
-    others = starting._starting_weights(starting.Start("init", "hf"), config, parent, World(rank=1, size=2))
+    others = starting._starting_weights(starting.Init("hf"), config, parent, World(rank=1, size=2))
     assert others == {} and reads == [Path("hf")]
     run(settings, "tuned", "train.init_from=hf", "train.max_steps=4")  # its own checkpoint by now
     assert reads == [Path("hf")]
@@ -121,7 +121,7 @@ def test_adapters_are_on_the_machines_device_as_the_weights_are(settings):  # no
     base = run(settings, "base", "train.max_steps=1")
     config = load_run_config(run(settings, "tuned", "train.init_from=base", "lora.rank=2", "train.max_steps=1"))
     machine = Machine(torch.device("meta"), "a GPU", torch.float32, False, ("", ""))
-    start = starting.Start("init", str(base / "checkpoints" / "step_00000001"))
+    start = starting.Init(str(base / "checkpoints" / "step_00000001"))
     model, optimizer, _ = starting.build(start, config, read_run(base, pytest.fail), machine, World())
     assert {tensor.device.type for tensor in (*model.parameters(), *optimizer.state_tensors().values())} == {"meta"}
 

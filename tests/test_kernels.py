@@ -239,7 +239,7 @@ def test_fifty_steps_on_the_gpu_give_the_same_loss_curve(triton_gpu, settings): 
 def test_what_changes_in_one_document_changes_no_bit_of_another(model, backend, kernel_device, triton_backends):
     """Neither its logits nor the gradients that its input embeddings get from the loss of the whole row."""
     if backend != "triton":
-        kernels.choose_backends(dict.fromkeys(kernels.OPS, backend) | {"layer_norm": "torch"})
+        kernels.choose_backends(dict.fromkeys([*kernels.TRITON, "linear"], backend) | {"layer_norm": "torch"})
     torch.manual_seed(0)
     gpt = GPT(replace(model, max_seq_len=70)).to(kernel_device)
     tokens = torch.randint(model.vocab_size, (2, 70)).to(kernel_device)

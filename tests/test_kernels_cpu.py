@@ -17,6 +17,7 @@ from tests.test_kernels_reference import F32, needs_onednn, randn
 from tests.test_train import run, settings  # noqa: F401 (a fixture)
 
 CPU = torch.device("cpu")
+OPS = ("attention", "layer_norm", "rms_norm", "linear", "linear_cross_entropy")
 MODERN = ModelConfig(n_layer=2, n_head=4, n_kv_head=2, n_embd=64, max_seq_len=16, vocab_size=1100, norm="rmsnorm",
                      position="rope", mlp="swiglu", bias=False, qk_norm=True, logit_softcap=15.0)
 
@@ -34,9 +35,9 @@ def choose(setting: str = "auto", dtype: torch.dtype = torch.float32, model: Mod
 
 @needs_onednn
 def test_a_process_starts_with_pytorch_and_chooses_what_is_faster_and_right():
-    assert {kernels.backend(op) for op in kernels.OPS} == {"torch"}
+    assert {kernels.backend(op) for op in OPS} == {"torch"}
     assert choose() == "kernels: cpu for attention, linear_cross_entropy, linear, rms_norm"
-    assert [op for op in kernels.OPS if kernels.backend(op) == "cpu"] == ["attention", "rms_norm", "linear",
+    assert [op for op in OPS if kernels.backend(op) == "cpu"] == ["attention", "rms_norm", "linear",
                                                                         "linear_cross_entropy"]
     assert choose(dtype=torch.bfloat16) == ("kernels: cpu for attention, linear_cross_entropy, rms_norm; "
                                             "torch (PyTorch's own is as fast) for linear")
@@ -46,7 +47,7 @@ def test_a_process_starts_with_pytorch_and_chooses_what_is_faster_and_right():
 
 def test_the_torch_setting_turns_it_off():
     assert choose("torch") == "kernels: torch (asked for) for attention, linear_cross_entropy, linear, rms_norm"
-    assert {kernels.backend(op) for op in kernels.OPS} == {"torch"}
+    assert {kernels.backend(op) for op in OPS} == {"torch"}
 
 
 def test_a_dtype_that_nothing_was_made_for_is_pytorch_s():

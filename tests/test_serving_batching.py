@@ -300,7 +300,7 @@ for case in json.load(sys.stdin):
 
 def test_the_repetition_penalty_is_that_of_transformers(tmp_path):
     if importlib.util.find_spec("transformers") is None:
-        pytest.skip("transformers is not installed: the repetition penalty is not compared with its")
+        pytest.skip("transformers is not installed: the repetition penalty is unchecked against its")
     model, cases, ours = make_model(), [], []
     for penalty in (0.5, 1.1, 1.3, 30.0):
         one = row([1, 2, 2, 250], 20, repetition_penalty=penalty)

@@ -277,7 +277,7 @@ def test_a_compiled_model_with_recomputed_blocks_gives_the_losses_of_the_eager_o
     np.testing.assert_allclose([row[1] for row in compiled], [row[1] for row in eager], rtol=0, atol=1e-4)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler: compile=true is refused here")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler: how often a run compiles is unchecked")
 def test_a_run_compiles_one_graph_for_full_micro_batches_and_one_for_the_short_last(settings, monkeypatch):
     """Neither for any size, which would be slower and serve both; evaluations and samples are not compiled."""
     real, symbolic = torch.compile, []
@@ -772,7 +772,7 @@ def test_a_trace_that_cannot_be_written_is_a_warning_and_the_run_goes_on(setting
 ])
 def test_bad_settings_are_refused_before_the_run_folder_exists(settings, words, message):
     if "cuda" in words[0] and torch.cuda.is_available():
-        pytest.skip("this machine has CUDA: that it is missing cannot be shown here")
+        pytest.skip("this machine has CUDA: the refusal where it is missing is unchecked here")
     with pytest.raises(UserError, match=message):
         run(settings, "refused", *words)
     assert not Path("refused").exists()
