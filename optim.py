@@ -66,10 +66,10 @@ class Optimizer:
             parameters = [self.adamw[name] for name in names]
             if not names:
                 continue
+            # the fused kernel counts in place, one float32 scalar per parameter
+            counts = torch.full((len(names),), float(self.updates), device=parameters[0].device)
             adamw(parameters, [p.grad for p in parameters], [self.exp_avg[name] for name in names],
-                  [self.exp_avg_sq[name] for name in names], [],
-                  # the fused kernel counts in place, one float32 scalar per parameter
-                  [torch.full((), float(self.updates), device=p.device) for p in parameters],
+                  [self.exp_avg_sq[name] for name in names], [], list(counts.unbind()),
                   fused=True, amsgrad=False, beta1=self.optim.betas[0], beta2=self.optim.betas[1], lr=lr,
                   weight_decay=self.optim.weight_decay if decays else 0.0, eps=self.optim.eps, maximize=False)
 
@@ -130,13 +130,9 @@ def orthogonalise(matrices: Tensor, *, dtype: torch.dtype) -> Tensor:
     return X.mT if tall else X
 
 
-def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
-    """Scale all gradients so that their global norm is at most max_norm; returns the norm before (0-d float32)."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-    if max_norm < math.inf:
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    return norm
+def gradient_norm(model: nn.Module) -> Tensor:
+    """The global L2 norm of all gradients (0-d float32), on their device."""
+    return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.requires_grad])
 
 
 @dataclass

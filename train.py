@@ -16,7 +16,7 @@ import math
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
@@ -49,7 +49,7 @@ from distributed import Machine, World
 from finetune.runs import end_ids, files_to_save, kept_template, run_lock, save_generation
 from kernels import self_check
 from model import GPT, flops_per_token, padded_vocab_size
-from optim import LossScale, Optimizer, clip_gradients, learning_rate
+from optim import LossScale, Optimizer, gradient_norm, learning_rate
 from start import Progress, Resume
 
 DEMO = Path(__file__).parent / "configs" / "demo.toml"
@@ -64,22 +64,21 @@ class StepResult:
     loss: float  # mean over the global batch, nats per token; may be inf or nan
     grad_norm: float  # before clipping; may be inf or nan
     skipped: bool  # loss or gradient was not finite: nothing was updated
+    flags: Sequence[float] = ()  # the sums over all ranks
 
 
 def train_step(model: nn.Module, optimizer: Optimizer, micro_batches: list[MicroBatch], *, lr: float,
                tokens_per_step: int, grad_clip: float, scale: LossScale, step: int, seed: int = 0,
-               dropout: float = 0.0, world: World = World()) -> StepResult:  # noqa: B008
+               dropout: float = 0.0, flags: Callable[[], list[float]] = list,
+               world: World = World()) -> StepResult:  # noqa: B008
     """Forward and backward over this rank's micro_batches, then one update with the gradient of the global mean loss.
 
     model is a GPT, or one wrapped by distributed.wrap. tokens_per_step counts the targets of all ranks' micro-batches;
     where a loss mask leaves some out, the mean is over those that remain, of all ranks together. step counts completed
-    steps. A loss or gradient that is not finite on any rank changes nothing on any rank.
+    steps. A loss or gradient that is not finite on any rank changes nothing on any rank. flags() are this rank's
+    numbers for all ranks; they travel with the loss, because the host waits for the device once a step.
     """
-    model.zero_grad(set_to_none=True)
-    scored = tokens_per_step
-    if micro_batches[0].scored is not None:
-        counts = torch.tensor(sum(batch.scored for batch in micro_batches), device=micro_batches[0].tokens.device)
-        scored = max(1, int(distributed.sum_over_ranks(counts, world)))  # of none at all, loss and gradients are 0
+    model.zero_grad(set_to_none=world.size == 1)  # DDP's gradients are views of its buckets, and stay so
     nats = torch.zeros((), device=micro_batches[0].tokens.device)
     for i, batch in enumerate(micro_batches):
         if dropout > 0.0:
@@ -87,18 +86,24 @@ def train_step(model: nn.Module, optimizer: Optimizer, micro_batches: list[Micro
         # Gradients meet the other ranks' only in the last backward; no_sync must cover the forward too.
         with distributed.gradient_sync(model, sync=i == len(micro_batches) - 1):
             batch_nats = model(batch.tokens, batch.targets, document_ids=batch.document_ids, reduction="sum")
-            # Ranks' gradients are averaged: times world.size they are summed, over the scored targets that is the mean.
-            (batch_nats * (scale.scale * world.size / scored)).backward()
+            # Ranks' gradients are averaged: times world.size they are summed, over all targets that is the mean.
+            (batch_nats * (scale.scale * world.size / tokens_per_step)).backward()
         nats += batch_nats.detach()
-    loss = (distributed.sum_over_ranks(nats, world) / scored).item()
-    if scale.scale != 1.0:
-        torch._foreach_mul_([p.grad for p in model.parameters() if p.requires_grad], 1.0 / scale.scale)
-    grad_norm = clip_gradients(model, grad_clip).item()
+    # One sum over ranks and one read-back: fills need no copy from the host, which would wait for the device.
+    scored = sum(batch.targets.numel() if batch.scored is None else batch.scored for batch in micro_batches)
+    mine = torch.stack([nats, *(torch.full_like(nats, number) for number in (scored, *flags()))])
+    nats, scored, *flags_of_all, norm = torch.cat(
+        [distributed.sum_over_ranks(mine, world), gradient_norm(model).reshape(1)]).tolist()
+    to_mean = tokens_per_step / max(1.0, scored) / scale.scale  # of no scored target at all, loss and gradients are 0
+    loss, grad_norm = nats / max(1.0, scored), norm * to_mean
     finite = math.isfinite(loss) and math.isfinite(grad_norm)
     if finite:
+        factor = to_mean * min(1.0, grad_clip / (grad_norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
+        if factor != 1.0:
+            torch._foreach_mul_([p.grad for p in model.parameters() if p.requires_grad], factor)
         optimizer.step(lr)
     scale.update(finite)
-    return StepResult(loss, grad_norm, skipped=not finite)
+    return StepResult(loss, grad_norm, not finite, flags_of_all)
 
 
 def dropout_seed(seed: int, step: int, first_window: int) -> int:
@@ -144,16 +149,15 @@ def loop(run: Training) -> None:
     def due(every: int) -> bool:  # 0 = never, but for the last step
         return progress.step == train.max_steps or (every > 0 and progress.step % every == 0)
 
-    def stop_asked_for() -> bool:
+    def flags() -> list[float]:  # of this rank: a signal to stop came; a shard is damaged
+        return [float(run.stop()), float(verifier is not None and verifier.error is not None)]
+
+    def stop_asked_for(flags_of_all: Sequence[float]) -> bool:
         """On any rank. A damaged shard that any rank found ends the run on all."""
-        damaged = verifier is not None and verifier.error is not None
-        # One rank alone need not wait for the device: the optimizer's step is still running there.
-        device = run.machine.device if world.size > 1 else "cpu"
-        flags = torch.tensor([float(run.stop()), float(damaged)], device=device)
-        stops, damages = distributed.sum_over_ranks(flags, world).tolist()
+        stops, damages = flags_of_all
         if damages:
             with distributed.raise_on_all_ranks(world):
-                if damaged:
+                if verifier is not None and verifier.error is not None:
                     raise verifier.error
         return stops > 0
 
@@ -170,7 +174,7 @@ def loop(run: Training) -> None:
                 result = train_step(
                     run.wrapped, run.optimizer, micro_batches, lr=lr, tokens_per_step=train.tokens_per_step,
                     grad_clip=config.optim.grad_clip, scale=progress.scale, step=progress.step, seed=train.seed,
-                    dropout=max(config.model.dropout, config.lora.dropout), world=world)
+                    dropout=max(config.model.dropout, config.lora.dropout), flags=flags, world=world)
             progress.step, progress.tokens = progress.step + 1, progress.tokens + train.tokens_per_step
             progress.skips_in_a_row = progress.skips_in_a_row + 1 if result.skipped else 0
 
@@ -193,7 +197,7 @@ def loop(run: Training) -> None:
                 fail(run)
 
             # 3. Stop?
-            stopping = stop_asked_for()
+            stopping = stop_asked_for(result.flags if world.size > 1 else flags())
             paused = time.perf_counter()  # what follows is no training
             # 4. Evaluate.
             progress.val_loss, progress.val_due = None, run.val_data is not None and due(train.eval_every)
@@ -209,7 +213,8 @@ def loop(run: Training) -> None:
                 log.note(f"--- sample at step {progress.step}\n{text}\n---")
             # 6. Save, at once if a signal came meanwhile.
             if due(train.eval_every) or due(train.sample_every):
-                stopping = stopping or stop_asked_for()
+                late = distributed.gather(flags(), world)
+                stopping = stopping or stop_asked_for([sum(numbers) for numbers in zip(*late, strict=True)])
             if due(train.save_every) or stopping:
                 save_failed = not save(run)
             started += time.perf_counter() - paused
