@@ -198,13 +198,16 @@ class TrainConfig:
     out_dir: str = knob("out/run", "run folder: config.toml, log.txt, metrics.jsonl, tokenizer.json, checkpoints/")
     max_steps: int = knob(1000, "optimizer steps in all", minimum=1)
     tokens_per_step: int = knob(524_288, "global batch in tokens; divides by max_seq_len x ranks", minimum=1)
-    micro_batch: int = knob(8, "sequences per forward and backward on one rank", minimum=1)
+    micro_batch: int | str = knob("auto", "sequences per forward and backward on one rank; auto = as many as fit "
+                                          "into the GPU's memory, by trial, elsewhere up to 4,096 tokens", minimum=1)
     seed: int = knob(1337, "of initialisation, data order and dropout", minimum=0, maximum=2 ** 63 - 1)
     device: str = knob("auto", "auto = cuda, then mps, then cpu", choices=("auto", "cuda", "mps", "cpu"))
     dtype: str = knob("auto", "of the matmuls; weights and moments stay float32; auto = bfloat16 where the device "
                               "computes it natively, else float16 on CUDA, else float32",
                       choices=("auto", "float32", "bfloat16", "float16"))
     compile: str = knob("auto", "auto = on CUDA with triton and a C compiler", choices=("auto", "true", "false"))
+    tf32: bool = knob(False, "float32 matmuls on CUDA with 10 bits of mantissa instead of 23 (from sm_80): several "
+                             "times as fast; Triton's kernels keep 23")
     kernels: str = knob("auto", "fused Triton kernels; auto = on CUDA from compute capability 8.0 those that pass a "
                                 "check at the start, on a CPU those of kernels/cpu.py, else PyTorch; triton refuses to "
                                 "run without them",
@@ -338,8 +341,9 @@ def _did_you_mean(word: str, names: list[str]) -> str:
 def _convert(name: str, kind: object, value: object, current: object = None):
     """value as the knob's type, or ConfigError. An integer may be written 1e6, a list of one without brackets; a table
     changes what it names of the current one."""
-    if value is None and isinstance(kind, types.UnionType):
-        return None  # model.window=None: left out
+    if isinstance(kind, types.UnionType) and (value is None and type(None) in typing.get_args(kind)
+                                              or value == "auto" and str in typing.get_args(kind)):
+        return value  # model.window=None: left out; int | str is a number or auto
     kind, is_number = _without_none(kind), isinstance(value, int | float) and not isinstance(value, bool)
     if dataclasses.is_dataclass(kind) and isinstance(value, dict):
         return _apply_values(current or kind(), name, value)
@@ -369,6 +373,8 @@ def _without_none(kind: object) -> object:
 
 
 def _type_name(kind: object) -> str:
+    if kind == int | str:
+        return "a whole number or auto"
     kind = _without_none(kind)
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
     if typing.get_origin(kind) is tuple:
@@ -385,7 +391,7 @@ def _check_range(name: str, value: object, limits: typing.Mapping) -> None:
         raise ConfigError(f"{name} = {value!r} should be one of {', '.join(limits['choices'])}")
     for limit, words, is_outside in (("minimum", "at least", operator.lt), ("maximum", "at most", operator.gt),
                                      ("above", "above", operator.le)):
-        if limits[limit] is not None and value is not None and is_outside(value, limits[limit]):
+        if limits[limit] is not None and isinstance(value, int | float) and is_outside(value, limits[limit]):
             raise ConfigError(f"{name} = {value} should be {words} {limits[limit]}")
 
 

@@ -81,12 +81,20 @@ def choose_machine(train: TrainConfig, world: World) -> Machine:
     device, device_reason = choose_device(train.device, world)
     dtype, dtype_reason = choose_dtype(train.dtype, device)
     compiles, compile_reason = choose_compile(train.compile, device)
+    words = str(dtype).removeprefix("torch.")
+    if train.tf32 and (device.type != "cuda" or dtype != torch.float32 or not computes_bfloat16(device)):
+        raise ConfigError(f"train.tf32 = true, but this run multiplies {words} on {device}; it is for "
+                          "train.dtype=float32 on CUDA from compute capability 8.0, leave it out")
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if train.tf32 else "highest")
+        warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")  # Inductor's hint to set it
+        words += "" if dtype != torch.float32 else " with TF32" if train.tf32 else " without TF32"
     if device.type == "cpu":
         prepare_cpu(world)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type
     return Machine(device, name, dtype, compiles, (
         f"device: {device} ({device_reason}), ranks {world.size}, threads {torch.get_num_threads()}",
-        f"dtype: {str(dtype).removeprefix('torch.')} ({dtype_reason}) | compile: {'on' if compiles else 'off'} "
+        f"dtype: {words} ({dtype_reason}) | compile: {'on' if compiles else 'off'} "
         f"({compile_reason})"))
 
 

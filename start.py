@@ -41,13 +41,14 @@ class Progress:
     scale: LossScale = field(default_factory=LossScale)
     val_loss: float | None = None  # of the evaluation at this very step, if there was one
     val_due: bool = False  # that evaluation was cut short by a stop signal, or its loss was not finite
+    micro_batch: int | None = None  # sequences, found at the first start if train.micro_batch = "auto"
     base_sha256: str | None = None  # of RUN/base, if the checkpoints hold adapters to it
 
     def as_state(self, *, updates: int, data_hash: str, world: World) -> dict:
         return {"step": self.step, "tokens": self.tokens, "updates": updates, "skips_in_a_row": self.skips_in_a_row,
                 "loss_scale": [self.scale.scale, self.scale.good_steps], "val_loss": self.val_loss,
-                "val_due": self.val_due, "data_hash": data_hash, "world_size": world.size,
-                "threads": torch.get_num_threads(), "torch": torch.__version__} | (
+                "val_due": self.val_due, "micro_batch": self.micro_batch, "data_hash": data_hash,
+                "world_size": world.size, "threads": torch.get_num_threads(), "torch": torch.__version__} | (
                     {"base_sha256": self.base_sha256} if self.base_sha256 else {})
 
 
@@ -134,7 +135,7 @@ def _check_resumable(config: Config, state: dict, data_hash: str) -> None:
     changes = [line for section in ("model", "optim", "lora") for line in
                configuration.differences(getattr(config, section), getattr(old, section), section)]
     changes += [f"train.{name}: {getattr(old.train, name)} -> {getattr(config.train, name)}"
-                for name in ("seed", "tokens_per_step", "dtype")
+                for name in ("seed", "tokens_per_step", "dtype", "tf32")
                 if getattr(config.train, name) != getattr(old.train, name)]
     if state["data_hash"] != data_hash:
         changes.append(f"data: hash {state['data_hash'][:16]} -> {data_hash[:16]} ({config.data.dir})")
@@ -305,6 +306,7 @@ def _go_on(start: Fork | Resume, config: Config, parent: Parent | None, model: G
     if is_resume:
         progress.skips_in_a_row = state["skips_in_a_row"]
         progress.val_due, progress.base_sha256 = state["val_due"], state.get("base_sha256")
+        progress.micro_batch = state.get("micro_batch")
     if progress.scale.dynamic and trained.train.dtype == "float16":
         progress.scale.scale, progress.scale.good_steps = state["loss_scale"]
 

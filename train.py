@@ -17,7 +17,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
 
@@ -32,6 +32,7 @@ import eval as evaluation
 import files
 import kernels
 import metrics
+import plan
 import sample
 import start as starting
 import trackers
@@ -141,7 +142,7 @@ def loop(run: Training) -> None:
     # Frozen weights have no gradient to compute, and tiles between documents are skipped: the count would be too high.
     is_examples = run.train_data.stream.row_tokens is not None
     counts_flops = not (config.lora.rank or config.data.document_mask or is_examples)
-    peak_flops = metrics.peak_flops(run.machine.name, train.dtype) if counts_flops else None
+    peak_flops = metrics.peak_flops(run.machine.name, "tf32" if train.tf32 else train.dtype) if counts_flops else None
     # Shards are hashed once per run: by the first process of each node, while the first epoch goes on.
     first_epoch = progress.tokens < run.train_data.stream.tokens
     verifier = BackgroundVerifier(run.dataset) if first_epoch and world.local_rank == 0 else None
@@ -325,9 +326,8 @@ def train(config: Config, given: set[str], *, world: World, stop: StopRequest) -
             own = (data_dir / "tokenizer.json").exists()  # a foreign folder of shards has none
             tokenizer = load_tokenizer(str(data_dir) if own else config.data.tokenizer)
             config = starting.resolve(config, tokenizer=tokenizer, parent=parent, machine=machine, data_dir=data_dir)
-            common = {"seq_len": config.model.max_seq_len, "micro_batch": config.train.micro_batch,
-                      "device": machine.device, "eot": tokenizer.eot if config.data.document_mask else None,
-                      "vocab_size": tokenizer.vocab_size}
+            common = {"seq_len": config.model.max_seq_len, "device": machine.device,
+                      "eot": tokenizer.eot if config.data.document_mask else None, "vocab_size": tokenizer.vocab_size}
             train_data = TrainLoader(open_split(dataset, "train"), tokens_per_step=config.train.tokens_per_step,
                                      seed=config.train.seed, rank=world.rank, world_size=world.size, **common)
             has_val = config.data.val_fraction > 0.0 or any(s["split"] == "val" for s in dataset.index["shards"])
@@ -363,12 +363,18 @@ def train(config: Config, given: set[str], *, world: World, stop: StopRequest) -
         stack.callback(log.close)
         with _one_line(config, world, log.write):
             compiled = torch.compile(model, dynamic=False) if machine.compiles else model
+            progress.micro_batch, micro_batch_reason = plan.choose_micro_batch(
+                config, progress.micro_batch, model, compiled, train_data, world)
+        config = replace(config, train=replace(config.train, micro_batch=progress.micro_batch))
+        for loader in filter(None, (train_data, val_data)):
+            loader.micro_batch = progress.micro_batch
+        with _one_line(config, world, log.write):
             run = Training(config, machine, world, model, distributed.wrap(compiled, machine.device, world), optimizer,
                            progress, tokenizer, dataset, train_data, val_data,
                            end_ids(tokenizer, template, generation), log, stop)
             for line in notes:  # printed already
                 log.write(line)
-            for line in [*_first_lines(run, kernels_line), starting.describe(start, config)]:
+            for line in [*_first_lines(run, kernels_line, micro_batch_reason), starting.describe(start, config)]:
                 log.note(line)
             loop(run)
             if progress.step == config.train.max_steps and not progress.val_due and world.is_main:
@@ -387,7 +393,7 @@ def write_run_files(config: Config, tokenizer: Tokenizer, chat_template: str | N
         (out_dir / "STOPPED").unlink(missing_ok=True)
 
 
-def _first_lines(run: Training, kernels_line: str) -> list[str]:
+def _first_lines(run: Training, kernels_line: str, micro_batch_reason: str) -> list[str]:
     """What a run says of itself before its first step: versions, choices and why, sizes, data."""
     config, train, dataset, model = run.config, run.config.train, run.dataset, run.config.model
     accumulation = math.ceil(train.tokens_per_step / (model.max_seq_len * train.micro_batch * run.world.size))
@@ -412,7 +418,8 @@ def _first_lines(run: Training, kernels_line: str) -> list[str]:
                      f"{counts['truncated']:,} cut to fit, {counts.get('dropped', 0):,} left out; the loss counts "
                      f"{counts['response_tokens']:,} of {counts['tokens']:,} tokens")
     return [*lines, f"batch: {train.tokens_per_step:,} tokens a step = {run.world.size} ranks x {accumulation} "
-                    f"micro-batches of up to {train.micro_batch} x {model.max_seq_len}; {train.max_steps} steps = "
+                    f"micro-batches of up to {train.micro_batch} x {model.max_seq_len} ({micro_batch_reason}); "
+                    f"{train.max_steps} steps = "
                     f"{(run.progress.tokens + steps_left * train.tokens_per_step) / train_tokens:.2f} epochs"]
 
 
@@ -427,7 +434,7 @@ def _one_line(config: Config, world: World, log: Callable[[str], None] = lambda 
         raise
     except (RuntimeError, MemoryError) as error:
         text = str(error)
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
+        if plan.is_out_of_memory(error):
             line = (f"out of memory: lower train.micro_batch (now {config.train.micro_batch}; the batch stays the "
                     "same), or set train.activation_checkpointing=true, or lower model.max_seq_len")
         elif any(word in text for word in ("Connection closed by peer", "Timed out", "NCCL", "gloo")):

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import cli
 import distributed
+import plan
 import start
 from benchmarks import measure
 from config import Config, UserError, parse_arguments
@@ -162,7 +163,8 @@ def _measure_loader(config: Config, folder: Path, args: argparse.Namespace, figu
     chosen = self_check.choose("auto", model_config, table_rows=model.wte.num_embeddings, dtype=machine.dtype,
                                device=measure.CPU)
     loader = TrainLoader(open_split(dataset, "train"), seq_len=model_config.max_seq_len, seed=config.train.seed,
-                         tokens_per_step=config.train.tokens_per_step, micro_batch=config.train.micro_batch)
+                         tokens_per_step=config.train.tokens_per_step)
+    loader.micro_batch, _ = plan.choose_micro_batch(config, None, model, model, loader, distributed.World())
     step = partial(train_step, model, Optimizer(model, config.optim), lr=config.optim.lr, step=0,
                    tokens_per_step=config.train.tokens_per_step, grad_clip=config.optim.grad_clip,
                    scale=LossScale.for_dtype(machine.dtype))

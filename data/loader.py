@@ -122,14 +122,15 @@ def _check_length(stream: TokenStream, seq_len: int) -> int:
 
 
 class TrainLoader:
-    """This rank's share of every batch, of tokens_per_step over all ranks, in micro-batches of micro_batch windows.
+    """This rank's share of every batch, of tokens_per_step over all ranks, in micro-batches of micro_batch windows, a
+    number that may be set later.
 
     eot: the end-of-text id if document numbers are wanted; vocab_size: how many ids the tokenizer knows. Others raise
     ShardError: here if the first batch holds one, else when one is met, for reading all of a large data set would hold
     up the start by minutes. So does a stream without a window.
     """
 
-    def __init__(self, stream: TokenStream, *, seq_len: int, tokens_per_step: int, micro_batch: int, seed: int,
+    def __init__(self, stream: TokenStream, *, seq_len: int, tokens_per_step: int, seed: int, micro_batch: int = 1,
                  rank: int = 0, world_size: int = 1, device: str | torch.device = "cpu", eot: int | None = None,
                  vocab_size: int | None = None):
         self.windows_per_epoch = _check_length(stream, seq_len)
@@ -207,7 +208,7 @@ class ValLoader:
     if one of them holds an id from vocab_size on, the ids that the tokenizer knows.
     """
 
-    def __init__(self, stream: TokenStream, *, seq_len: int, eval_tokens: int, micro_batch: int,
+    def __init__(self, stream: TokenStream, *, seq_len: int, eval_tokens: int, micro_batch: int = 1,
                  device: str | torch.device = "cpu", eot: int | None = None, vocab_size: int | None = None):
         self.windows = min(_check_length(stream, seq_len), max(1, eval_tokens // seq_len))
         self.stream, self.seq_len, self.micro_batch, self.device = stream, seq_len, micro_batch, torch.device(device)

@@ -2,12 +2,14 @@
 
 import re
 import socket
+import warnings
+from dataclasses import replace
 
 import pytest
 import torch
 
 import distributed
-from config import ConfigError, MachineError
+from config import ConfigError, MachineError, TrainConfig
 from distributed import World
 
 TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost",
@@ -104,6 +106,42 @@ def test_auto_takes_mps_before_the_cpu(monkeypatch, cuda, mps, expected):
 def test_auto_takes_bfloat16_only_where_it_is_native(monkeypatch, capability, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert distributed.choose_dtype("auto", torch.device("cuda", 0))[0] == expected
+
+
+@pytest.fixture
+def hopper(monkeypatch) -> pytest.MonkeyPatch:
+    """A CUDA device to choose; what a choice sets for the process is taken back."""
+    for name, value in (("is_available", True), ("device_count", 1), ("get_device_name", "NVIDIA H100"),
+                        ("get_device_capability", (9, 0)), ("set_device", None)):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    before = torch.get_float32_matmul_precision()
+    with warnings.catch_warnings():
+        yield monkeypatch
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("knobs, words, precision", [
+    ({"dtype": "float32"}, "float32 without TF32 (asked for)", "highest"),
+    ({"dtype": "float32", "tf32": True}, "float32 with TF32 (asked for)", "high"),
+    ({}, "bfloat16 (native on this device)", "highest")])
+def test_on_cuda_the_log_says_whether_float32_is_tf32_and_inductor_does_not_ask(hopper, knobs, words, precision):
+    from torch._inductor import compile_fx
+    machine = distributed.choose_machine(TrainConfig(device="cuda", compile="false", **knobs), World())
+    assert f"dtype: {words} |" in machine.lines[1]
+    assert torch.get_float32_matmul_precision() == precision
+    with warnings.catch_warnings(record=True) as caught:
+        compile_fx._warn_tf32_disabled.__wrapped__()
+    assert not caught
+
+
+@pytest.mark.parametrize("knobs, capability", [({"dtype": "bfloat16"}, (9, 0)), ({"dtype": "float32"}, (7, 5)),
+                                               ({"device": "cpu", "dtype": "float32"}, (9, 0))])
+def test_tf32_where_there_is_none_is_refused_and_leaving_it_out_helps(hopper, knobs, capability):
+    hopper.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    config = TrainConfig(**{"device": "cuda", "compile": "false", "tf32": True} | knobs)
+    with pytest.raises(ConfigError, match=r"train.tf32 = true, but .* leave it out"):
+        distributed.choose_machine(config, World())
+    distributed.choose_machine(replace(config, tf32=False), World())
 
 
 def test_auto_compiles_only_on_cuda_with_triton_and_a_compiler(monkeypatch):
