@@ -30,6 +30,7 @@ import config as configuration
 import distributed
 import eval as evaluation
 import files
+import gpus
 import kernels
 import metrics
 import plan
@@ -142,7 +143,7 @@ def loop(run: Training) -> None:
     # Frozen weights have no gradient to compute, and tiles between documents are skipped: the count would be too high.
     is_examples = run.train_data.stream.row_tokens is not None
     counts_flops = not (config.lora.rank or config.data.document_mask or is_examples)
-    peak_flops = metrics.peak_flops(run.machine.name, "tf32" if train.tf32 else train.dtype) if counts_flops else None
+    peak_flops = gpus.peak_flops(run.machine.name, "tf32" if train.tf32 else train.dtype) if counts_flops else None
     # Shards are hashed once per run: by the first process of each node, while the first epoch goes on.
     first_epoch = progress.tokens < run.train_data.stream.tokens
     verifier = BackgroundVerifier(run.dataset) if first_epoch and world.local_rank == 0 else None

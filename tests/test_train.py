@@ -17,7 +17,7 @@ import checkpoint
 import config as configuration
 import curves
 import eval as evaluation
-import metrics
+import gpus
 import sample
 import train
 from config import OVERRIDE, ConfigError, MachineError, OptimConfig, UserError
@@ -857,7 +857,7 @@ def test_the_log_shows_the_mean_loss_since_the_last_line_and_the_rows_each_steps
 
 
 def test_mfu_is_unknown_where_tiles_between_documents_are_skipped(settings, monkeypatch):
-    monkeypatch.setattr(metrics, "peak_flops", lambda name, dtype: 1e12)
+    monkeypatch.setattr(gpus, "peak_flops", lambda name, dtype: 1e12)
     known = rows(run(settings, "plain", "train.max_steps=2"))
     masked = rows(run(settings, "masked", "train.max_steps=2", "data.document_mask=true"))
     assert all(row["mfu"] > 0 for row in known) and all(row["mfu"] is None for row in masked)
