@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+import distributed
 import files
 from config import MachineError, UserError
 
@@ -366,9 +367,8 @@ def load_into(model: torch.nn.Module, tensors: dict[str, Tensor], where: str) ->
     if problems:
         raise CheckpointError(f"{where} does not fit the model: {problems}; use the [model] section it was trained "
                               "with")
-    with torch.no_grad():
-        for name, target in targets.items():
-            target.copy_(tensors[name])
+    for name, target in targets.items():
+        distributed.fill(target, tensors[name])
 
 
 def misfits(expected: dict[str, list[int]], found: dict[str, list[int]]) -> str:

@@ -199,7 +199,8 @@ class TrainConfig:
     max_steps: int = knob(1000, "optimizer steps in all", minimum=1)
     tokens_per_step: int = knob(524_288, "global batch in tokens; divides by max_seq_len x ranks", minimum=1)
     micro_batch: int | str = knob("auto", "sequences per forward and backward on one rank; auto = as many as fit "
-                                          "into the GPU's memory, by trial, elsewhere up to 4,096 tokens", minimum=1)
+                                          "into the GPU's memory, by trial, elsewhere up to 4,096 tokens", minimum=1,
+                                  choices=("auto",))
     seed: int = knob(1337, "of initialisation, data order and dropout", minimum=0, maximum=2 ** 63 - 1)
     device: str = knob("auto", "auto = cuda, then mps, then cpu", choices=("auto", "cuda", "mps", "cpu"))
     dtype: str = knob("auto", "of the matmuls; weights and moments stay float32; auto = bfloat16 where the device "
@@ -213,6 +214,9 @@ class TrainConfig:
                                 "run without them",
                         choices=("auto", "triton", "torch"))
     activation_checkpointing: bool = knob(False, "recompute blocks in the backward: less memory, a third more work")
+    shard: int | str = knob(1, "ranks that together hold one copy of weights, gradients and moments (FSDP2): 1 = each "
+                               "its own (DDP), all = one copy over all ranks, between = several copies (HSDP)",
+                            minimum=1, choices=("all",))
     init_from: str | None = knob(None, "run folder, checkpoint, Hugging Face folder or one of peft's adapters, whose "
                                        "weights and tokenizer start this run")
     fork_from: str | None = knob(None, "run folder or checkpoint to continue as a new run, with its moments and step")
@@ -341,9 +345,10 @@ def _did_you_mean(word: str, names: list[str]) -> str:
 def _convert(name: str, kind: object, value: object, current: object = None):
     """value as the knob's type, or ConfigError. An integer may be written 1e6, a list of one without brackets; a table
     changes what it names of the current one."""
-    if isinstance(kind, types.UnionType) and (value is None and type(None) in typing.get_args(kind)
-                                              or value == "auto" and str in typing.get_args(kind)):
-        return value  # model.window=None: left out; int | str is a number or auto
+    if value is None and isinstance(kind, types.UnionType) and type(None) in typing.get_args(kind):
+        return None  # model.window=None: left out
+    if kind == int | str:  # a number, or one of the knob's words
+        kind = str if isinstance(value, str) else int
     kind, is_number = _without_none(kind), isinstance(value, int | float) and not isinstance(value, bool)
     if dataclasses.is_dataclass(kind) and isinstance(value, dict):
         return _apply_values(current or kind(), name, value)
@@ -373,8 +378,6 @@ def _without_none(kind: object) -> object:
 
 
 def _type_name(kind: object) -> str:
-    if kind == int | str:
-        return "a whole number or auto"
     kind = _without_none(kind)
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
     if typing.get_origin(kind) is tuple:
@@ -387,8 +390,9 @@ def _type_name(kind: object) -> str:
 def _check_range(name: str, value: object, limits: typing.Mapping) -> None:
     if isinstance(value, float) and math.isinf(value) and not limits["may_be_inf"]:
         raise ConfigError(f"{name} = {value} should be finite")
-    if limits["choices"] and value not in limits["choices"]:
-        raise ConfigError(f"{name} = {value!r} should be one of {', '.join(limits['choices'])}")
+    if limits["choices"] and isinstance(value, str) and value not in limits["choices"]:
+        words = "one of" if limits["minimum"] is None else "a whole number or"
+        raise ConfigError(f"{name} = {value!r} should be {words} {', '.join(limits['choices'])}")
     for limit, words, is_outside in (("minimum", "at least", operator.lt), ("maximum", "at most", operator.gt),
                                      ("above", "above", operator.le)):
         if limits[limit] is not None and isinstance(value, int | float) and is_outside(value, limits[limit]):

@@ -203,8 +203,8 @@ def process_group(world: World, device: torch.device, timeout_s: float) -> Itera
 
 def wrap(model: nn.Module, device: torch.device, world: World) -> nn.Module:
     """model in DistributedDataParallel, which gives every rank the weights of rank 0 and averages gradients over ranks;
-    model itself for a single process."""
-    if world.size == 1:
+    model itself for a single process, or if it is sharded."""
+    if world.size == 1 or is_sharded(model):
         return model
     from torch.nn.parallel import DistributedDataParallel
     with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of the name that both of our torches know
@@ -213,8 +213,84 @@ def wrap(model: nn.Module, device: torch.device, world: World) -> nn.Module:
 
 
 def gradient_sync(model: nn.Module, sync: bool):
-    """Context of one forward and backward: gradients are averaged over ranks in it only if sync."""
+    """Context of one forward and backward: gradients are averaged over ranks in it only if sync. Sharded ones always
+    are, within a copy: held whole until the last micro-batch, they would need the memory that sharding saves."""
+    if is_sharded(model):
+        model.set_requires_all_reduce(sync)
+        return contextlib.nullcontext()
     return contextlib.nullcontext() if sync or not hasattr(model, "no_sync") else model.no_sync()
+
+
+# ---- Sharded models: FSDP2 (arXiv:2304.11277, per parameter) ---------------------------------------------------------
+
+def ranks_per_copy(shard: int | str, world: World) -> int:
+    """train.shard as a number of ranks. Raises ConfigError if it does not divide their number."""
+    ranks = world.size if shard == "all" else shard
+    if world.size % ranks:
+        raise ConfigError(f"train.shard = {shard} does not divide the {world.size} rank{'s' * (world.size > 1)}; use "
+                          + ", ".join(str(n) for n in range(1, world.size + 1) if world.size % n == 0) + " or all")
+    return ranks
+
+
+def shard(model: nn.Module, ranks: int, device: torch.device, world: World) -> None:
+    """Cut the weights of a GPT on the meta device into rows over so many ranks, world.size / ranks copies of them, and
+    give these rows memory on the device, not yet filled; buffers come from the CPU.
+
+    A block's weights are whole only while it computes, the tables' from the forward to the backward. Names and shapes
+    of parameters stay: they become DTensors.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    mesh = init_device_mesh(device.type, (world.size // ranks, ranks), mesh_dim_names=("copies", "parts"))
+    mesh = mesh["parts"] if ranks == world.size else mesh
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+    model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return hasattr(model, "set_requires_all_reduce")  # FSDP2's; importing its class takes 0.5 s
+
+
+@contextlib.contextmanager
+def tables_whole(model: nn.Module) -> Iterator[None]:
+    """In the block a sharded model's weights outside its blocks are whole, so that hidden() and logits() may be called
+    without forward(). All ranks enter, after a first forward, and compute the same number of times.
+
+    Not by register_fsdp_forward_method: of a method that forward() calls, PyTorch 2.13 then multiplies the next
+    gradients of these weights.
+    """
+    if is_sharded(model):
+        model.unshard()
+    yield
+    if is_sharded(model):
+        model.reshard()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The rows of a sharded tensor that this rank holds, sharing memory; any other tensor itself."""
+    return tensor.to_local() if hasattr(tensor, "device_mesh") else tensor
+
+
+def local_rows(tensor: Tensor) -> tuple[int, int]:
+    """Which rows local(tensor) are, the first and the end; all of a 0-dim tensor is one."""
+    if not hasattr(tensor, "device_mesh"):
+        return 0, tensor.shape[0] if tensor.dim() else 1
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return offset[0], offset[0] + shape[0]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All rows of a sharded tensor, on every rank: a collective. Any other tensor itself."""
+    return tensor.full_tensor() if hasattr(tensor, "device_mesh") else tensor
+
+
+@torch.no_grad()
+def fill(tensor: Tensor, source: Tensor) -> None:
+    """Copy this rank's rows of source, which is whole, into a tensor that may be sharded."""
+    local(tensor).copy_(source if source.dim() == 0 else source[slice(*local_rows(tensor))])
 
 
 def sum_over_ranks(tensor: Tensor, world: World) -> Tensor:

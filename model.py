@@ -8,6 +8,7 @@ Dims: B batch, T sequence, C width (n_embd), H query heads, Hkv key/value heads,
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -148,29 +149,33 @@ class GPT(nn.Module):
             cos, sin = rope_table(config)
             self.register_buffer("rope_cos", cos, persistent=False)
             self.register_buffer("rope_sin", sin, persistent=False)
-        self._initialise()
+        if not self.wte.weight.is_meta:  # else the one who puts it there fills it, see distributed.shard
+            with torch.no_grad():
+                for name, value in self.initial_weights():
+                    self.get_parameter(name).copy_(value)
 
-    @torch.no_grad()
-    def _initialise(self) -> None:
-        """gpt2: N(0, 0.02), residual projections N(0, 0.02 / sqrt(2 L)) (GPT-2, section 2.3). zero_residual: matrices
+    def initial_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and value of each parameter, whole, on the CPU, drawn from the global RNG in a fixed order.
+
+        gpt2: N(0, 0.02), residual projections N(0, 0.02 / sqrt(2 L)) (GPT-2, section 2.3). zero_residual: matrices
         N(0, 1/sqrt(fan_in)), residual projections 0, and with an untied head that head 0 and the embedding N(0, 1), as
         modded-nanogpt. Biases 0, norms 1."""
         is_gpt2 = self.config.init == "gpt2"
         for name, parameter in self.named_parameters():
-            if name.endswith(".bias"):
-                nn.init.zeros_(parameter)
-            if parameter.dim() < 2:
-                continue  # norms are born 1
+            value = torch.empty(parameter.shape, device="cpu")
             if name in ("wte.weight", "wpe.weight"):
                 std = 0.02 if is_gpt2 or self.lm_head is None else 1.0
             elif name.endswith("proj.weight"):
                 std = 0.02 / math.sqrt(2 * self.config.n_layer) if is_gpt2 else 0.0  # two residual branches per block
             else:
-                std = 0.02 if is_gpt2 else 0.0 if name == "lm_head.weight" else parameter.shape[1] ** -0.5
-            nn.init.normal_(parameter, std=std) if std else nn.init.zeros_(parameter)
-        for table in (self.wte, self.lm_head):
-            if table is not None:  # rows that stand for no token stay 0: their gradient is, and decay keeps them there
-                table.weight[self.config.vocab_size:].zero_()
+                std = 0.02 if is_gpt2 else 0.0 if name == "lm_head.weight" else parameter.shape[-1] ** -0.5
+            if parameter.dim() < 2:
+                value.fill_(0.0 if name.endswith(".bias") else 1.0)
+            else:
+                value.normal_(std=std) if std else value.zero_()
+            if name in ("wte.weight", "lm_head.weight"):
+                value[self.config.vocab_size:] = 0.0  # of no token: the gradient is 0, and decay keeps them there
+            yield name, value
 
     @property
     def head_weight(self) -> Tensor:
@@ -248,7 +253,7 @@ class GPT(nn.Module):
 
 
 def _embedding(rows: int, columns: int) -> nn.Embedding:
-    return nn.Embedding.from_pretrained(torch.empty(rows, columns), freeze=False)  # GPT initialises it
+    return nn.Embedding.from_pretrained(torch.empty(rows, columns), freeze=False)  # GPT fills it
 
 
 def padded_vocab_size(vocab_size: int) -> int:
@@ -262,10 +267,10 @@ def rope_table(config: ModelConfig) -> tuple[Tensor, Tensor]:
     """cos and sin of position x frequency, float32 (max_seq_len, D/2)."""
     D = config.dim_per_head
     # Radians per token, (D/2,); rounded as Hugging Face's, whose last bits position 10,000 would multiply.
-    frequency = 1.0 / config.rope_theta ** (torch.arange(0, D, 2, dtype=torch.float32) / D)
+    frequency = 1.0 / config.rope_theta ** (torch.arange(0, D, 2, dtype=torch.float32, device="cpu") / D)
     if config.rope_scaling is not None:
         frequency = scaled_frequency(frequency, config.rope_scaling)
-    angle = torch.outer(torch.arange(config.max_seq_len, dtype=torch.float32), frequency)
+    angle = torch.outer(torch.arange(config.max_seq_len, dtype=torch.float32, device="cpu"), frequency)
     return angle.cos(), angle.sin()
 
 

@@ -7,13 +7,16 @@ embedding tables decay (as in GPT-2 and nanoGPT), norms and biases never.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import Tensor
 from torch.optim.adamw import adamw  # the function, not the class: building the class imports torch._dynamo, 1.3 s
 
 from config import OptimConfig
+from distributed import World, fill, local, naming_lost_rank, whole
 from model import GPT
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic coefficients of the Muon post: steepest at 0, no exact limit
@@ -39,11 +42,13 @@ class Optimizer:
     """AdamW for all parameters that learn, or Muon for the blocks' matrices and AdamW for the rest (embeddings, head,
     vectors)."""
 
-    def __init__(self, model: GPT, optim: OptimConfig, *, newton_schulz_dtype: torch.dtype = torch.bfloat16):
-        self.optim = optim
+    def __init__(self, model: GPT, optim: OptimConfig, *, newton_schulz_dtype: torch.dtype = torch.bfloat16,
+                 world: World = World()):  # noqa: B008
+        self.optim, self.world = optim, world
         self.newton_schulz_dtype = newton_schulz_dtype
         self.updates = 0  # updates made; a skipped step does not count
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.parameters = list(parameters.values())
         self.muon = {name: p for name, p in parameters.items()
                      if optim.name == "muon" and name.startswith("blocks.") and p.dim() == 2}
         self.muon_rows = {name: _rows_of_parts(name, p, model) for name, p in self.muon.items()}
@@ -51,6 +56,15 @@ class Optimizer:
         self.exp_avg = {name: torch.zeros_like(p) for name, p in self.adamw.items()}
         self.exp_avg_sq = {name: torch.zeros_like(p) for name, p in self.adamw.items()}
         self.momentum = {name: torch.zeros_like(p) for name, p in self.muon.items()}
+
+    def zero_grad(self) -> None:
+        """Not model.zero_grad(): after an evaluation FSDP2's parameters() are its whole copies, whose .grad is another.
+        DDP's gradients are views of its buckets, and stay so."""
+        for p in self.parameters:
+            if self.world.size == 1 or hasattr(p, "device_mesh"):
+                p.grad = None
+            elif p.grad is not None:
+                p.grad.zero_()
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
@@ -63,31 +77,38 @@ class Optimizer:
     def _step_adamw(self, lr: float) -> None:
         for decays in (True, False):
             names = [name for name, p in self.adamw.items() if (p.dim() >= 2) == decays]
-            parameters = [self.adamw[name] for name in names]
             if not names:
                 continue
+            parameters = [local(self.adamw[name]) for name in names]
             # the fused kernel counts in place, one float32 scalar per parameter
             counts = torch.full((len(names),), float(self.updates), device=parameters[0].device)
-            adamw(parameters, [p.grad for p in parameters], [self.exp_avg[name] for name in names],
-                  [self.exp_avg_sq[name] for name in names], [], list(counts.unbind()),
+            adamw(parameters, [local(self.adamw[name].grad) for name in names],
+                  [local(self.exp_avg[name]) for name in names], [local(self.exp_avg_sq[name]) for name in names], [],
+                  list(counts.unbind()),
                   fused=True, amsgrad=False, beta1=self.optim.betas[0], beta2=self.optim.betas[1], lr=lr,
                   weight_decay=self.optim.weight_decay if decays else 0.0, eps=self.optim.eps, maximize=False)
 
     def _step_muon(self, lr: float) -> None:
-        by_shape: dict[torch.Size, list[tuple[Tensor, Tensor, Tensor]]] = {}
+        """Momentum and weights are updated on the rows that this rank holds; each whole matrix is orthogonalised by one
+        rank."""
+        by_shape: dict[tuple, list[str]] = {}
         for name, p in self.muon.items():
-            parts = self.muon_rows[name]
-            for triple in zip(p.split(parts), p.grad.split(parts), self.momentum[name].split(parts), strict=True):
-                by_shape.setdefault(triple[0].shape, []).append(triple)
-        for (rows, columns), triples in by_shape.items():
-            matrices, gradients, moments = (list(column) for column in zip(*triples, strict=True))
+            by_shape.setdefault((p.shape, *self.muon_rows[name]), []).append(name)
+        for (_, *parts), names in by_shape.items():
+            weights, moments = ([local(table[name]) for name in names] for table in (self.muon, self.momentum))
+            gradients = [local(self.muon[name].grad) for name in names]
             torch._foreach_lerp_(moments, gradients, 1.0 - self.optim.muon_momentum)
-            nesterov = torch._foreach_lerp(gradients, moments, self.optim.muon_momentum)
-            updates = orthogonalise(torch.stack(nesterov), dtype=self.newton_schulz_dtype)
-            torch._foreach_mul_(matrices, 1.0 - lr * self.optim.weight_decay)
-            # sqrt(rows / columns): the same change of the output's size for every shape (the Muon post)
-            scale = lr * math.sqrt(max(1.0, rows / columns))
-            torch._foreach_add_(matrices, list(updates.to(matrices[0].dtype).unbind()), alpha=-scale)
+            nesterov = torch.stack(torch._foreach_lerp(gradients, moments, self.optim.muon_momentum))
+            updates = shared_over_ranks(lambda matrices, parts=parts: self._directions(matrices, parts),
+                                        nesterov.to(self.newton_schulz_dtype), self.muon[names[0]], self.world)
+            torch._foreach_mul_(weights, 1.0 - lr * self.optim.weight_decay)
+            torch._foreach_add_(weights, list(updates.to(weights[0].dtype).unbind()), alpha=-lr)
+
+    def _directions(self, matrices: Tensor, parts: list[int]) -> Tensor:
+        """Of weights (n, rows, columns), which hold matrices of so many rows on top of each other: each orthogonal,
+        times sqrt(rows / columns), the same change of the output's size for every shape (the Muon post)."""
+        return torch.cat([orthogonalise(part, dtype=self.newton_schulz_dtype)
+                          * math.sqrt(max(1.0, part.shape[1] / part.shape[2])) for part in matrices.split(parts, 1)], 1)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """exp_avg.NAME, exp_avg_sq.NAME, momentum.NAME -> tensor of NAME's shape. Kept, not copied."""
@@ -103,7 +124,7 @@ class Optimizer:
         if different:
             raise ValueError(f"optimizer state does not fit the model: {', '.join(different[:4])}")
         for name, tensor in tensors.items():
-            own[name].copy_(tensor)
+            fill(own[name], tensor)
         self.updates = updates
 
 
@@ -130,9 +151,44 @@ def orthogonalise(matrices: Tensor, *, dtype: torch.dtype) -> Tensor:
     return X.mT if tall else X
 
 
-def gradient_norm(model: nn.Module) -> Tensor:
-    """The global L2 norm of all gradients (0-d float32), on their device."""
-    return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.requires_grad])
+def shared_over_ranks(function: Callable[[Tensor], Tensor], rows: Tensor, like: Tensor, world: World) -> Tensor:
+    """function, from matrices (n, all rows, columns) to as many of the same shape, with about n / ranks of them on each
+    rank; the same bits as function(matrices) on one.
+
+    rows (n, rows, columns) are those that this rank holds of the matrices of weights like `like`, all or a share.
+    """
+    is_shard = hasattr(like, "device_mesh")
+    if world.size == 1:
+        return function(rows)
+    group = like.device_mesh.get_group("parts" if like.device_mesh.ndim > 1 else 0) if is_shard else dist.group.WORLD
+    ranks, total = group.size(), like.shape[0]
+    each, height = -(-len(rows) // ranks), -(-total // ranks)  # matrices and, as FSDP2, rows; the last may have fewer
+    count = min(each, max(0, len(rows) - group.rank() * each))  # of this rank
+    if not is_shard:  # every rank has all gradients: each does its own and gathers the others'
+        mine = rows.new_zeros(each, *rows.shape[1:])
+        if count:
+            mine[:count] = function(rows[group.rank() * each:][:count])
+        found = rows.new_empty(ranks * each, *rows.shape[1:])
+        with naming_lost_rank():
+            dist.all_gather_into_tensor(found, mine)
+        return found[:len(rows)]
+    sent = rows.new_zeros(ranks * each, height, rows.shape[2])
+    sent[:len(rows), :rows.shape[1]] = rows
+    received = torch.empty_like(sent)  # (ranks, each, height, columns): this rank's matrices, in every rank's rows
+    with naming_lost_rank():
+        dist.all_to_all_single(received, sent, group=group)
+    matrices = received.view(ranks, each, height, -1).transpose(0, 1).reshape(each, ranks * height, -1)
+    if count:
+        matrices[:count, :total] = function(matrices[:count, :total])
+    sent = matrices.view(each, ranks, height, -1).transpose(0, 1).reshape(sent.shape)
+    with naming_lost_rank():
+        dist.all_to_all_single(received, sent, group=group)
+    return received[:len(rows), :rows.shape[1]]
+
+
+def gradient_norm(gradients: list[Tensor]) -> Tensor:
+    """The global L2 norm of all gradients (0-d float32), on their device; a collective if they are sharded."""
+    return whole(torch.nn.utils.get_total_norm(gradients))
 
 
 @dataclass

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import distributed
-from config import Config, MachineError
+from config import Config, ConfigError, MachineError
 from data.loader import TrainLoader
 from distributed import World
 from model import GPT
@@ -30,6 +30,9 @@ def choose_micro_batch(config: Config, saved: int | None, model: GPT, compiled: 
         return config.train.micro_batch, "asked for"
     if saved is not None:
         return saved, "auto: as the run began"
+    if distributed.is_sharded(model) and loader.device.type == "cuda":
+        raise ConfigError("train.micro_batch = 'auto' is found by trial, which sharded ranks cannot do each by itself; "
+                          "give a number (16, say), or take train.shard=1")
     share, on_cuda = loader.windows_per_step // world.size, loader.device.type == "cuda"
     most = (TRIED_TOKENS if on_cuda else UNTRIED_TOKENS) // config.model.max_seq_len
     parts = math.ceil(share / max(1, most))  # micro-batches of a step, equal but for the last

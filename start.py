@@ -4,6 +4,7 @@ Rank 0 chooses and every rank follows. What was left out of the config and only 
 resolved here; what must not change when a run goes on is checked here. Files are checkpoint.py's, finetune/runs.py's.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 from collections.abc import Callable
@@ -253,31 +254,44 @@ def build(start: Start, config: Config, parent: Parent | None, machine: Machine,
           world: World) -> tuple[GPT, Optimizer, Progress]:
     """The model, its optimizer and its progress, from the seed or the checkpoint, the same on every rank. Raises
     CheckpointError, ConfigError on all ranks."""
-    torch.manual_seed(config.train.seed)
-    model = GPT(config.model, compute_dtype=machine.dtype,
-                activation_checkpointing=config.train.activation_checkpointing)
+    ranks = distributed.ranks_per_copy(config.train.shard, world)
+    with torch.device("meta") if ranks > 1 else contextlib.nullcontext():
+        torch.manual_seed(config.train.seed)
+        model = GPT(config.model, compute_dtype=machine.dtype,
+                    activation_checkpointing=config.train.activation_checkpointing)
+        if config.lora.rank:
+            torch.manual_seed(config.train.seed)
+            lora.add_adapters(model, config.lora)
+    if ranks > 1:
+        if machine.compiles:
+            for block in model.blocks:
+                block.compile(dynamic=False)
+        distributed.shard(model, ranks, machine.device, world)
     progress = Progress(scale=LossScale.for_dtype(machine.dtype))
     with distributed.raise_on_all_ranks(world):
-        tensors = _starting_weights(start, config, parent, world)
+        tensors = _starting_weights(start, config, parent, is_needed=world.is_main or ranks > 1)
+        if config.lora.rank and world.is_main and not isinstance(start, Resume):
+            progress.base_sha256 = save_base(Path(config.train.out_dir), tensors)
+        torch.manual_seed(config.train.seed)
         if tensors:
-            checkpoint.load_into(model, tensors, start.path)
-        if config.lora.rank:
-            if world.is_main and not isinstance(start, Resume):
-                progress.base_sha256 = save_base(Path(config.train.out_dir), tensors)
-            lora.add_adapters(model, config.lora)
-        model = model.to(machine.device)  # with its adapters
+            checkpoint.load_into(model, tensors | dict(lora.initial_adapters(model)), start.path)
+        elif ranks > 1:
+            for name, value in model.initial_weights():
+                distributed.fill(model.get_parameter(name), value)
+        model = model.to(machine.device)
         # Muon's products may be rough, but in a float32 run a rounding to bfloat16 would turn last bits into steps.
         rough = distributed.computes_bfloat16(machine.device) and machine.dtype != torch.float32
-        optimizer = Optimizer(model, config.optim, newton_schulz_dtype=torch.bfloat16 if rough else torch.float32)
+        optimizer = Optimizer(model, config.optim, newton_schulz_dtype=torch.bfloat16 if rough else torch.float32,
+                              world=world)
         if isinstance(start, Fork | Resume):
             _go_on(start, config, parent, model, optimizer, progress)
     return model, optimizer, progress
 
 
-def _starting_weights(start: Start, config: Config, parent: Parent | None, world: World) -> dict[str, Tensor]:
-    """The tensors that the model starts with, for adapters their base; none for fresh weights. Those of init_from are
-    read by rank 0 alone, which gives them to the others (distributed.wrap)."""
-    if isinstance(start, Fresh) or (isinstance(start, Init) and not world.is_main):
+def _starting_weights(start: Start, config: Config, parent: Parent | None, *, is_needed: bool) -> dict[str, Tensor]:
+    """The tensors that the model starts with, for adapters their base; none for fresh weights, and none of init_from if
+    they are not needed: rank 0 gives its own to the others (distributed.wrap), unless each holds a share."""
+    if isinstance(start, Fresh) or (isinstance(start, Init) and not is_needed):
         return {}
     if isinstance(start, Init):
         tensors = parent.weights() if isinstance(parent, HuggingFaceModel) else weights_of(Path(start.path))

@@ -80,7 +80,7 @@ def train_step(model: nn.Module, optimizer: Optimizer, micro_batches: list[Micro
     steps. A loss or gradient that is not finite on any rank changes nothing on any rank. flags() are this rank's
     numbers for all ranks; they travel with the loss, because the host waits for the device once a step.
     """
-    model.zero_grad(set_to_none=world.size == 1)  # DDP's gradients are views of its buckets, and stay so
+    optimizer.zero_grad()
     nats = torch.zeros((), device=micro_batches[0].tokens.device)
     for i, batch in enumerate(micro_batches):
         if dropout > 0.0:
@@ -94,15 +94,16 @@ def train_step(model: nn.Module, optimizer: Optimizer, micro_batches: list[Micro
     # One sum over ranks and one read-back: fills need no copy from the host, which would wait for the device.
     scored = sum(batch.targets.numel() if batch.scored is None else batch.scored for batch in micro_batches)
     mine = torch.stack([nats, *(torch.full_like(nats, number) for number in (scored, *flags()))])
+    gradients = [p.grad for p in optimizer.parameters]
     nats, scored, *flags_of_all, norm = torch.cat(
-        [distributed.sum_over_ranks(mine, world), gradient_norm(model).reshape(1)]).tolist()
+        [distributed.sum_over_ranks(mine, world), gradient_norm(gradients).reshape(1)]).tolist()
     to_mean = tokens_per_step / max(1.0, scored) / scale.scale  # of no scored target at all, loss and gradients are 0
     loss, grad_norm = nats / max(1.0, scored), norm * to_mean
     finite = math.isfinite(loss) and math.isfinite(grad_norm)
     if finite:
         factor = to_mean * min(1.0, grad_clip / (grad_norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
         if factor != 1.0:
-            torch._foreach_mul_([p.grad for p in model.parameters() if p.requires_grad], factor)
+            torch._foreach_mul_([distributed.local(gradient) for gradient in gradients], factor)
         optimizer.step(lr)
     scale.update(finite)
     return StepResult(loss, grad_norm, not finite, flags_of_all)
@@ -206,10 +207,12 @@ def loop(run: Training) -> None:
             if progress.val_due and not stopping:
                 evaluate(run)
             # 5. Sample: a text from nothing; none after examples, which are about answers.
-            if due(train.sample_every) and not stopping and world.is_main and not is_examples:
+            is_sharded = distributed.is_sharded(run.model)  # then all ranks make the same text together
+            if due(train.sample_every) and not stopping and (world.is_main or is_sharded) and not is_examples:
                 try:
-                    text = sample.sample_text(run.model, run.tokenizer, "", max_new_tokens=SAMPLE_TOKENS,
-                                              temperature=0.8, top_k=200, seed=train.seed, ends=run.ends)
+                    with distributed.tables_whole(run.model):
+                        text = sample.sample_text(run.model, run.tokenizer, "", max_new_tokens=SAMPLE_TOKENS,
+                                                  temperature=0.8, top_k=200, seed=train.seed, ends=run.ends)
                 except sample.SampleError as error:  # logits that are not finite: the run itself may recover
                     text = f"(none: {error})"
                 log.note(f"--- sample at step {progress.step}\n{text}\n---")
@@ -256,9 +259,15 @@ def fail(run: Training) -> None:
 
 def evaluate(run: Training) -> bool:
     """Score the validation windows and log it; False if a stop signal cut it short."""
+    world, is_sharded = run.world, distributed.is_sharded(run.model)
+
+    def should_stop() -> bool:  # sharded ranks compute together, so they stop together
+        asked = torch.tensor(float(run.stop()), device=run.machine.device if is_sharded else "cpu")
+        return bool(distributed.sum_over_ranks(asked, world) if is_sharded else asked)
+
     score = evaluation.evaluate(
-        run.model, run.val_data.micro_batches(run.world.rank, run.world.size),
-        token_bytes=run.tokenizer.scored_bytes(), device=run.machine.device, world=run.world, should_stop=run.stop)
+        run.model, run.val_data.micro_batches(world.rank, world.size, equal=is_sharded),
+        token_bytes=run.tokenizer.scored_bytes(), device=run.machine.device, world=world, should_stop=should_stop)
     if score is None:
         return False
     run.progress.val_loss, run.progress.val_due = score.loss, not math.isfinite(score.loss)
@@ -271,12 +280,14 @@ def save(run: Training) -> bool:
     """Rank 0 writes a checkpoint. False on all ranks if that failed: a warning here, it is tried again at the next
     save."""
     saved = True
+    tensors, texts = files_to_save(run.model, run.config.lora)
+    tensors = {"optimizer": run.optimizer.state_tensors()} | tensors
+    tensors = {file: {name: distributed.whole(t) for name, t in part.items()} for file, part in tensors.items()}
     if run.world.is_main:
-        tensors, texts = files_to_save(run.model, run.config.lora)
         state = run.progress.as_state(updates=run.optimizer.updates, data_hash=run.dataset.hash, world=run.world)
         try:
             checkpoint.save(Path(run.config.train.out_dir), run.progress.step, state=state, texts=texts,
-                            tensors={"optimizer": run.optimizer.state_tensors()} | tensors, keep=run.config.train.keep)
+                            tensors=tensors, keep=run.config.train.keep)
         except checkpoint.SaveError as error:
             saved = False
             run.log.note(f"warning: {error}; training goes on and tries again at the next save")
@@ -309,6 +320,7 @@ def train(config: Config, given: set[str], *, world: World, stop: StopRequest) -
     trackers.check(config.train.tracker)
     if config.train.kernels == "triton" and (why := kernels.why_no_triton(machine.device)) is not None:
         raise ConfigError(f"train.kernels = 'triton' but {why}; kernels=auto takes PyTorch where Triton cannot run")
+    distributed.ranks_per_copy(config.train.shard, world)
     parent = starting.read_parent(config)
     config = starting.inherit(config, given, parent, world)
     try:
@@ -363,7 +375,8 @@ def train(config: Config, given: set[str], *, world: World, stop: StopRequest) -
                                  tracker=config.train.tracker, config=dataclasses.asdict(config))
         stack.callback(log.close)
         with _one_line(config, world, log.write):
-            compiled = torch.compile(model, dynamic=False) if machine.compiles else model
+            whole = machine.compiles and not distributed.is_sharded(model)  # a sharded one's blocks are, see build()
+            compiled = torch.compile(model, dynamic=False) if whole else model
             progress.micro_batch, micro_batch_reason = plan.choose_micro_batch(
                 config, progress.micro_batch, model, compiled, train_data, world)
         config = replace(config, train=replace(config.train, micro_batch=progress.micro_batch))

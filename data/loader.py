@@ -216,9 +216,13 @@ class ValLoader:
         for first in range(0, self.windows, CHECKED_AT_ONCE):
             self._read(np.arange(first, min(first + CHECKED_AT_ONCE, self.windows)))
 
-    def micro_batches(self, rank: int = 0, world_size: int = 1) -> Iterator[MicroBatch]:
-        """This rank's windows, in order."""
-        stop_of_rank = (rank + 1) * self.windows // world_size
-        for first in range(rank * self.windows // world_size, stop_of_rank, self.micro_batch):
-            tensors = self._read(np.arange(first, min(first + self.micro_batch, stop_of_rank)))
-            yield MicroBatch(*tensors, first_window=first).to(self.device)
+    def micro_batches(self, rank: int = 0, world_size: int = 1, *, equal: bool = False) -> Iterator[MicroBatch]:
+        """This rank's windows, in order. equal: as many micro-batches on every rank; those beyond a rank's own windows
+        repeat one, and none of their targets counts."""
+        start, stop = rank * self.windows // world_size, (rank + 1) * self.windows // world_size
+        most = -(-self.windows // world_size) if equal else stop - start
+        for first in range(start, start + most, self.micro_batch):
+            ids = np.arange(first, max(first + 1, min(first + self.micro_batch, stop)))
+            tokens, targets, document_ids = self._read(np.minimum(ids, self.windows - 1))
+            targets[torch.from_numpy(ids >= stop)] = IGNORED
+            yield MicroBatch(tokens, targets, document_ids, first_window=first).to(self.device)

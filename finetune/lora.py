@@ -10,12 +10,14 @@ Dims: r rank, M outputs and C inputs of a layer.
 
 import math
 import re
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 import kernels
 from config import LORA_TARGETS, LoraConfig, ModelConfig
+from distributed import fill, whole
 from model import GPT, Linear
 
 # family -> (what precedes the block's number, our layer -> its modules there, in the order of our rows)
@@ -47,8 +49,7 @@ class LoRALinear(Linear):
         self.scale = lora.alpha / lora.rank
         self.dropout = nn.Dropout(lora.dropout)
         self.lora_A = nn.Parameter(torch.empty(lora.rank, base.in_features))  # (r, C)
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, lora.rank))  # (M, r)
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.lora_B = nn.Parameter(torch.empty(base.out_features, lora.rank))  # (M, r)
 
     def forward(self, x: Tensor) -> Tensor:
         low = kernels.linear(self.dropout(x), self.lora_A, None)  # (..., r)
@@ -65,6 +66,16 @@ def add_adapters(model: GPT, lora: LoraConfig) -> None:
     for block in model.blocks:
         for target in lora.targets:
             block.set_submodule(target, LoRALinear(block.get_submodule(target), lora))
+    if not model.wte.weight.is_meta:
+        for name, value in initial_adapters(model):
+            model.get_parameter(name).data.copy_(value)
+
+
+def initial_adapters(model: GPT) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of each of the adapters' parameters, whole, on the CPU, drawn from the global RNG."""
+    for name, layer in adapters(model).items():
+        yield f"{name}.lora_A", nn.init.kaiming_uniform_(torch.empty(layer.lora_A.shape), a=math.sqrt(5))
+        yield f"{name}.lora_B", torch.zeros(layer.lora_B.shape)
 
 
 def adapters(model: GPT) -> dict[str, LoRALinear]:
@@ -82,17 +93,18 @@ def family_of(model: ModelConfig) -> str:
 
 
 def peft_tensors(model: GPT) -> dict[str, Tensor]:
-    """The adapters' tensors by peft's names."""
+    """The adapters' tensors, whole, by peft's names; a collective if the model is sharded."""
     config, (prefix, modules) = model.config, FAMILIES[family_of(model.config)]
     D = config.dim_per_head
     rows = {"attn.qkv": [config.n_head * D, config.kv_heads * D, config.kv_heads * D], "mlp.fc": 2 * [config.mlp_width]}
     tensors = {}
     for name, layer in adapters(model).items():
         _, number, target = name.split(".", 2)
-        parts = [layer.lora_B] if len(modules[target]) == 1 else layer.lora_B.split(rows[target])
+        A, B = whole(layer.lora_A), whole(layer.lora_B)
+        parts = [B] if len(modules[target]) == 1 else B.split(rows[target])
         for module, part in zip(modules[target], parts, strict=True):
             stem = f"{PEFT_PREFIX}{prefix}{number}.{module}"
-            tensors |= {f"{stem}.lora_A.weight": layer.lora_A, f"{stem}.lora_B.weight": part}
+            tensors |= {f"{stem}.lora_A.weight": A, f"{stem}.lora_B.weight": part}
     return tensors
 
 
@@ -129,8 +141,8 @@ def load_adapters(model: GPT, tensors: dict[str, Tensor]) -> None:
     if different:
         raise ValueError(f"adapters do not fit the model: {', '.join(different[:4])}")
     for name, layer in layers.items():
-        layer.lora_A.data.copy_(pairs[name][0])
-        layer.lora_B.data.copy_(pairs[name][1])
+        fill(layer.lora_A, pairs[name][0])
+        fill(layer.lora_B, pairs[name][1])
 
 
 def merge(base: dict[str, Tensor], tensors: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
