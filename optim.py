@@ -180,10 +180,10 @@ def shared_over_ranks(function: Callable[[Tensor], Tensor], rows: Tensor, like: 
     matrices = received.view(ranks, each, height, -1).transpose(0, 1).reshape(each, ranks * height, -1)
     if count:
         matrices[:count, :total] = function(matrices[:count, :total])
-    sent = matrices.view(each, ranks, height, -1).transpose(0, 1).reshape(sent.shape)
+    back = matrices.view(each, ranks, height, -1).transpose(0, 1).reshape(sent.shape)  # may be received's memory
     with naming_lost_rank():
-        dist.all_to_all_single(received, sent, group=group)
-    return received[:len(rows), :rows.shape[1]]
+        dist.all_to_all_single(sent, back, group=group)
+    return sent[:len(rows), :rows.shape[1]]
 
 
 def gradient_norm(gradients: list[Tensor]) -> Tensor:
