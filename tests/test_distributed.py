@@ -181,3 +181,12 @@ def test_one_rank_agrees_with_itself():
     assert distributed.gather({"a": [1, None]}, World()) == [{"a": [1, None]}]
     with pytest.raises(ConfigError, match="mine"), distributed.raise_on_all_ranks(World()):
         raise ConfigError("mine")
+
+
+def test_a_copy_is_on_ranks_that_divide_all(capsys):
+    assert [distributed.ranks_per_copy(shard, World(size=4)) for shard in (1, 2, 4, "all")] == [1, 2, 4, 4]
+    for shard, size in ((3, 4), (8, 4), (2, 1)):
+        with pytest.raises(ConfigError, match=f"train.shard = {shard} does not divide the {size} ranks?; use") as error:
+            distributed.ranks_per_copy(shard, World(size=size))
+        for word in re.findall(r"\d+|all", str(error.value).partition("use ")[2]):
+            distributed.ranks_per_copy(int(word) if word.isdecimal() else word, World(size=size))

@@ -93,9 +93,14 @@ from optim import LossScale, Optimizer
 
 world = distributed.read_world()
 with distributed.process_group(world, torch.device("cpu"), 60.0):
-    torch.manual_seed(0)
-    model = GPT(ModelConfig(n_layer=1, n_head=2, n_embd=32, max_seq_len=16, vocab_size=50))
-    optimizer = Optimizer(model, OptimConfig(decay_steps=10))
+    with torch.device("meta" if {sharded} else "cpu"):
+        torch.manual_seed(0)
+        model = GPT(ModelConfig(n_layer=1, n_head=2, n_embd=32, max_seq_len=16, vocab_size=50))
+    if {sharded}:
+        distributed.shard(model, 2, torch.device("cpu"), world)
+        for name, value in model.initial_weights():
+            distributed.fill(model.get_parameter(name), value)
+    optimizer = Optimizer(model, OptimConfig(decay_steps=10), world=world)
     wrapped = distributed.wrap(model, torch.device("cpu"), world)
     tokens = torch.randint(50, (4, 17))[2 * world.rank:2 * world.rank + 2]
     batches = [MicroBatch(tokens[i:i + 1, :-1], tokens[i:i + 1, 1:], None, i) for i in range(2)]
@@ -103,29 +108,33 @@ with distributed.process_group(world, torch.device("cpu"), 60.0):
         return train.train_step(wrapped, optimizer, batches, lr=1e-3, tokens_per_step=64, grad_clip=1.0,
                                 scale=LossScale(), step=0, world=world)
     assert not step().skipped
-    before = {{k: v.clone() for k, v in (model.state_dict() | optimizer.state_tensors()).items()}}
+    before = {{k: distributed.local(v).clone() for k, v in (model.state_dict() | optimizer.state_tensors()).items()}}
     poison = None
     if world.rank == 1:
         poison = model.final_norm.register_forward_hook(lambda module, args, output: output * math.nan)
     assert step().skipped and optimizer.updates == 1
     for name, tensor in (model.state_dict() | optimizer.state_tensors()).items():
-        assert torch.equal(tensor, before[name]), name
+        assert torch.equal(distributed.local(tensor), before[name]), name
     if poison is not None:
         poison.remove()
     halfway = []
-    model.final_norm.register_forward_hook(lambda *_: halfway.append([p.grad.data_ptr() for p in model.parameters()]))
+    def places():
+        return [p.grad.data_ptr() for p in model.parameters() if p.grad is not None]
+    model.final_norm.register_forward_hook(lambda *_: halfway.append(places()))
     assert not step().skipped
     # gradients gather in DDP's buckets from the first micro-batch on: no second copy of them
-    assert halfway == 2 * [[p.grad.data_ptr() for p in model.parameters()]]
-    sums = distributed.gather([p.double().sum().item() for p in model.parameters()], world)
+    assert {sharded} or halfway == 2 * [places()]
+    weights = model.state_dict().values()
+    sums = distributed.gather([distributed.whole(p).double().sum().item() for p in weights], world)
     assert sums[0] == sums[1]
     print(f"rank {{world.rank}} unharmed")  # one write: the other rank's may come at the same time
 """
 
 
-def test_a_nan_on_one_rank_changes_nothing_on_any(tmp_path):
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_nan_on_one_rank_changes_nothing_on_any(tmp_path, sharded):
     script = tmp_path / "script.py"
-    script.write_text(NAN_ON_RANK_1.format(checkout=str(CHECKOUT)))
+    script.write_text(NAN_ON_RANK_1.format(checkout=str(CHECKOUT), sharded=sharded))
     process = subprocess.Popen([*TORCHRUN, str(script)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     output = finish(process)
     assert process.returncode == 0, output
