@@ -23,6 +23,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cli import note
 from config import ConfigError, MachineError, TrainConfig, UserError
 
 
@@ -178,6 +179,9 @@ def process_group(world: World, device: torch.device, timeout_s: float) -> Itera
         yield
         return
     host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ.get("TORCHELASTIC_MAX_RESTARTS") != "0":
+        note("warning: torchrun's restarts mostly fail with the store that it shares with its workers (pytorch issue "
+             "135712); start it with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment")
     try:
         socket.getaddrinfo(host, port)  # torch tries an unknown name again until timeout_s
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=world.rank, world_size=world.size,

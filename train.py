@@ -53,6 +53,7 @@ from kernels import self_check
 from model import GPT, flops_per_token, padded_vocab_size
 from optim import LossScale, Optimizer, gradient_norm, learning_rate
 from start import Progress, Resume
+from watchdog import Watchdog
 
 DEMO = Path(__file__).parent / "configs" / "demo.toml"
 MAX_SKIPS_IN_A_ROW = 10
@@ -135,6 +136,7 @@ class Training:
     ends: frozenset[int]  # the tokens that end a sample
     log: metrics.RunLog
     stop: StopRequest
+    watchdog: Watchdog
 
 
 def loop(run: Training) -> None:
@@ -171,6 +173,7 @@ def loop(run: Training) -> None:
     with contextlib.closing(run.train_data.batches(progress.step, last)) as batches:
         for micro_batches in batches:
             # 1. Batch and step.
+            run.watchdog.mark(f"step {progress.step + 1}")
             lr = learning_rate(progress.step, config.optim)
             traced = progress.step + 1 in train.profile_steps and world.is_main
             with metrics.profiled(Path(train.out_dir), progress.step + 1, log) if traced else contextlib.nullcontext():
@@ -209,6 +212,7 @@ def loop(run: Training) -> None:
             # 5. Sample: a text from nothing; none after examples, which are about answers.
             is_sharded = distributed.is_sharded(run.model)  # then all ranks make the same text together
             if due(train.sample_every) and not stopping and (world.is_main or is_sharded) and not is_examples:
+                run.watchdog.mark(f"the sample of step {progress.step}")
                 try:
                     with distributed.tables_whole(run.model):
                         text = sample.sample_text(run.model, run.tokenizer, "", max_new_tokens=SAMPLE_TOKENS,
@@ -225,6 +229,7 @@ def loop(run: Training) -> None:
             started += time.perf_counter() - paused
             if stopping:
                 break
+            run.watchdog.mark(f"the wait for the batch of step {progress.step + 1}")
     if save_failed:
         raise MachineError("the last checkpoint could not be saved (see above); make room and start again with the "
                            "same command")
@@ -262,6 +267,7 @@ def evaluate(run: Training) -> bool:
     world, is_sharded = run.world, distributed.is_sharded(run.model)
 
     def should_stop() -> bool:  # sharded ranks compute together, so they stop together
+        run.watchdog.mark(f"the evaluation of step {run.progress.step}")
         asked = torch.tensor(float(run.stop()), device=run.machine.device if is_sharded else "cpu")
         return bool(distributed.sum_over_ranks(asked, world) if is_sharded else asked)
 
@@ -280,6 +286,7 @@ def save(run: Training) -> bool:
     """Rank 0 writes a checkpoint. False on all ranks if that failed: a warning here, it is tried again at the next
     save."""
     saved = True
+    run.watchdog.mark(f"the save of step {run.progress.step}")
     tensors, texts = files_to_save(run.model, run.config.lora)
     tensors = {"optimizer": run.optimizer.state_tensors()} | tensors
     tensors = {file: {name: distributed.whole(t) for name, t in part.items()} for file, part in tensors.items()}
@@ -385,7 +392,9 @@ def train(config: Config, given: set[str], *, world: World, stop: StopRequest) -
         with _one_line(config, world, log.write):
             run = Training(config, machine, world, model, distributed.wrap(compiled, machine.device, world), optimizer,
                            progress, tokenizer, dataset, train_data, val_data,
-                           end_ids(tokenizer, template, generation), log, stop)
+                           end_ids(tokenizer, template, generation), log, stop,
+                           Watchdog(Path(config.train.out_dir), world, config.train.timeout_s))
+            stack.callback(run.watchdog.close)
             for line in notes:  # printed already
                 log.write(line)
             for line in [*_first_lines(run, kernels_line, micro_batch_reason), starting.describe(start, config)]:

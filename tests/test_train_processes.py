@@ -249,3 +249,73 @@ def test_a_full_disk_at_every_save_keeps_training_and_exits_1(settings):
     assert "error: the last checkpoint could not be saved" in output
     assert [row["step"] for row in rows(Path("full"))] == list(range(1, 13))
     assert not any(Path("full/checkpoints").iterdir())
+
+
+# ---- A rank that is lost or hangs ------------------------------------------------------------------------------------
+
+def with_trouble(code: str) -> str:
+    """A train.py of which rank 1, in its first life, does something before the batch of step 6 is read."""
+    path = Path("trouble.py")
+    path.write_text(f"""
+import os, signal, sys, time
+sys.path.insert(0, {str(CHECKOUT)!r})
+import data.loader, train
+from config import exit_cleanly
+ids = data.loader.TrainLoader.window_ids
+def window_ids(self, step):
+    if step == 5 and os.environ["RANK"] == "1" and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
+        {code}
+    return ids(self, step)
+data.loader.TrainLoader.window_ids = window_ids
+exit_cleanly(train.main)
+""")
+    return str(path)
+
+
+def test_a_killed_rank_is_started_again_and_the_run_has_an_unbroken_ones_weights(settings, monkeypatch):
+    """With the words of docs/PRETRAINING.md; without them torchrun's restarts fail two times in three."""
+    words = "--max-restarts=1 --nnodes=1 --nproc_per_node=2 --rdzv-backend=c10d --rdzv-endpoint=localhost:0".split()
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *words]
+    unbroken = two_ranks(settings, "unbroken")
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    command = [*torchrun, with_trouble("os.kill(os.getpid(), signal.SIGKILL)"), *settings, "train.out_dir=killed"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    output = finish(process, 200)
+    assert process.returncode == 0 and "going on from step 4" in output, output
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE" not in output
+    assert losses(Path("killed")) == losses(unbroken)  # no step twice either
+    assert_same_bits(tensors(Path("killed"), 12), tensors(unbroken, 12))
+
+
+def test_restarts_that_mostly_fail_are_warned_of(settings):
+    command = [*TORCHRUN, "--max-restarts=1", str(CHECKOUT / "train.py"), *settings, "train.out_dir=warned",
+               "train.max_steps=1"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert finish(process).count("warning: torchrun's restarts mostly fail") == 1
+
+
+def test_a_hung_rank_is_named_with_its_phase_and_every_stack_is_written(settings):
+    command = [*TORCHRUN, with_trouble("time.sleep(600)"), *settings, "train.out_dir=hung", "train.timeout_s=6"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 90
+    stacks = [Path(f"hung/stacks/rank_{rank}.txt") for rank in (0, 1)]
+    while time.monotonic() < deadline and process.poll() is None and not all(path.exists() for path in stacks):
+        time.sleep(0.1)
+    time.sleep(3)  # rank 0 gives up after timeout_s; torchrun would wait half a minute more for the one that hangs
+    process.terminate()
+    output = finish(process)
+    for path in stacks:
+        assert "has been in step 6" in path.read_text() or "the batch of step 6 for" in path.read_text(), output
+    assert "in train_step" in stacks[0].read_text() and "in window_ids" in stacks[1].read_text()
+    assert "warning: rank 1 has been in" in output and "warning: rank 0 has been in" in output
+
+
+def test_an_error_of_one_rank_ends_all_at_once_with_one_message(settings):
+    command = [*TORCHRUN, with_trouble("raise ValueError('no such luck')"), *settings, "train.out_dir=broken"]
+    started = time.monotonic()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    output = finish(process)
+    assert process.returncode == 1 and time.monotonic() - started < 100  # not after timeout_s, ten minutes
+    assert output.count("ValueError: no such luck") == 1
+    assert [row["step"] for row in rows(Path("broken"))] == [1, 2, 3, 4, 5]
+    assert [row["step"] for row in rows(two_ranks(settings, "broken"))] == list(range(1, 13))
