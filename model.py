@@ -9,6 +9,7 @@ Dims: B batch, T sequence, C width (n_embd), H query heads, Hkv key/value heads,
 
 import math
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,7 @@ class Linear(nn.Linear):
 
 
 class Norm(nn.Module):
-    """LayerNorm or RMSNorm over the last dim."""
+    """LayerNorm or RMSNorm over the last dim; with a residual as kernels.layer_norm."""
 
     def __init__(self, dim: int, config: ModelConfig, kind: str | None = None):
         super().__init__()
@@ -37,10 +38,10 @@ class Norm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
         self.bias = nn.Parameter(torch.zeros(dim)) if config.bias and self.kind == "layernorm" else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         if self.kind == "rmsnorm":
-            return kernels.rms_norm(x, self.weight, eps=self.eps)
-        return kernels.layer_norm(x, self.weight, self.bias, eps=self.eps)
+            return kernels.rms_norm(x, self.weight, eps=self.eps, residual=residual)
+        return kernels.layer_norm(x, self.weight, self.bias, eps=self.eps, residual=residual)
 
 
 class KVCache:
@@ -81,7 +82,10 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, first_key: Tensor | None,
                 cache: KVCache | None, layer: int) -> Tensor:
         B, T, _ = x.shape
-        q, k, v = self.qkv(x).view(B, T, -1, self.D).split((self.H, self.Hkv, self.Hkv), dim=2)  # (B, T, H or Hkv, D)
+        qkv = self.qkv(x).view(B, T, -1, self.D)  # (B, T, H + 2 Hkv, D)
+        if self.q_norm is None and rotation is None and cache is None:  # left together: so is their gradient
+            return self.proj(kernels.packed_attention(qkv, self.H, first_key=first_key).flatten(2))
+        q, k, v = qkv.split((self.H, self.Hkv, self.Hkv), dim=2)  # (B, T, H or Hkv, D)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
@@ -90,7 +94,7 @@ class Attention(nn.Module):
             k, v = cache.append(layer, k, v)
         # A cache may hold float32 beside bfloat16 matmuls (see sample.py); else both conversions do nothing.
         out = kernels.attention(q.to(k.dtype), k, v, first_key=first_key).to(x.dtype)  # (B, T, H, D)
-        return self.proj(out.reshape(B, T, self.H * self.D))
+        return self.proj(out.flatten(2))
 
 
 class MLP(nn.Module):
@@ -124,10 +128,14 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, first_key: Tensor | None,
-                cache: KVCache | None, layer: int) -> Tensor:
-        x = x + self.dropout(self.attn(self.attn_norm(x), rotation, first_key, cache, layer))
-        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+    def forward(self, x: Tensor, branch: Tensor | None, rotation: tuple[Tensor, Tensor] | None,
+                first_key: Tensor | None, cache: KVCache | None, layer: int) -> tuple[Tensor, Tensor]:
+        """The residual stream, and the branch (None before the first block) that the norm behind has yet to add to it:
+        the sum costs no pass of its own."""
+        y, x = (self.attn_norm(x), x) if branch is None else self.attn_norm(branch, residual=x)
+        branch = self.dropout(self.attn(y, rotation, first_key, cache, layer))
+        y, x = self.mlp_norm(branch, residual=x)
+        return x, self.dropout(self.mlp(y))
 
 
 class GPT(nn.Module):
@@ -208,18 +216,20 @@ class GPT(nn.Module):
         rotation = None
         if self.wpe is not None:
             x = x + F.embedding(positions, self.wpe.weight).to(x.dtype)  # (B or 1, T, C)
-        else:  # cos and sin (B or 1, T, 1, D/2), the same for all heads
+        else:  # cos and sin (B or 1, T, 1, D), the same for all heads
             rotation = tuple(table[positions][:, :, None].to(x.dtype) for table in (self.rope_cos, self.rope_sin))
-        x = self.dropout(x)
+        x, branch = self.dropout(x), None
         for layer, block in enumerate(self.blocks):
             if self.activation_checkpointing and torch.is_grad_enabled():
-                from torch.utils.checkpoint import checkpoint
-                x = checkpoint(block, x, rotation, first_key, cache, layer, use_reentrant=False)
+                from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+                x = x if branch is None else x + branch  # here, so that a block keeps their sum instead of both
+                x, branch = checkpoint(block, x, None, rotation, first_key, cache, layer, use_reentrant=False,
+                                       context_fn=partial(create_selective_checkpoint_contexts, _keeps_attention))
             else:
-                x = block(x, rotation, first_key, cache, layer)
+                x, branch = block(x, branch, rotation, first_key, cache, layer)
         if cache is not None:
             cache.length += T
-        return self.final_norm(x)
+        return self.final_norm(branch, residual=x)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 (..., vocab_size) of hidden (..., C)."""
@@ -252,6 +262,11 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters()) - tables * padding * self.config.n_embd
 
 
+def _keeps_attention(_context, op, *_args, **_kwargs) -> bool:
+    """For activation checkpointing, what is not computed again: operators called so, all but the CPU's few matmuls."""
+    return "attention" in str(op)
+
+
 def _embedding(rows: int, columns: int) -> nn.Embedding:
     return nn.Embedding.from_pretrained(torch.empty(rows, columns), freeze=False)  # GPT fills it
 
@@ -264,14 +279,14 @@ def padded_vocab_size(vocab_size: int) -> int:
 # ---- Rotary position embedding (RoFormer, arXiv:2104.09864) ----------------------------------------------------------
 
 def rope_table(config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """cos and sin of position x frequency, float32 (max_seq_len, D/2)."""
+    """cos and sin of position x frequency, float32 (max_seq_len, D): each twice, of sin the first half negative."""
     D = config.dim_per_head
     # Radians per token, (D/2,); rounded as Hugging Face's, whose last bits position 10,000 would multiply.
     frequency = 1.0 / config.rope_theta ** (torch.arange(0, D, 2, dtype=torch.float32, device="cpu") / D)
     if config.rope_scaling is not None:
         frequency = scaled_frequency(frequency, config.rope_scaling)
     angle = torch.outer(torch.arange(config.max_seq_len, dtype=torch.float32, device="cpu"), frequency)
-    return angle.cos(), angle.sin()
+    return angle.cos().repeat(1, 2), torch.cat((-angle.sin(), angle.sin()), dim=1)
 
 
 def scaled_frequency(frequency: Tensor, scaling: RopeScaling) -> Tensor:
@@ -287,9 +302,8 @@ def scaled_frequency(frequency: Tensor, scaling: RopeScaling) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (x[i], x[i + D/2]), Hugging Face's order. x (B, T, H, D), cos and sin (B or 1, T, 1, D/2)."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    """Rotate the pairs (x[i], x[i + D/2]), Hugging Face's order. x (B, T, H, D), cos and sin (B or 1, T, 1, D)."""
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
 # ---- What a token costs ----------------------------------------------------------------------------------------------

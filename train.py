@@ -371,6 +371,9 @@ def train(config: Config, given: set[str], *, world: World, stop: StopRequest) -
             return
 
         # 3. Model and optimizer, the log, the loop, the last words.
+        if machine.compiles and kernels.backend("rms_norm") == "triton":  # of the norms Inductor has QK-norm alone,
+            if hasattr(torch._inductor.config.triton, "mix_order_reduction"):  # and would write its gradients twice
+                torch._inductor.config.triton.mix_order_reduction = False
         with _one_line(config, world):
             model, optimizer, progress = starting.build(start, config, parent, machine, world)
         train_data.go_on_after(progress.step, progress.tokens // config.model.max_seq_len)

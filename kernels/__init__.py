@@ -89,6 +89,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, first_key: Tensor | None = Non
     return _of("attention", q).attention(q, k, v, first_key=first_key)
 
 
+def packed_attention(qkv: Tensor, n_head: int, *, first_key: Tensor | None = None) -> Tensor:
+    """attention of q, k and v side by side, as one projection makes them: qkv (B, T, H + 2 Hkv, D) -> (B, T, H, D)."""
+    module, n_kv_head = _of("attention", qkv), (qkv.shape[2] - n_head) // 2
+    if hasattr(module, "packed_attention"):
+        return module.packed_attention(qkv, n_head, first_key=first_key)
+    return attention(*qkv.split((n_head, n_kv_head, n_kv_head), dim=2), first_key=first_key)
+
+
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, vocab_size: int, reduction: str = "mean",
                          softcap: float = 0.0) -> Tensor:
     """Cross-entropy of softmax(hidden @ weight.T) against targets, in nats, without ever holding all logits.

@@ -9,7 +9,8 @@ The backward is split: one kernel sums over keys (for q), one over queries (for 
 inputs give equal bits; or fused: all probabilities once, q's gradient by atomics (configs.FUSED_BACKWARD).
 
 Dims: B batch, Tq queries, Tk keys, H query heads, Hkv key/value heads, G = H / Hkv, D head dim. "own" is the key at
-which a query stands. In kernels a stride is named x_b, x_t, x_h for the dims of x; that of D is 1.
+which a query stands. In kernels a stride is named x_b, x_t, x_h for the dims of x; that of D is 1. to_b, to_t are those
+of the gradients that a kernel writes, whose heads follow one another.
 """
 
 import functools
@@ -29,16 +30,21 @@ def supports(q: Tensor) -> bool:
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, first_key: Tensor | None = None) -> Tensor:
     """kernels.attention by Triton. Gradients have the same bits every time if PyTorch is set to be deterministic."""
-    return attention_forward(q, k, v, first_key, torch.are_deterministic_algorithms_enabled())[0]
+    return attention_forward(q, k, v, first_key, q.shape[2], torch.are_deterministic_algorithms_enabled())[0]
+
+
+def packed_attention(qkv: Tensor, n_head: int, *, first_key: Tensor | None = None) -> Tensor:
+    """kernels.packed_attention by Triton: its backward writes into one gradient, so that none has to be joined."""
+    return attention_forward(qkv, None, None, first_key, n_head, torch.are_deterministic_algorithms_enabled())[0]
 
 
 @library.custom_op("flatgpt::attention_forward", mutates_args=())
-def attention_forward(q: Tensor, k: Tensor, v: Tensor, first_key: Tensor | None,
+def attention_forward(q: Tensor, k: Tensor | None, v: Tensor | None, first_key: Tensor | None, n_head: int,
                       deterministic: bool) -> tuple[Tensor, Tensor]:
-    """Attention (B, Tq, H, D), contiguous, and the log of the sum of exp(scores), float32 (B, H, Tq). deterministic is
-    for the backward."""
-    out, lse = _outputs(q, k, v, first_key, deterministic)
-    first, q, k, v = _addressable(first_key, q, k, v)
+    """Attention (B, Tq, H, D), contiguous, and the log of the sum of exp(scores), float32 (B, H, Tq). Without k and v,
+    q is all three, packed: (B, T, H + 2 Hkv, D). deterministic is for the backward."""
+    out, lse = _outputs(q, k, v, first_key, n_head, deterministic)
+    first, q, k, v = _addressable(first_key, *_unpacked(q, k, v, n_head))
     B, Tq, H, D = q.shape
     tile = configs.attention(D, q.dtype, _arch(q.device)).forward
     with torch.cuda.device_of(q):  # Triton launches on the current one; for backward, autograd's thread sets it
@@ -51,17 +57,19 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, first_key: Tensor | None,
 
 
 @attention_forward.register_fake
-def _outputs(q, k, v, first_key, deterministic):
-    B, Tq, H, _ = q.shape
-    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty((B, H, Tq), dtype=torch.float32)
+def _outputs(q, k, v, first_key, n_head, deterministic):
+    B, Tq, _, D = q.shape
+    return q.new_empty((B, Tq, n_head, D)), q.new_empty((B, n_head, Tq), dtype=torch.float32)
 
 
 @library.custom_op("flatgpt::attention_backward", mutates_args=())
-def attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+def attention_backward(grad: Tensor, q: Tensor, k: Tensor | None, v: Tensor | None, out: Tensor, lse: Tensor,
                        first_key: Tensor | None, deterministic: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, contiguous, in their dtypes; grad (B, Tq, H, D) is that of out."""
-    grad_q, grad_k, grad_v = _gradient_outputs(grad, q, k, v, out, lse, first_key, deterministic)
-    first, q, k, v, grad = _addressable(first_key, q, k, v, grad)
+    """Gradients of q, k, v, contiguous, in their dtypes; of a packed q that is the first, and the others are empty.
+    grad (B, Tq, H, D) is that of out."""
+    gradients = _gradient_outputs(grad, q, k, v, out, lse, first_key, deterministic)
+    grad_q, grad_k, grad_v = gradients if k is not None else _unpacked(gradients[0], None, None, out.shape[2])
+    first, q, k, v, grad = _addressable(first_key, *_unpacked(q, k, v, out.shape[2]), grad)
     (B, Tq, H, D), (_, Tk, Hkv, _) = q.shape, k.shape
     tiles = configs.attention(D, q.dtype, _arch(q.device))
     fused = not deterministic and configs.FUSED_BACKWARD and tiles.fused is not None
@@ -70,37 +78,45 @@ def attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tenso
     delta = torch.empty_like(lse)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad.stride()[:3])
     constants = {"G": H // Hkv, "D": D, "BLOCK_D": configs.head_block(D), "HAS_FIRST": first_key is not None}
-    if fused:
-        grad_q = torch.zeros_like(grad_q, dtype=torch.float32)
+    sum_q = torch.zeros_like(out, dtype=torch.float32) if fused else grad_q
     _backward_q_kernel[(triton.cdiv(Tq, of_q.queries) * B * H,)](
-        q, k, v, grad, out, lse, delta, first, grad_q, D ** -0.5, H, Tq, Tk, *strides, first.stride(0), **constants,
-        BLOCK_Q=of_q.queries, BLOCK_K=of_q.keys, MASK_ALL=of_q.mask_all, ONLY_DELTA=fused, num_warps=of_q.warps,
-        num_stages=of_q.stages)
+        q, k, v, grad, out, lse, delta, first, grad_q, D ** -0.5, H, Tq, Tk, *strides, *grad_q.stride()[:2],
+        first.stride(0), **constants, BLOCK_Q=of_q.queries, BLOCK_K=of_q.keys, MASK_ALL=of_q.mask_all,
+        ONLY_DELTA=fused, num_warps=of_q.warps, num_stages=of_q.stages)
     _backward_kv_kernel[(triton.cdiv(Tk, of_kv.keys) * B * Hkv,)](
-        q, k, v, grad, lse, delta, first, last, grad_q, grad_k, grad_v, D ** -0.5, Hkv, Tq, Tk, *strides,
-        first.stride(0), last.stride(0), **constants, BLOCK_Q=of_kv.queries, BLOCK_K=of_kv.keys,
+        q, k, v, grad, lse, delta, first, last, sum_q, grad_k, grad_v, D ** -0.5, Hkv, Tq, Tk, *strides,
+        *grad_k.stride()[:2], first.stride(0), last.stride(0), **constants, BLOCK_Q=of_kv.queries, BLOCK_K=of_kv.keys,
         MASK_ALL=of_kv.mask_all or first_key is not None, ADD_GRAD_Q=fused, num_warps=of_kv.warps,
         num_stages=of_kv.stages)
-    return grad_q.to(q.dtype), grad_k, grad_v
+    if fused:
+        grad_q.copy_(sum_q)
+    return gradients
 
 
 @attention_backward.register_fake
 def _gradient_outputs(grad, q, k, v, out, lse, first_key, deterministic):
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    return tuple(q.new_empty(0 if x is None else x.shape) for x in (q, k, v))
 
 
 def _save_for_backward(ctx, inputs, output) -> None:
-    q, k, v, first_key, ctx.deterministic = inputs
+    q, k, v, first_key, _, ctx.deterministic = inputs
     ctx.save_for_backward(q, k, v, *output, first_key)
     ctx.set_materialize_grads(False)  # no zeros for the log-sum-exp, whose gradient nobody asks for
 
 
 def _gradients(ctx, grad, _grad_lse):
     q, k, v, out, lse, first_key = ctx.saved_tensors
-    return *attention_backward(grad, q, k, v, out, lse, first_key, ctx.deterministic), None, None
+    grad_q, grad_k, grad_v = attention_backward(grad, q, k, v, out, lse, first_key, ctx.deterministic)
+    return (grad_q, None, None, None, None, None) if k is None else (grad_q, grad_k, grad_v, None, None, None)
 
 
 attention_forward.register_autograd(_gradients, setup_context=_save_for_backward)
+
+
+def _unpacked(q: Tensor, k: Tensor | None, v: Tensor | None, H: int) -> tuple[Tensor, ...]:
+    """q, k and v, of a packed q as views."""
+    Hkv = (q.shape[2] - H) // 2
+    return (q, k, v) if k is not None else q.split((H, Hkv, Hkv), dim=2)
 
 
 def _addressable(first_key: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -182,7 +198,7 @@ def _forward_kernel(Q, K, V, FIRST, OUT, LSE, scale, H, Tq, Tk, q_b, q_t, q_h, k
 
 @triton.jit(do_not_specialize=["Tq", "Tk", "first_b"])
 def _backward_q_kernel(Q, K, V, GRAD, OUT, LSE, DELTA, FIRST, GRAD_Q, scale, H, Tq, Tk,
-                       q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, grad_b, grad_t, grad_h, first_b,
+                       q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, grad_b, grad_t, grad_h, to_b, to_t, first_b,
                        G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, HAS_FIRST: tl.constexpr,
                        BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, MASK_ALL: tl.constexpr, ONLY_DELTA: tl.constexpr):
     """GRAD_Q for BLOCK_Q queries of one head, and for the other kernel DELTA (B, H, Tq): what the softmax takes off the
@@ -221,15 +237,15 @@ def _backward_q_kernel(Q, K, V, GRAD, OUT, LSE, DELTA, FIRST, GRAD_Q, scale, H, 
         grad_p = tl.dot(grad, tl.trans(v), input_precision="ieee")
         grad_scores = p * (grad_p - delta[:, None])
         grad_q = tl.dot(grad_scores.to(k.dtype), k, grad_q, input_precision="ieee")
-    _store_tile(GRAD_Q + (b * Tq * H + h) * D, grad_q * scale, start_q, Tq, H * D, BLOCK_Q, D, BLOCK_D)
+    _store_tile(GRAD_Q + b * to_b + h * D, grad_q * scale, start_q, Tq, to_t, BLOCK_Q, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["Tq", "Tk", "first_b", "last_b"])
 def _backward_kv_kernel(Q, K, V, GRAD, LSE, DELTA, FIRST, LAST, GRAD_Q, GRAD_K, GRAD_V, scale, Hkv, Tq, Tk,
-                        q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, grad_b, grad_t, grad_h, first_b, last_b,
-                        G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, HAS_FIRST: tl.constexpr,
-                        BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, MASK_ALL: tl.constexpr,
-                        ADD_GRAD_Q: tl.constexpr):
+                        q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, grad_b, grad_t, grad_h, to_b, to_t,
+                        first_b, last_b, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+                        HAS_FIRST: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+                        MASK_ALL: tl.constexpr, ADD_GRAD_Q: tl.constexpr):
     """GRAD_K and GRAD_V for BLOCK_K keys of one key head, over all queries of its G query heads. With ADD_GRAD_Q the
     tiles' shares of GRAD_Q, float32, are added to it on the way. One loop: of two, one with the mask, Triton 3.6 made
     wgmma that wait for each other. HAS_FIRST asks for MASK_ALL."""
@@ -277,8 +293,8 @@ def _backward_kv_kernel(Q, K, V, GRAD, LSE, DELTA, FIRST, LAST, GRAD_Q, GRAD_K, 
             column = tl.arange(0, BLOCK_D)
             tl.atomic_add(GRAD_Q + ((b * Tq + query[:, None]) * Hkv * G + h) * D + column[None, :], share,
                           mask=(query < Tq)[:, None] & (column < D)[None, :], sem="relaxed")
-    _store_tile(GRAD_K + (b * Tk * Hkv + h_kv) * D, grad_k * scale, start_k, Tk, Hkv * D, BLOCK_K, D, BLOCK_D)
-    _store_tile(GRAD_V + (b * Tk * Hkv + h_kv) * D, grad_v, start_k, Tk, Hkv * D, BLOCK_K, D, BLOCK_D)
+    _store_tile(GRAD_K + b * to_b + h_kv * D, grad_k * scale, start_k, Tk, to_t, BLOCK_K, D, BLOCK_D)
+    _store_tile(GRAD_V + b * to_b + h_kv * D, grad_v, start_k, Tk, to_t, BLOCK_K, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["Tq", "Tk"])

@@ -16,7 +16,10 @@ from kernels import configs
 
 
 def supports(x: Tensor) -> bool:
-    return configs.computes_on(x) and x.shape[-1] <= configs.MAX_NORM_WIDTH and x.numel() > 0
+    """Rows of one stride. Heads of a packed projection have two and would be copied; PyTorch's norm reads them where
+    they are, and torch.compile fuses it with the rotation behind."""
+    is_rows = all(x.stride(i) == x.stride(i + 1) * x.shape[i + 1] for i in range(x.dim() - 2))
+    return configs.computes_on(x) and x.shape[-1] <= configs.MAX_NORM_WIDTH and x.numel() > 0 and is_rows
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, *, eps: float,

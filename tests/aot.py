@@ -154,7 +154,7 @@ def _attention_kernels(arch: str, dtype: str, D: int, *, masked: bool, G: int) -
     first = "*i32" if masked else x  # without first_key the launcher hands over any tensor, which is never read
     pointers |= {"LSE": "*fp32", "DELTA": "*fp32", "FIRST": first, "LAST": first}
     numbers = {"scale": "fp32", "H": "i32", "Hkv": "i32", "Tq": "i32", "Tk": "i32", "first_b": "i32", "last_b": "i32"}
-    strides = _strides("q", "k", "v", "grad")
+    strides = _strides("q", "k", "v", "grad") | {"to_b": "i32", "to_t": "i32"}
     kernels = [("forward", "_forward_kernel", tiles.forward, {}),
                ("backward q", "_backward_q_kernel", tiles.backward_q,
                 {"ONLY_DELTA": False, "MASK_ALL": tiles.backward_q.mask_all}),

@@ -63,17 +63,28 @@ def results(op: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, grad: Te
                     strict=True))
 
 
+def packed_results(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, first_key: Tensor | None) -> dict[str, Tensor]:
+    """The same of q, k and v in one tensor, whose gradient is taken apart."""
+    qkv = torch.cat((q, k, v), dim=2).detach().requires_grad_()
+    out = flash_attention.packed_attention(qkv, q.shape[2], first_key=first_key)
+    grad_qkv, = torch.autograd.grad(out, qkv, grad)
+    assert grad_qkv.is_contiguous()
+    gradients = grad_qkv.split((q.shape[2], k.shape[2], v.shape[2]), dim=2)
+    return dict(zip(("out", "grad_q", "grad_k", "grad_v"), (out, *(g.contiguous() for g in gradients)), strict=True))
+
+
 def relative_error(ours: Tensor, exact: Tensor) -> float:
     return ((ours.double() - exact).norm() / exact.norm().clamp(min=1e-30)).item()
 
 
-def assert_as_exact_as_pytorch(inputs: list[Tensor], first_key: Tensor | None = None) -> None:
+def assert_as_exact_as_pytorch(inputs: list[Tensor], first_key: Tensor | None = None, *, packed: bool = False) -> None:
     """At most twice the error of PyTorch's same computation in the same dtype, and below the cap in any case."""
     q, dtype = inputs[0], inputs[0].dtype
     copies = [x.detach().double().requires_grad_() for x in inputs]
     exact = results(lambda q, k, v: plain_attention(q, k, v, first_key=first_key)[0], *copies)
     theirs = results(lambda q, k, v: reference.attention(q, k, v, first_key=first_key), *inputs)
-    ours = results(lambda q, k, v: flash_attention.attention(q, k, v, first_key=first_key), *inputs)
+    ours = packed_results(*inputs, first_key) if packed else results(
+        lambda q, k, v: flash_attention.attention(q, k, v, first_key=first_key), *inputs)
     for name, value in exact.items():
         assert ours[name].dtype == dtype and ours[name].shape == value.shape and ours[name].is_contiguous()
         error = relative_error(ours[name], value)
@@ -154,6 +165,16 @@ def test_the_fused_backward_is_as_exact_as_pytorch(name, dtype, kernel_device, m
                                None if first_key is None else first_key.to(kernel_device))
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["split", "fused"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["T63-G2", "T127-D64", "T70-D80", "window-of-100", "documents-window-G4-D64"])
+def test_packed_attention_is_as_exact_as_pytorch(name, dtype, fused, kernel_device, monkeypatch):
+    monkeypatch.setattr(configs, "FUSED_BACKWARD", fused)
+    shape, first_key = SHAPES[name]
+    assert_as_exact_as_pytorch(make_qkv(*shape, dtype=dtype, device=kernel_device),
+                               None if first_key is None else first_key.to(kernel_device), packed=True)
+
+
 def test_a_deterministic_backward_is_split_whatever_the_table_says(kernel_device, monkeypatch):
     class Asked:
         def __bool__(self):
@@ -178,7 +199,7 @@ def test_the_split_backward_gives_the_same_bits_every_time(kernel_device):
 def test_the_log_sum_exp_is_saved_in_float32(kernel_device):
     q, k, v, _ = make_qkv(2, 37, 80, 4, 2, 16, dtype=torch.bfloat16, device=kernel_device)
     first_key = any_keys(2, 37, 80).to(kernel_device)
-    _, lse = flash_attention.attention_forward(q, k, v, first_key, False)
+    _, lse = flash_attention.attention_forward(q, k, v, first_key, q.shape[2], False)
     _, exact = plain_attention(q.double(), k.double(), v.double(), first_key=first_key)
     assert lse.dtype == torch.float32
     torch.testing.assert_close(lse.double(), exact, rtol=0, atol=1e-5)  # float32 of values up to 10
@@ -320,10 +341,14 @@ def test_a_tile_of_keys_knows_the_last_query_that_sees_it(Tq, only_itself, kerne
 def test_the_operators_keep_pytorch_s_rules(first_key, kernel_device):
     q, k, v, grad = make_qkv(2, 20, 20, 2, 1, 16, device=kernel_device)
     first_key = None if first_key is None else first_key.to(kernel_device)
-    library.opcheck(flash_attention.attention_forward, (q, k, v, first_key, False))
+    library.opcheck(flash_attention.attention_forward, (q, k, v, first_key, q.shape[2], False))
     q, k, v = q.detach(), k.detach(), v.detach()
-    out, lse = flash_attention.attention_forward(q, k, v, first_key, False)
+    out, lse = flash_attention.attention_forward(q, k, v, first_key, q.shape[2], False)
     library.opcheck(flash_attention.attention_backward, (grad, q, k, v, out, lse, first_key, True))
+    qkv = torch.cat((q, k, v), dim=2).requires_grad_()
+    library.opcheck(flash_attention.attention_forward, (qkv, None, None, first_key, 2, False))
+    library.opcheck(flash_attention.attention_backward,
+                    (grad, qkv.detach(), None, None, out, lse, first_key, True))
 
 
 def test_a_compiled_model_has_the_same_gradients(kernel_device):
@@ -335,6 +360,16 @@ def test_a_compiled_model_has_the_same_gradients(kernel_device):
     compiled = results(torch.compile(model, backend="aot_eager", fullgraph=True), *inputs)
     for name in eager:
         torch.testing.assert_close(compiled[name], eager[name], rtol=1e-6, atol=1e-6)
+
+
+def test_a_compiled_model_keeps_q_k_and_v_packed(kernel_device):
+    qkv, grad = randn(2, 30, 4, 16).to(kernel_device).requires_grad_(), randn(2, 30, 2, 16).to(kernel_device)
+    def model(qkv: Tensor) -> Tensor:
+        return flash_attention.packed_attention(qkv * 1.5, 2) * 2.0
+    eager, compiled = model(qkv), torch.compile(model, backend="aot_eager", fullgraph=True)(qkv)
+    torch.testing.assert_close(compiled, eager, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(*(torch.autograd.grad(out, qkv, grad)[0] for out in (compiled, eager)),
+                               rtol=1e-6, atol=1e-6)
 
 
 def test_activation_checkpointing_has_the_same_gradients(kernel_device):
@@ -368,11 +403,13 @@ def packed(B: int, T: int, device: torch.device) -> Tensor:
 @pytest.mark.parametrize("G", [1, 4])
 @pytest.mark.parametrize("D", [64, 128])
 @pytest.mark.parametrize("T", [1024, 4096])
-def test_real_sizes_are_as_exact_as_pytorch(T, D, G, masked, fused, triton_gpu, monkeypatch):
+@pytest.mark.parametrize("joined", [False, True], ids=["", "packed"])
+def test_real_sizes_are_as_exact_as_pytorch(joined, T, D, G, masked, fused, triton_gpu, monkeypatch):
     monkeypatch.setattr(configs, "FUSED_BACKWARD", fused)
     B = 16_384 // T
     first_key = packed(B, T, triton_gpu) if masked else None
-    assert_as_exact_as_pytorch(make_qkv(B, T, T, 4, 4 // G, D, dtype=torch.bfloat16, device=triton_gpu), first_key)
+    assert_as_exact_as_pytorch(make_qkv(B, T, T, 4, 4 // G, D, dtype=torch.bfloat16, device=triton_gpu), first_key,
+                               packed=joined)
 
 
 @pytest.mark.gpu
@@ -391,9 +428,9 @@ def test_tensors_of_more_than_2_31_numbers(triton_gpu):
     qkv = torch.randn((B, T, 3 * H, D), device=triton_gpu, dtype=torch.bfloat16)
     assert qkv.numel() > 2 ** 31
     qkv.requires_grad_()
-    out = flash_attention.attention(*qkv.split(H, dim=2))
+    out = flash_attention.packed_attention(qkv, H)
     grad, = torch.autograd.grad(out, qkv, torch.ones_like(out))
     last = qkv[-1:].detach().clone().requires_grad_()
-    out_last = flash_attention.attention(*last.split(H, dim=2))
+    out_last = flash_attention.packed_attention(last, H)
     grad_last, = torch.autograd.grad(out_last, last, torch.ones_like(out_last))
     assert torch.equal(out[-1:], out_last) and torch.equal(grad[-1:], grad_last)

@@ -139,6 +139,9 @@ def test_what_the_kernels_do_not_take_goes_to_pytorch(kernel_device):
                                 ((3, configs.MAX_NORM_WIDTH + 1), torch.float32, False),
                                 ((3, 8), torch.float64, False)):
         assert norm.supports(torch.zeros(shape, dtype=dtype, device=kernel_device)) is taken
+    packed = torch.zeros(2, 5, 6, 16, device=kernel_device)
+    assert norm.supports(packed) and norm.supports(packed[:, :, 0])  # rows of one stride
+    assert not norm.supports(packed[:, :, :4])  # heads of a packed projection: they would be copied
 
 
 # ---- As an operator of PyTorch ---------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import kernels
 from kernels import cpu, reference
 
 CPU = torch.device("cpu")
@@ -192,6 +193,16 @@ def test_attention_reads_views_of_the_packed_projection(module):
         lambda qkv: module.attention(*qkv.split((H, Hkv, Hkv), dim=2)),
         lambda qkv: plain_attention(*qkv.split((H, Hkv, Hkv), dim=2), [[0] * 9] * 2),
         [randn(2, 9, H + 2 * Hkv, 6)], tolerance=F32)
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("cpu", marks=needs_onednn)])
+def test_packed_attention_is_that_of_its_parts(backend):
+    kernels.choose_backends({"attention": backend})
+    first_key = reference.first_visible_key(None, 3, T=9, device=CPU)
+    assert_equal_to_float64(
+        lambda qkv: kernels.packed_attention(qkv, 4, first_key=first_key),
+        lambda qkv: plain_attention(*qkv.split((4, 2, 2), dim=2), first_key.expand(2, 9).tolist()),
+        [randn(2, 9, 8, 6)], tolerance=F32)
 
 
 @both

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
@@ -368,6 +369,54 @@ def test_activation_checkpointing_changes_no_bit_of_loss_or_gradients(config, dr
         assert torch.equal(results[1][name], value), name
 
 
+class CountAttention(TorchDispatchMode):
+    """Counts the calls of attention's forward operators, whichever backend's."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += is_attention_forward(func)
+        return func(*args, **(kwargs or {}))
+
+
+def is_attention_forward(op) -> bool:
+    return "attention" in str(op) and "backward" not in str(op)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@BOTH
+def test_activation_checkpointing_does_not_compute_attention_again(config, backend, request):
+    if backend == "triton":
+        request.getfixturevalue("triton_backends")
+    tokens, results = make_tokens(config, 1, 20), []
+    for checkpointing in (False, True):
+        model = make_model(config, activation_checkpointing=checkpointing)
+        with CountAttention() as attention:
+            loss = model(tokens, tokens)
+            loss.backward()
+        assert attention.calls == config.n_layer
+        results.append({"loss": loss.detach()} | gradients(model))
+    for name, value in results[0].items():
+        assert torch.equal(results[1][name], value), name
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@BOTH
+def test_compiled_activation_checkpointing_keeps_attention_and_computes_the_rest_again(config, backend, request):
+    if backend == "triton":
+        request.getfixturevalue("triton_backends")
+    tokens, saved = make_tokens(config, 2, 70), []
+    for checkpointing in (False, True):
+        graphs = compiled_graphs(make_model(config, activation_checkpointing=checkpointing), tokens)
+        assert len(graphs) == 2
+        assert sum(is_attention_forward(node.target) for graph in graphs for node in graph.nodes
+                   if node.op == "call_function") == config.n_layer
+        saved.append(sum(x.meta["val"].nbytes for x in graphs[0].output_node().args[0] if x is not None))
+    assert saved[1] < 0.6 * saved[0]
+
+
 @BOTH
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32_weights_and_gradients(config):
     exact, model = make_model(config), make_model(config, compute_dtype=torch.bfloat16)
@@ -383,6 +432,48 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_weights_and_gradients(c
         error = ((p.grad - q.grad).norm() / q.grad.norm()).item()
         # 8 bits and some tens of roundings on the way; 0 would mean that nothing ran in bfloat16
         assert 0.0 < error < 0.1, f"{name}: {error}"
+
+
+# ---- What torch.compile is given -------------------------------------------------------------------------------------
+
+def compiled_graphs(model: GPT, tokens: Tensor) -> list[torch.fx.Graph]:
+    """The graphs that torch.compile hands to Inductor for a training step, without running them."""
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    graphs = []
+    def keep(module, inputs):
+        graphs.append(module.graph)
+        return make_boxed_func(module.forward)
+    backend = aot_autograd(fw_compiler=keep)
+    torch._dynamo.reset()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake = torch.empty(tokens.shape, dtype=torch.int64)
+        torch.compile(model, backend=backend, fullgraph=True)(fake, fake.clone()).backward()
+    return graphs
+
+
+@BOTH
+def test_a_compiled_step_is_two_graphs_and_copies_nothing_for_its_kernels(config, triton_backends):
+    """Residual adds are the norms', and what a kernel reads or writes is where the layers before and behind have it."""
+    model = make_model(config, compute_dtype=torch.bfloat16)
+    graphs = compiled_graphs(model, make_tokens(config, 2, 70))
+    assert len(graphs) == 2  # forward and backward
+    calls = [node for graph in graphs for node in graph.nodes if str(node.target).startswith("flatgpt.")]
+    norms = [node for node in calls if "norm_forward" in str(node.target)]
+    assert len(norms) == 2 * config.n_layer + 1
+    assert [node.args[3] is None for node in norms] == [True] + [False] * (2 * config.n_layer)  # the residual
+    if config.position == "learned":  # q, k and v stay together, and so does their gradient
+        assert not [node for graph in graphs for node in graph.nodes if node.target == torch.ops.aten.cat.default]
+    for node in calls:
+        for given in node.all_input_nodes:
+            x = given.meta["val"]
+            if given.target == torch.ops.aten.clone.default:  # of dropout 0, which Inductor takes away
+                assert given.args[0].meta["val"].stride() == x.stride(), f"{given} for {node}"
+            if "norm" in str(node.target) and x.dim() == 3:  # what stands in no rows is copied inside
+                assert x.stride(2) == 1 and x.stride(0) == x.shape[1] * x.stride(1), f"{given} for {node}"
+            elif "attention" in str(node.target) and x.dim() == 4:
+                assert x.stride(3) == 1, f"{given} for {node}"
 
 
 # ---- Who sees whom ---------------------------------------------------------------------------------------------------
