@@ -1,4 +1,4 @@
-"""What a device's memory holds: the micro-batch of train.micro_batch = "auto", found by trying.
+"""What a run finds out on its devices: the micro-batch of train.micro_batch = "auto", by trying, the fastest kernels.
 
 Dims: B sequences of a micro-batch, T tokens of a sequence.
 """
@@ -13,6 +13,7 @@ import distributed
 from config import Config, ConfigError, MachineError
 from data.loader import TrainLoader
 from distributed import World
+from kernels import fastest, self_check
 from model import GPT
 
 TRIED_TOKENS = 65_536  # B x T at most: from there on no GPU computes a token faster
@@ -93,3 +94,17 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Of torch's allocator, the C library, cuBLAS or cuDNN; also inside the compiler's own error."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
         words in str(error) for words in ("out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED"))
+
+
+def choose_kernels(config: Config, verdicts: list[self_check.Verdicts], saved: self_check.Choice | None, *, B: int,
+                   checked: dict, documents: bool, compiles: bool, world: World) -> tuple[self_check.Choice, str]:
+    """The backends that a run takes, the same on every rank, and the log line that says why: what it began with, or the
+    fastest on rank 0 of those that are right on all, see self_check.agree. checked: what self_check.verdicts got."""
+    contenders, measured = self_check.contenders(verdicts, saved), None
+    if any(len(backends) > 1 for backends in contenders.values()):
+        with distributed.raise_on_all_ranks(world):
+            if world.is_main:
+                measured = fastest.measure(contenders, config.model, B=B, T=config.model.max_seq_len, **checked,
+                                           documents=documents, compiles=compiles)
+        measured = distributed.gather(measured, world)[0]
+    return self_check.agree(config.train.kernels, verdicts, previous=saved, measured=measured)

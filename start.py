@@ -43,13 +43,15 @@ class Progress:
     val_loss: float | None = None  # of the evaluation at this very step, if there was one
     val_due: bool = False  # that evaluation was cut short by a stop signal, or its loss was not finite
     micro_batch: int | None = None  # sequences, found at the first start if train.micro_batch = "auto"
+    kernels: dict[str, str] | None = None  # the backend of each operation, chosen at the first start
     base_sha256: str | None = None  # of RUN/base, if the checkpoints hold adapters to it
 
     def as_state(self, *, updates: int, data_hash: str, world: World) -> dict:
         return {"step": self.step, "tokens": self.tokens, "updates": updates, "skips_in_a_row": self.skips_in_a_row,
                 "loss_scale": [self.scale.scale, self.scale.good_steps], "val_loss": self.val_loss,
-                "val_due": self.val_due, "micro_batch": self.micro_batch, "data_hash": data_hash,
-                "world_size": world.size, "threads": torch.get_num_threads(), "torch": torch.__version__} | (
+                "val_due": self.val_due, "micro_batch": self.micro_batch, "kernels": self.kernels,
+                "data_hash": data_hash, "world_size": world.size, "threads": torch.get_num_threads(),
+                "torch": torch.__version__} | (
                     {"base_sha256": self.base_sha256} if self.base_sha256 else {})
 
 
@@ -320,7 +322,7 @@ def _go_on(start: Fork | Resume, config: Config, parent: Parent | None, model: G
     if is_resume:
         progress.skips_in_a_row = state["skips_in_a_row"]
         progress.val_due, progress.base_sha256 = state["val_due"], state.get("base_sha256")
-        progress.micro_batch = state.get("micro_batch")
+        progress.micro_batch, progress.kernels = state.get("micro_batch"), state.get("kernels")
     if progress.scale.dynamic and trained.train.dtype == "float16":
         progress.scale.scale, progress.scale.good_steps = state["loss_scale"]
 

@@ -49,7 +49,7 @@ from data.tokenizer import Tokenizer, load_tokenizer
 from data.verify_shards import BackgroundVerifier
 from distributed import Machine, World
 from finetune.runs import end_ids, files_to_save, kept_template, run_lock, save_generation
-from kernels import self_check
+from kernels import fastest, self_check
 from model import GPT, flops_per_token, padded_vocab_size
 from optim import LossScale, Optimizer, gradient_norm, learning_rate
 from start import Progress, Resume
@@ -353,11 +353,15 @@ def train(config: Config, given: set[str], *, world: World, stop: StopRequest) -
             has_val = config.data.val_fraction > 0.0 or any(s["split"] == "val" for s in dataset.index["shards"])
             val_data = ValLoader(open_split(dataset, "val"), eval_tokens=config.train.eval_tokens, **common) \
                 if has_val else None
-        verdicts = distributed.gather(self_check.verdicts(
-            config.train.kernels, config.model, dtype=machine.dtype, device=machine.device,
-            table_rows=padded_vocab_size(config.model.vocab_size)), world)
+        documents = config.data.document_mask or train_data.stream.row_tokens is not None
+        checked = {"dtype": machine.dtype, "device": machine.device,
+                   "table_rows": padded_vocab_size(config.model.vocab_size)}
+        rivals = fastest.rivals(config.train.kernels, config.model, device=machine.device, documents=documents,
+                                compiles=machine.compiles)
+        verdicts = distributed.gather(
+            self_check.verdicts(config.train.kernels, config.model, rivals=rivals, **checked), world)
         with distributed.raise_on_all_ranks(world):
-            kernels_line = self_check.agree(config.train.kernels, verdicts)
+            self_check.agree(config.train.kernels, verdicts)
             starting.check_same_on_all_ranks(config, dataset, world)
             if world.is_main:
                 check_content(data_dir, config.data)
@@ -385,10 +389,14 @@ def train(config: Config, given: set[str], *, world: World, stop: StopRequest) -
                                  tracker=config.train.tracker, config=dataclasses.asdict(config))
         stack.callback(log.close)
         with _one_line(config, world, log.write):
+            self_check.agree(config.train.kernels, verdicts, previous=progress.kernels)  # to try what the run will use
             whole = machine.compiles and not distributed.is_sharded(model)  # a sharded one's blocks are, see build()
             compiled = torch.compile(model, dynamic=False) if whole else model
             progress.micro_batch, micro_batch_reason = plan.choose_micro_batch(
                 config, progress.micro_batch, model, compiled, train_data, world)
+            progress.kernels, kernels_line = plan.choose_kernels(
+                config, verdicts, progress.kernels, B=progress.micro_batch, checked=checked, documents=documents,
+                compiles=machine.compiles, world=world)
         config = replace(config, train=replace(config.train, micro_batch=progress.micro_batch))
         for loader in filter(None, (train_data, val_data)):
             loader.micro_batch = progress.micro_batch

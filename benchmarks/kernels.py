@@ -97,7 +97,7 @@ def choose_backends(device: torch.device, dtype: torch.dtype) -> str:
     for norm in ("layernorm", "rmsnorm"):
         model = ModelConfig(n_embd=768, n_head=12, norm=norm, vocab_size=VOCAB_SIZE)
         verdicts |= self_check.verdicts("auto", model, table_rows=TABLE_ROWS, dtype=dtype, device=device)
-    return self_check.agree("auto", [verdicts])
+    return self_check.agree("auto", [verdicts])[1]
 
 
 def _ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[Iterable[str]], dict[str, float]]]:

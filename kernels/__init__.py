@@ -2,8 +2,9 @@
 
 Three backends compute the same functions: `torch` by PyTorch's own operations on any device (reference.py, the
 definitions, and chunked_loss.py), `cpu` by what is faster on a CPU (cpu.py), `triton` by fused kernels
-(flash_attention.py, norm.py, cross_entropy.py), which torch.compile takes whole. A process starts with torch for all;
-self_check.choose() switches each operation to another one that it found right on this machine.
+(flash_attention.py, norm.py, cross_entropy.py), which torch.compile takes whole; attention has more of them
+(attention_backends.py). A process starts with torch for all; self_check.py switches each operation to another one that
+it found right on this machine, in a run on CUDA to the fastest (fastest.py).
 
 Dims: B batch, T sequence (Tq queries, Tk keys), H query heads, Hkv key/value heads, D head dim, N = B*T rows, C width,
 V vocabulary (rows of the padded table). Statistics and losses are float32 whatever the dtype of the inputs.
@@ -37,7 +38,7 @@ def why_no_triton(device: torch.device) -> str | None:
 
 
 def choose_backends(backends: Mapping[str, str]) -> None:
-    """From now on each operation is computed by the backend given for it (torch, cpu, triton), others by torch."""
+    """From now on each operation is computed by the backend given for it, others by torch."""
     _chosen.clear()
     _chosen.update((op, (name, module_of(op, name))) for op, name in backends.items() if name != "torch")
 
@@ -47,11 +48,14 @@ def backend(op: str) -> str:
 
 
 def module_of(op: str, backend: str) -> ModuleType:
-    """The module whose function op is the backend's. Triton is imported only here, where it is needed."""
+    """The module, or what stands for one, whose function op is the backend's. Triton is imported only where needed."""
     if backend == "torch":
         return chunked_loss if op == "linear_cross_entropy" else reference
     if backend == "cpu":
         return cpu
+    if op == "attention" and backend != "triton":
+        from kernels import attention_backends
+        return attention_backends.backend_of(backend)
     from kernels import cross_entropy, flash_attention, norm
     return {"attention": flash_attention, "linear_cross_entropy": cross_entropy}.get(op, norm)
 

@@ -61,8 +61,8 @@ def cross_entropy(vocab_size: int) -> Tile:
 # ---- Attention -------------------------------------------------------------------------------------------------------
 
 MAX_HEAD_DIM = 256
+MAX_FUSED_HEAD_DIM = 128  # a tile that makes all three gradients of wider heads does not fit
 LAST_QUERY_BLOCK = 1024  # queries that the search for a key tile's last one reads at a time
-FUSED_BACKWARD = False  # q's gradient by atomics, where it is fused, instead of all probabilities twice; not timed yet
 
 
 class AttentionTile(NamedTuple):

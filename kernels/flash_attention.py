@@ -6,7 +6,7 @@ first key that it sees, covers windows, documents and padding; tiles that no que
 dropout, no scores added, no decoding kernel.
 
 The backward is split: one kernel sums over keys (for q), one over queries (for k, v), each in a fixed order, so equal
-inputs give equal bits; or fused: all probabilities once, q's gradient by atomics (configs.FUSED_BACKWARD).
+inputs give equal bits; or fused: all probabilities once, q's gradient by atomics (attention_backends.py).
 
 Dims: B batch, Tq queries, Tk keys, H query heads, Hkv key/value heads, G = H / Hkv, D head dim. "own" is the key at
 which a query stands. In kernels a stride is named x_b, x_t, x_h for the dims of x; that of D is 1. to_b, to_t are those
@@ -28,22 +28,22 @@ def supports(q: Tensor) -> bool:
     return configs.computes_on(q) and q.shape[-1] <= configs.MAX_HEAD_DIM and q.shape[1] > 1 and q.numel() > 0
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, first_key: Tensor | None = None) -> Tensor:
-    """kernels.attention by Triton. Gradients have the same bits every time if PyTorch is set to be deterministic."""
-    return attention_forward(q, k, v, first_key, q.shape[2], torch.are_deterministic_algorithms_enabled())[0]
+def attention(q: Tensor, k: Tensor, v: Tensor, *, first_key: Tensor | None = None, fused: bool = False) -> Tensor:
+    """kernels.attention by Triton. Gradients have the same bits every time unless the backward is fused."""
+    return attention_forward(q, k, v, first_key, q.shape[2], fused)[0]
 
 
-def packed_attention(qkv: Tensor, n_head: int, *, first_key: Tensor | None = None) -> Tensor:
+def packed_attention(qkv: Tensor, n_head: int, *, first_key: Tensor | None = None, fused: bool = False) -> Tensor:
     """kernels.packed_attention by Triton: its backward writes into one gradient, so that none has to be joined."""
-    return attention_forward(qkv, None, None, first_key, n_head, torch.are_deterministic_algorithms_enabled())[0]
+    return attention_forward(qkv, None, None, first_key, n_head, fused)[0]
 
 
 @library.custom_op("flatgpt::attention_forward", mutates_args=())
 def attention_forward(q: Tensor, k: Tensor | None, v: Tensor | None, first_key: Tensor | None, n_head: int,
-                      deterministic: bool) -> tuple[Tensor, Tensor]:
+                      fused: bool) -> tuple[Tensor, Tensor]:
     """Attention (B, Tq, H, D), contiguous, and the log of the sum of exp(scores), float32 (B, H, Tq). Without k and v,
-    q is all three, packed: (B, T, H + 2 Hkv, D). deterministic is for the backward."""
-    out, lse = _outputs(q, k, v, first_key, n_head, deterministic)
+    q is all three, packed: (B, T, H + 2 Hkv, D). fused is for the backward."""
+    out, lse = _outputs(q, k, v, first_key, n_head, fused)
     first, q, k, v = _addressable(first_key, *_unpacked(q, k, v, n_head))
     B, Tq, H, D = q.shape
     tile = configs.attention(D, q.dtype, _arch(q.device)).forward
@@ -57,22 +57,22 @@ def attention_forward(q: Tensor, k: Tensor | None, v: Tensor | None, first_key: 
 
 
 @attention_forward.register_fake
-def _outputs(q, k, v, first_key, n_head, deterministic):
+def _outputs(q, k, v, first_key, n_head, fused):
     B, Tq, _, D = q.shape
     return q.new_empty((B, Tq, n_head, D)), q.new_empty((B, n_head, Tq), dtype=torch.float32)
 
 
 @library.custom_op("flatgpt::attention_backward", mutates_args=())
 def attention_backward(grad: Tensor, q: Tensor, k: Tensor | None, v: Tensor | None, out: Tensor, lse: Tensor,
-                       first_key: Tensor | None, deterministic: bool) -> tuple[Tensor, Tensor, Tensor]:
+                       first_key: Tensor | None, fused: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, contiguous, in their dtypes; of a packed q that is the first, and the others are empty.
     grad (B, Tq, H, D) is that of out."""
-    gradients = _gradient_outputs(grad, q, k, v, out, lse, first_key, deterministic)
+    gradients = _gradient_outputs(grad, q, k, v, out, lse, first_key, fused)
     grad_q, grad_k, grad_v = gradients if k is not None else _unpacked(gradients[0], None, None, out.shape[2])
     first, q, k, v, grad = _addressable(first_key, *_unpacked(q, k, v, out.shape[2]), grad)
     (B, Tq, H, D), (_, Tk, Hkv, _) = q.shape, k.shape
     tiles = configs.attention(D, q.dtype, _arch(q.device))
-    fused = not deterministic and configs.FUSED_BACKWARD and tiles.fused is not None
+    fused = fused and tiles.fused is not None
     of_q, of_kv = tiles.backward_q, tiles.fused if fused else tiles.backward_kv
     last = first if first_key is None else _last_queries(first, Tk, of_kv.keys)
     delta = torch.empty_like(lse)
@@ -94,19 +94,19 @@ def attention_backward(grad: Tensor, q: Tensor, k: Tensor | None, v: Tensor | No
 
 
 @attention_backward.register_fake
-def _gradient_outputs(grad, q, k, v, out, lse, first_key, deterministic):
+def _gradient_outputs(grad, q, k, v, out, lse, first_key, fused):
     return tuple(q.new_empty(0 if x is None else x.shape) for x in (q, k, v))
 
 
 def _save_for_backward(ctx, inputs, output) -> None:
-    q, k, v, first_key, _, ctx.deterministic = inputs
+    q, k, v, first_key, _, ctx.fused = inputs
     ctx.save_for_backward(q, k, v, *output, first_key)
     ctx.set_materialize_grads(False)  # no zeros for the log-sum-exp, whose gradient nobody asks for
 
 
 def _gradients(ctx, grad, _grad_lse):
     q, k, v, out, lse, first_key = ctx.saved_tensors
-    grad_q, grad_k, grad_v = attention_backward(grad, q, k, v, out, lse, first_key, ctx.deterministic)
+    grad_q, grad_k, grad_v = attention_backward(grad, q, k, v, out, lse, first_key, ctx.fused)
     return (grad_q, None, None, None, None, None) if k is None else (grad_q, grad_k, grad_v, None, None, None)
 
 

@@ -37,22 +37,22 @@ def test_an_unknown_reduction_is_refused_by_name():
 def test_where_neither_triton_nor_a_cpu_is_pytorch_computes_all_that_the_model_uses(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     mps = torch.device("mps")
-    verdict = "triton", kernels.why_no_triton(mps)
+    verdict = {"triton": kernels.why_no_triton(mps)}
     used = "attention", "linear_cross_entropy", "linear"
     assert verdicts(GPT2, device=mps) == dict.fromkeys((*used, "layer_norm"), verdict)
     assert verdicts(QWEN, device=mps) == dict.fromkeys((*used, "rms_norm"), verdict)
 
 
 def test_the_torch_setting_is_obeyed(kernel_device):
-    assert {reason for _, reason in verdicts(setting="torch", device=kernel_device).values()} == {"asked for"}
+    assert all(found == {"triton": "asked for"} for found in verdicts(setting="torch", device=kernel_device).values())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("model", [GPT2, QWEN], ids=["GPT-2", "Qwen3"])
 def test_every_kernel_passes_its_check(model, dtype, kernel_device):
     found = verdicts(model, dtype=dtype, device=kernel_device)
-    assert found.pop("linear") == ("torch", "PyTorch's own is as fast")
-    assert set(found.values()) == {("triton", None)}
+    assert found.pop("linear") == {"triton": "PyTorch's own is as fast"}
+    assert all(of == {"triton": None} for of in found.values())
 
 
 def test_the_chosen_backend_computes_and_pytorch_takes_what_a_kernel_does_not(triton_backends, kernel_device):
@@ -102,8 +102,8 @@ def broken_norm(kernel_device, monkeypatch):
 
 def test_a_wrong_gradient_is_found_named_and_measured(broken_norm, kernel_device):
     found = verdicts(QWEN, device=kernel_device)
-    assert found["rms_norm"][1].startswith("relative error 0.01 of gradient 0, allowed 2")
-    assert found["linear_cross_entropy"] == ("triton", None)
+    assert found["rms_norm"]["triton"].startswith("relative error 0.01 of gradient 0, allowed 2")
+    assert found["linear_cross_entropy"] == {"triton": None}
 
 
 def test_a_kernel_that_does_not_compile_is_named_with_the_reason(kernel_device, monkeypatch):
@@ -111,7 +111,8 @@ def test_a_kernel_that_does_not_compile_is_named_with_the_reason(kernel_device, 
     def fail(*args, **options):
         raise RuntimeError("PassManager::run failed\nand 200 lines of MLIR")
     monkeypatch.setattr(cross_entropy, "_by_chunk", fail)
-    assert verdicts(device=kernel_device)["linear_cross_entropy"] == ("triton", "RuntimeError: PassManager::run failed")
+    assert verdicts(device=kernel_device)["linear_cross_entropy"] == {
+        "triton": "RuntimeError: PassManager::run failed"}
 
 
 @pytest.mark.parametrize("is_sticky", [True, False])
@@ -122,25 +123,28 @@ def test_a_cuda_error_that_stays_ends_the_process_one_that_passes_only_the_kerne
     monkeypatch.setattr(kernels, "why_no_triton", lambda device: None)
     monkeypatch.setattr(torch.cuda, "synchronize", fail if is_sticky else lambda device: None)
     if is_sticky:
-        with pytest.raises(MachineError, match=r"attention broke .* \(CUDA error: misaligned address\); start again "
-                                               "with train.kernels=torch"):
+        with pytest.raises(MachineError, match=r"attention by triton broke .* \(CUDA error: misaligned address\); "
+                                               "start again with train.kernels=torch"):
             verdicts(device=torch.device("cuda"))
     else:
-        assert verdicts(device=torch.device("cuda"))["attention"] == (
-            "triton", "RuntimeError: CUDA error: misaligned address")
+        assert verdicts(device=torch.device("cuda"))["attention"] == {
+            "triton": "RuntimeError: CUDA error: misaligned address"}
 
 
 def test_a_size_that_a_kernel_does_not_take_is_pytorch_s(kernel_device):
     found = verdicts(replace(GPT2, head_dim=300), device=kernel_device)
-    assert found["attention"] == ("triton", "not made for the model's size") and found["layer_norm"][1] is None
+    assert found["attention"] == {"triton": "not made for the model's size or dtype"}
+    assert found["layer_norm"] == {"triton": None}
 
 
 def test_what_fails_on_one_rank_is_left_to_pytorch_on_all():
-    right, wrong = {"linear": ("cpu", None), "rms_norm": ("cpu", None)}, {"linear": ("cpu", "it is off"),
-                                                                         "rms_norm": ("cpu", None)}
-    assert self_check.agree("auto", [right, wrong]) == "kernels: torch (rank 1: it is off) for linear; cpu for rms_norm"
-    assert kernels.backend("linear") == "torch" and kernels.backend("rms_norm") == "cpu"
-    assert self_check.agree("auto", [wrong, wrong]) == "kernels: torch (it is off) for linear; cpu for rms_norm"
+    right, wrong = ({"linear": {"cpu": reason}, "rms_norm": {"cpu": None}} for reason in (None, "it is off"))
+    choice = {"linear": "torch", "rms_norm": "cpu"}
+    assert self_check.agree("auto", [right, wrong]) == (
+        choice, "kernels: torch (rank 1: it is off) for linear; cpu for rms_norm")
+    assert {op: kernels.backend(op) for op in choice} == choice
+    assert self_check.agree("auto", [wrong, wrong]) == (
+        choice, "kernels: torch (it is off) for linear; cpu for rms_norm")
 
 
 def test_a_run_goes_on_without_the_broken_kernel_and_says_so(broken_norm, kernel_device, settings):  # noqa: F811
@@ -182,7 +186,7 @@ if world.rank == 1:
 os.environ["TRITON_INTERPRET"] = "1"
 with distributed.process_group(world, torch.device("cpu"), 60.0):
     mine = self_check.verdicts("auto", model, table_rows=65, dtype=torch.float32, device=torch.device("cpu"))
-    line = self_check.agree("auto", distributed.gather(mine, world))
+    _, line = self_check.agree("auto", distributed.gather(mine, world))
     backends = f"rank {{world.rank}}: {{kernels.backend('layer_norm')}} {{kernels.backend('linear_cross_entropy')}}"
     sys.stdout.write(f"{{backends}} {{line}}\\n")  # in one piece: the other rank writes there too
 """

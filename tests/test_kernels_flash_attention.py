@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -63,10 +64,11 @@ def results(op: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, grad: Te
                     strict=True))
 
 
-def packed_results(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, first_key: Tensor | None) -> dict[str, Tensor]:
+def packed_results(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, first_key: Tensor | None, *,
+                   fused: bool = False) -> dict[str, Tensor]:
     """The same of q, k and v in one tensor, whose gradient is taken apart."""
     qkv = torch.cat((q, k, v), dim=2).detach().requires_grad_()
-    out = flash_attention.packed_attention(qkv, q.shape[2], first_key=first_key)
+    out = flash_attention.packed_attention(qkv, q.shape[2], first_key=first_key, fused=fused)
     grad_qkv, = torch.autograd.grad(out, qkv, grad)
     assert grad_qkv.is_contiguous()
     gradients = grad_qkv.split((q.shape[2], k.shape[2], v.shape[2]), dim=2)
@@ -77,14 +79,15 @@ def relative_error(ours: Tensor, exact: Tensor) -> float:
     return ((ours.double() - exact).norm() / exact.norm().clamp(min=1e-30)).item()
 
 
-def assert_as_exact_as_pytorch(inputs: list[Tensor], first_key: Tensor | None = None, *, packed: bool = False) -> None:
+def assert_as_exact_as_pytorch(inputs: list[Tensor], first_key: Tensor | None = None, *, fused: bool = False,
+                               packed: bool = False) -> None:
     """At most twice the error of PyTorch's same computation in the same dtype, and below the cap in any case."""
     q, dtype = inputs[0], inputs[0].dtype
     copies = [x.detach().double().requires_grad_() for x in inputs]
     exact = results(lambda q, k, v: plain_attention(q, k, v, first_key=first_key)[0], *copies)
     theirs = results(lambda q, k, v: reference.attention(q, k, v, first_key=first_key), *inputs)
-    ours = packed_results(*inputs, first_key) if packed else results(
-        lambda q, k, v: flash_attention.attention(q, k, v, first_key=first_key), *inputs)
+    ours = packed_results(*inputs, first_key, fused=fused) if packed else results(
+        partial(flash_attention.attention, first_key=first_key, fused=fused), *inputs)
     for name, value in exact.items():
         assert ours[name].dtype == dtype and ours[name].shape == value.shape and ours[name].is_contiguous()
         error = relative_error(ours[name], value)
@@ -158,36 +161,27 @@ def test_attention_is_as_exact_as_pytorch(name, dtype, kernel_device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["T63-G2", "T127-D64", "T70-D80", "documents-window-G4-D64", "any-keys"])
-def test_the_fused_backward_is_as_exact_as_pytorch(name, dtype, kernel_device, monkeypatch):
-    monkeypatch.setattr(configs, "FUSED_BACKWARD", True)
+def test_the_fused_backward_is_as_exact_as_pytorch(name, dtype, kernel_device):
     shape, first_key = SHAPES[name]
     assert_as_exact_as_pytorch(make_qkv(*shape, dtype=dtype, device=kernel_device),
-                               None if first_key is None else first_key.to(kernel_device))
+                               None if first_key is None else first_key.to(kernel_device), fused=True)
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["split", "fused"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["T63-G2", "T127-D64", "T70-D80", "window-of-100", "documents-window-G4-D64"])
-def test_packed_attention_is_as_exact_as_pytorch(name, dtype, fused, kernel_device, monkeypatch):
-    monkeypatch.setattr(configs, "FUSED_BACKWARD", fused)
+def test_packed_attention_is_as_exact_as_pytorch(name, dtype, fused, kernel_device):
     shape, first_key = SHAPES[name]
     assert_as_exact_as_pytorch(make_qkv(*shape, dtype=dtype, device=kernel_device),
-                               None if first_key is None else first_key.to(kernel_device), packed=True)
+                               None if first_key is None else first_key.to(kernel_device), fused=fused,
+                               packed=True)
 
 
-def test_a_deterministic_backward_is_split_whatever_the_table_says(kernel_device, monkeypatch):
-    class Asked:
-        def __bool__(self):
-            raise LookupError
-    monkeypatch.setattr(configs, "FUSED_BACKWARD", Asked())
-    inputs = make_qkv(1, 20, 20, 1, 1, 16, device=kernel_device)
-    torch.use_deterministic_algorithms(True)
-    try:
-        results(flash_attention.attention, *inputs)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    with pytest.raises(LookupError):
-        results(flash_attention.attention, *inputs)
+def test_heads_have_fused_tiles_up_to_the_width_that_says_so():
+    for arch in configs._ATTENTION:
+        for D in (64, configs.MAX_FUSED_HEAD_DIM, configs.MAX_FUSED_HEAD_DIM + 1):
+            fused = configs.attention(D, torch.bfloat16, arch).fused
+            assert (fused is None) == (D > configs.MAX_FUSED_HEAD_DIM)
 
 
 def test_the_split_backward_gives_the_same_bits_every_time(kernel_device):
@@ -269,9 +263,8 @@ def test_one_row_of_first_keys_serves_every_batch(kernel_device):
 
 @pytest.mark.parametrize("masked", [False, True], ids=["causal", "documents"])
 @pytest.mark.parametrize("fused", [False, True], ids=["split", "fused"])
-def test_memory_outside_the_tensors_changes_no_bit(fused, masked, kernel_device, monkeypatch):
+def test_memory_outside_the_tensors_changes_no_bit(fused, masked, kernel_device):
     """NaN in rows before and past T (the unwritten slots of a cache), past the last head, and between heads."""
-    monkeypatch.setattr(configs, "FUSED_BACKWARD", fused)
     B, T, H, D = 2, 77, 2, 24
     first_key = documents(B, T).to(kernel_device) if masked else None
     def inside(x: Tensor, outside: float) -> Tensor:
@@ -279,7 +272,7 @@ def test_memory_outside_the_tensors_changes_no_bit(fused, masked, kernel_device,
         memory[:, 10:10 + T, :H, :D] = x.detach()
         return memory[:, 10:10 + T, :H, :D].requires_grad_()
     inputs = make_qkv(B, T, T, H, H, D, device=kernel_device)
-    clean, poisoned = (results(lambda *qkv: flash_attention.attention(*qkv, first_key=first_key),
+    clean, poisoned = (results(partial(flash_attention.attention, first_key=first_key, fused=fused),
                                *(inside(x, outside) for x in inputs)) for outside in (0.0, math.nan))
     for name in clean:
         assert_unchanged(clean[name], poisoned[name], name, fused=fused)
@@ -289,17 +282,16 @@ def test_memory_outside_the_tensors_changes_no_bit(fused, masked, kernel_device,
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning")  # of the interpreter's numpy
 @pytest.mark.parametrize("fused", [False, True], ids=["split", "fused"])
-def test_keys_that_no_query_sees_change_no_bit(fused, kernel_device, monkeypatch):
+def test_keys_that_no_query_sees_change_no_bit(fused, kernel_device):
     """Two documents, the second one padded on the left, so to say: its queries see none of the first's keys. Nor does
     the first see the second, which lies in its future."""
-    monkeypatch.setattr(configs, "FUSED_BACKWARD", fused)
     T, cut = 150, 83
     first_key = torch.where(torch.arange(T) < cut, 0, cut)[None].to(kernel_device)
     q, k, v, grad = make_qkv(1, T, T, 2, 1, 16, dtype=torch.bfloat16, device=kernel_device)
     for changed, kept in (slice(None, cut), slice(cut, None)), (slice(cut, None), slice(None, cut)):
         other_k, other_v = k.detach().clone(), v.detach().clone()
         other_k[:, changed] = other_v[:, changed] = 1e4
-        before, after = (results(lambda *qkv: flash_attention.attention(*qkv, first_key=first_key), q, *kv, grad)
+        before, after = (results(partial(flash_attention.attention, first_key=first_key, fused=fused), q, *kv, grad)
                          for kv in ((k, v), (other_k.requires_grad_(), other_v.requires_grad_())))
         for name in before:
             assert_unchanged(before[name][:, kept], after[name][:, kept], name, fused=fused)
@@ -307,16 +299,16 @@ def test_keys_that_no_query_sees_change_no_bit(fused, kernel_device, monkeypatch
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")  # of the interpreter's numpy
 @pytest.mark.parametrize("fused", [False, True], ids=["split", "fused"])
-def test_tiles_that_no_query_of_a_tile_sees_are_not_read(fused, kernel_device, monkeypatch):
+def test_tiles_that_no_query_of_a_tile_sees_are_not_read(fused, kernel_device):
     """NaN times a probability of 0 is NaN: results that stay finite come from programs that skipped what holds NaN."""
-    monkeypatch.setattr(configs, "FUSED_BACKWARD", fused)
     T, cut = 512, 256  # a multiple of all tiles
     first_key = torch.where(torch.arange(T) < cut, 0, cut)[None].to(kernel_device)
     for poisoned, kept in (slice(None, cut), slice(cut, None)), (slice(cut, None), slice(None, cut)):
         inputs = make_qkv(1, T, T, 1, 1, 16, dtype=torch.float16, device=kernel_device)
         for x in inputs:
             x.data[:, poisoned] = math.nan
-        for name, value in results(lambda *qkv: flash_attention.attention(*qkv, first_key=first_key), *inputs).items():
+        op = partial(flash_attention.attention, first_key=first_key, fused=fused)
+        for name, value in results(op, *inputs).items():
             assert value[:, kept].isfinite().all(), name
             assert value[:, poisoned].isnan().any(), name
 
@@ -404,12 +396,11 @@ def packed(B: int, T: int, device: torch.device) -> Tensor:
 @pytest.mark.parametrize("D", [64, 128])
 @pytest.mark.parametrize("T", [1024, 4096])
 @pytest.mark.parametrize("joined", [False, True], ids=["", "packed"])
-def test_real_sizes_are_as_exact_as_pytorch(joined, T, D, G, masked, fused, triton_gpu, monkeypatch):
-    monkeypatch.setattr(configs, "FUSED_BACKWARD", fused)
+def test_real_sizes_are_as_exact_as_pytorch(joined, T, D, G, masked, fused, triton_gpu):
     B = 16_384 // T
     first_key = packed(B, T, triton_gpu) if masked else None
     assert_as_exact_as_pytorch(make_qkv(B, T, T, 4, 4 // G, D, dtype=torch.bfloat16, device=triton_gpu), first_key,
-                               packed=joined)
+                               fused=fused, packed=joined)
 
 
 @pytest.mark.gpu

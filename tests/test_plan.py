@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+import kernels
 import plan
 import train
 from config import Config, MachineError, ModelConfig, OptimConfig, TrainConfig
 from data.loader import TrainLoader
 from distributed import World
+from kernels import attention_backends, fastest, reference
 from model import GPT
 from optim import LossScale, Optimizer
 from tests.test_data_loader import make_loader, make_stream, same
@@ -167,3 +169,29 @@ def test_a_run_with_auto_has_the_bits_of_one_with_its_number_and_keeps_it(settin
     assert "micro-batches of up to 3 x 16 (auto: as the run began)" in log
     assert json.loads((auto / "checkpoints/step_00000012/state.json").read_text())["micro_batch"] == 3
     assert 'micro_batch = "auto"' in (auto / "config.toml").read_text()
+
+
+def test_a_run_takes_the_fastest_kernel_and_keeps_it(settings, monkeypatch):  # noqa: F811
+    """By a clock that says so, among those that pass their check; a resumed run asks no clock."""
+    clock = {"cpu": 2.0, "SDPA flash": 1.0}
+    monkeypatch.setattr(fastest, "rivals", lambda *arguments, **options: {"attention": ("SDPA flash",)})
+    monkeypatch.setattr(fastest, "measure", lambda contenders, model, **options: (
+        {"attention": {name: clock[name] for name in contenders["attention"]}}, 0.3))
+    unbroken = run(settings, "unbroken")
+    for name in ("stopped", "moved"):
+        run(settings, name, "train.max_steps=5")
+    state = json.loads((unbroken / "checkpoints/step_00000012/state.json").read_text())
+    assert state["kernels"]["attention"] == "SDPA flash" == kernels.backend("attention")
+    monkeypatch.setattr(fastest, "measure", None)
+    stopped = run(settings, "stopped")
+    assert losses(stopped) == losses(unbroken)
+    assert_same_bits(tensors(stopped, 12), tensors(unbroken, 12))
+    log = (stopped / "log.txt").read_text()
+    assert "SDPA flash (1 ms, cpu 2) for attention" in log and "as in the checkpoint" in log
+
+    # On a machine where that kernel is wrong another is chosen, and the log says what that means.
+    monkeypatch.setattr(attention_backends, "backend_of", lambda name: SimpleNamespace(
+        supports=lambda q: True, attention=lambda q, k, v, first_key=None: 1.01 * reference.attention(q, k, v)))
+    log = (run(settings, "moved") / "log.txt").read_text()
+    assert "not SDPA flash: relative error" in log
+    assert "not as in the checkpoint, bits may differ: attention was by SDPA flash" in log
