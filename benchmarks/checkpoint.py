@@ -38,8 +38,9 @@ def run(args: argparse.Namespace, figures: measure.Figures) -> dict:
         ours = partial(_save_and_load, model, optimizer, folder=Path(folder), size=size)
         dd = partial(_write_by_dd, folder=Path(folder), size=size)
         for _ in range(args.repeats):
-            figures.take_turns({f"{SAVED}, first": ours, f"{DD}, second": dd}, repeats=1)
-            figures.take_turns({f"{DD}, first": dd, f"{SAVED}, second": ours}, repeats=1)
+            for contenders in ({f"{SAVED}, first": ours, f"{DD}, second": dd},
+                               {f"{DD}, first": dd, f"{SAVED}, second": ours}):
+                figures.take_turns(contenders, repeats=1, peers=(f"{DD}, first", f"{DD}, second"))
     for place in ("first", "second"):
         figures.add_ratios(f"{SAVED} / {DD}, both {place}", f"{SAVED}, {place}", f"{DD}, {place}", "save s")
     return {"model": f"{measure.label(args.config)}, {model.parameter_count():,} parameters and their moments",

@@ -101,7 +101,7 @@ def run(args: argparse.Namespace, figures: measure.Figures) -> dict:
         for part, share in zip(parts, shared_out(texts, workers), strict=True):
             write_jsonl(part, share)
         figures.take_turns({PREPARED: partial(_prepare_once, folder, tokenizer, workers, size - left_out),
-                            TIKTOKEN: partial(_encode_bare, folder, parts, size)}, args.repeats)
+                            TIKTOKEN: partial(_encode_bare, folder, parts, size)}, args.repeats, peers=(TIKTOKEN,))
         figures.add_ratios(f"{PREPARED} / {TIKTOKEN}", PREPARED, TIKTOKEN, "MB/s")
         write_jsonl(folder / "small.jsonl", measure.take(iter(texts), size=LOADER_TEXT_BYTES))
         return setting | {"loader": _measure_loader(config, folder, args, figures)}

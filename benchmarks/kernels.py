@@ -1,15 +1,18 @@
 """bench.py kernels: each operation beside PyTorch, torch.compile, FlexAttention, Liger-Kernel and the roofline.
 
 On CUDA at the shapes of GPT-2 in training, in bfloat16 with float32 weights; on the CPU at smaller ones, where the
-plain PyTorch versions are measured. A figure of a repeat is the mean of as many calls as take 0.1 s.
+plain PyTorch versions are measured. A figure of a repeat is the mean of as many calls as take 0.1 s; on CUDA they are
+queued first and run then, because a norm takes 70 to 140 us and its launch from Python 20 to 30, for which a model that
+is compiled does not wait.
 
 Dims: N rows, C width, V vocabulary; B batch, T sequence, H heads, D head dim.
 """
 
 import argparse
 import ctypes
+import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,7 +34,10 @@ GPT2_WIDTHS = (768, 1024, 1600)  # of 124M, 350M, 1.5B
 CONTEXTS = (512, 1024, 2048, 4096, 8192)
 DOCUMENT_TOKENS = 512  # on average; lengths are distributed geometrically
 VOCAB_SIZE, TABLE_ROWS = 50_257, 50_304
+QUEUED_CALLS = 30  # at most: CUDA's queue holds 1,024 launches
+WAIT_HZ = 2e9  # of the kernel that waits: cycles of the device's clock, which is slower on most
 Run = Callable[[], Tensor | tuple[Tensor, ...]]
+Clock = Callable[[str, Callable[[], object]], float]  # of a contender's work: seconds of one call
 
 
 @dataclass(frozen=True)
@@ -43,17 +49,17 @@ class Comparison:
     inputs: list[Tensor]  # those that get gradients
     work: dict[str, float]  # forward, backward or both in one: rate -> GB moved (a copy's bound) or TFLOP (a matmul's)
 
-    def measure(self, run: Run) -> dict[str, float]:
+    def measure(self, clock: Clock, who: str, run: Run) -> dict[str, float]:
         if len(self.work) == 1:
             def step() -> None:
                 torch.autograd.grad(run(), self.inputs)
-            seconds, peak = [seconds_per_call(step)], peak_growth_bytes(step, self.inputs[0].device)
+            seconds, peak = [clock(who, step)], peak_growth_bytes(step, self.inputs[0].device)
             values = {"forward + backward ms": 1e3 * seconds[0]}
         else:
             outputs, peak = run(), None
             gradients = [torch.randn_like(out) for out in ((outputs,) if isinstance(outputs, Tensor) else outputs)]
-            seconds = [seconds_per_call(run), seconds_per_call(
-                lambda: torch.autograd.grad(outputs, self.inputs, gradients, retain_graph=True))]
+            seconds = [clock(who, run), clock(
+                who, lambda: torch.autograd.grad(outputs, self.inputs, gradients, retain_graph=True))]
             values = {"forward ms": 1e3 * seconds[0], "backward ms": 1e3 * seconds[1]}
         values |= {rate: work / s for (rate, work), s in zip(self.work.items(), seconds, strict=True)}
         return values if peak is None else values | {"peak memory MiB": peak / 2 ** 20}
@@ -65,10 +71,17 @@ def add_to(commands) -> None:
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
     parser.add_argument("--dtype", choices=sample.DTYPES, help="default bfloat16 on CUDA, float32 on the CPU")
     parser.add_argument("--rows", type=cli.count, metavar="N", help="default 65,536 on CUDA, 1,024 on the CPU")
+    parser.set_defaults(widths=GPT2_WIDTHS, contexts=CONTEXTS, head_dims=(64, 128))
 
 
 def run(args: argparse.Namespace, figures: measure.Figures) -> dict:
-    """Each operation beside PyTorch's, and what the machine could reach at best, in turns."""
+    *_, setting = measured(args, figures)
+    return setting
+
+
+def measured(args: argparse.Namespace, figures: measure.Figures) -> Iterator[dict]:
+    """Each operation beside PyTorch's, and what the machine could reach at best, in turns. The setting, each time that
+    there are more figures."""
     device = distributed.choose_device(args.device, option="--device ")[0]
     on_cuda = device.type == "cuda"
     dtype = getattr(torch, args.dtype or ("bfloat16" if on_cuda else "float32"))
@@ -76,19 +89,24 @@ def run(args: argparse.Namespace, figures: measure.Figures) -> dict:
                "dtype": f"{dtype}, weights float32"}
     setting |= {package: measure.version(package) for package in ("triton", "liger_kernel", "flash_attn") if on_cuda}
     setting["kernels"] = choose_backends(device, dtype)
-    ceilings = _ceilings(device, dtype)
-    for compared in comparisons(args.ops, device, dtype, rows=args.rows or (65_536 if on_cuda else 1024)):
+    clock, setting["time"], exceptions = choose_clock(device)
+    setting |= {"time, launches included": exceptions} if on_cuda else {}
+    ceilings = _ceilings(device, dtype, clock)
+    for compared in comparisons(args.ops, device, dtype, rows=args.rows or (65_536 if on_cuda else 1024),
+                                widths=args.widths, contexts=args.contexts, head_dims=args.head_dims):
         names = {who: f"{who}: {compared.label}" for who in compared.runs}
         ceiling = "copy" if next(iter(compared.work)).endswith("GB/s") else "matmul"
         bound = f"{ceiling}, beside {compared.label}"
-        figures.take_turns({names[who]: partial(compared.measure, call) for who, call in compared.runs.items()} | {
-            bound: partial(ceilings[ceiling], compared.work)}, args.repeats)
         ours, *peers = names
+        figures.take_turns({names[who]: partial(compared.measure, clock, names[who], call)
+                            for who, call in compared.runs.items()}
+                           | {bound: partial(ceilings[ceiling], compared.work)}, args.repeats,
+                           peers=[bound, *(names[peer] for peer in peers)])
         for peer in peers:
             figures.add_ratios(f"{names[ours]} / {peer}", names[ours], names[peer], "forward ms", "backward ms",
                                "forward + backward ms", "peak memory MiB")
         figures.add_ratios(f"{names[ours]} / {ceiling}", names[ours], bound, *compared.work)
-    return setting
+        yield setting
 
 
 def choose_backends(device: torch.device, dtype: torch.dtype) -> str:
@@ -100,31 +118,34 @@ def choose_backends(device: torch.device, dtype: torch.dtype) -> str:
     return self_check.agree("auto", [verdicts])[1]
 
 
-def _ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[Iterable[str]], dict[str, float]]]:
+def _ceilings(device: torch.device, dtype: torch.dtype,
+              clock: Clock) -> dict[str, Callable[[Iterable[str]], dict[str, float]]]:
     """What the device reaches at best, on random data, as each of some rates: GB/s read and written by a copy, TFLOP/s
     of a square matmul."""
     size, n = (2 ** 30, 8192) if device.type == "cuda" else (2 ** 27, 2048)
     source = torch.randn(size // 4, device=device)
     target = torch.empty_like(source)
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    return {"copy": lambda rates: dict.fromkeys(rates, 2 * size / 1e9 / seconds_per_call(lambda: target.copy_(source))),
-            "matmul": lambda rates: dict.fromkeys(rates, 2 * n ** 3 / 1e12 / seconds_per_call(lambda: a @ b))}
+    return {"copy": lambda rates: dict.fromkeys(rates, 2 * size / 1e9 / clock("copy", lambda: target.copy_(source))),
+            "matmul": lambda rates: dict.fromkeys(rates, 2 * n ** 3 / 1e12 / clock("matmul", lambda: a @ b))}
 
 
-def comparisons(ops: list[str], device: torch.device, dtype: torch.dtype, *, rows: int) -> Iterator[Comparison]:
+def comparisons(ops: list[str], device: torch.device, dtype: torch.dtype, *, rows: int, widths: Sequence[int],
+                contexts: Sequence[int], head_dims: Sequence[int]) -> Iterator[Comparison]:
+    """One at a time: its inputs are on the device. On the CPU the first of the widths and the shortest rows."""
     randn = partial(torch.randn, device=device, dtype=dtype, requires_grad=True)
-    for C in GPT2_WIDTHS if device.type == "cuda" else GPT2_WIDTHS[:1]:
-        for op, residual in itertools.product([op for op in ops if op.endswith("_norm")], (False, True)):
-            yield _norm(op, randn, rows=rows, C=C, residual=residual)
-        if "linear_cross_entropy" in ops:
-            yield _cross_entropy(randn, rows=rows, C=C)
     if "attention" in ops:
-        contexts = [T for T in CONTEXTS if T <= rows] if device.type == "cuda" else [min(rows, 1024)]
-        for D, T in itertools.product((64, 128), contexts):
+        contexts = [T for T in contexts if T <= rows] if device.type == "cuda" else [min(rows, 1024)]
+        for D, T in itertools.product(head_dims, contexts):
             yield _attention(randn, tokens=rows, T=T, H=768 // D, D=D)
         for T in contexts[-2:]:
             yield _attention(randn, tokens=rows, T=T, H=12, D=64, documents=True)
         yield _attention(randn, tokens=rows, T=contexts[-1], H=12, D=64, window=contexts[-1] // 8)
+    for C in widths if device.type == "cuda" else widths[:1]:
+        for op, residual in itertools.product([op for op in ops if op.endswith("_norm")], (False, True)):
+            yield _norm(op, randn, rows=rows, C=C, residual=residual)
+        if "linear_cross_entropy" in ops:
+            yield _cross_entropy(randn, rows=rows, C=C)
 
 
 def _runs(op: str, *inputs: Tensor, plain: Run | None = None, **options: object) -> dict[str, Run]:
@@ -174,13 +195,7 @@ def _attention(randn: Callable[..., Tensor], *, tokens: int, T: int, H: int, D: 
     own = torch.arange(T, device=q.device)
     seen_from = torch.zeros_like(own) if first_key is None else first_key.clamp(min=0)
     tflop = 2 * D * H * (own + 1 - seen_from).expand(B, T).sum().item() / 1e12  # of one matmul
-    runs = _runs("attention", q, k, v, first_key=first_key)
-    for name, peer in _attention_peers(q, k, v, ids, window).items():
-        try:
-            peer()
-            runs[name] = peer
-        except RuntimeError as error:  # a backend that this build or this shape lacks
-            cli.note(f"{name} left out: {str(error).splitlines()[0][:160]}")
+    runs = _runs("attention", q, k, v, first_key=first_key) | _attention_peers(q, k, v, ids, window)
     return Comparison(f"attention {kind} {B} x {T} x {H} x {D}", runs, [q, k, v],
                       {"forward TFLOP/s": 2 * tflop, "backward TFLOP/s": 5 * tflop})
 
@@ -203,9 +218,13 @@ def _attention_peers(q: Tensor, k: Tensor, v: Tensor, ids: Tensor | None, window
             seen = key <= query if ids is None else (key <= query) & (ids[b, query] == ids[b, key])
             return seen if window is None else seen & (key > query - window)
 
-        mask = create_block_mask(visible, len(q), None, q.shape[1], q.shape[1], device=q.device)
-        torch._dynamo.reset()
-        peers["FlexAttention"] = partial(torch.compile(flex_attention, dynamic=False), *heads_first, block_mask=mask)
+        @functools.cache  # made in its own turn: what fails there leaves this contender out alone
+        def flex() -> Run:
+            mask = create_block_mask(visible, len(q), None, q.shape[1], q.shape[1], device=q.device)
+            torch._dynamo.reset()
+            return partial(torch.compile(flex_attention, dynamic=False), *heads_first, block_mask=mask)
+
+        peers["FlexAttention"] = lambda: flex()()
     if cli.is_installed("flash_attn"):
         from flash_attn import flash_attn_func
         size = (-1 if window is None else window - 1, 0)
@@ -234,6 +253,42 @@ def _cross_entropy(randn: Callable[..., Tensor], *, rows: int, C: int) -> Compar
             hidden, weight.to(hidden.dtype)[:VOCAB_SIZE], targets)[0]
     return Comparison(f"linear_cross_entropy {rows} x {C} x {TABLE_ROWS}", runs, [hidden, weight],
                       {"TFLOP/s": 6 * rows * C * TABLE_ROWS / 1e12})
+
+
+def choose_clock(device: torch.device) -> tuple[Clock, str, list[str]]:
+    """How calls are timed, the words for it, and the list that gets the contenders that cannot be timed so."""
+    exceptions: list[str] = []
+    if device.type != "cuda":
+        return lambda who, work: seconds_per_call(work), "of calls, by the clock", exceptions
+    return (partial(queued_seconds_per_call, exceptions),
+            "of calls that were queued before the first began, by CUDA events: launches are not in it", exceptions)
+
+
+def queued_seconds_per_call(exceptions: list[str], who: str, work: Callable[[], object]) -> float:
+    """The device's time for a call: of as many as take 0.1 s, queued behind a kernel that only waits. If that is over
+    before all are queued, because a call waits for the device itself, the clock's, and who is one of the exceptions."""
+    by_clock = seconds_per_call(work)
+    calls = min(QUEUED_CALLS, max(3, round(0.1 / by_clock)))
+
+    def launch() -> None:
+        for _ in range(calls):
+            work()
+
+    launch_s, _ = measure.seconds_of(launch)
+    torch.cuda.synchronize()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(round(WAIT_HZ * (1e-3 + 2 * launch_s)))
+    start.record()
+    launch()
+    has_begun = start.query()
+    end.record()
+    torch.cuda.synchronize()
+    if not has_begun:
+        return start.elapsed_time(end) / 1e3 / calls
+    if who not in exceptions:
+        exceptions.append(who)
+        cli.note(f"{who}: its calls cannot be queued, the time of their launches is in its figures")
+    return by_clock
 
 
 def seconds_per_call(work: Callable[[], object]) -> float:

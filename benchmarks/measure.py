@@ -3,6 +3,7 @@ setting they ran in, processes of their own for what is measured, and text."""
 
 import argparse
 import datetime
+import gc
 import importlib.metadata
 import itertools
 import json
@@ -16,8 +17,8 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -41,22 +42,42 @@ Contender = Callable[[], dict[str, float]]  # measures once: quantity, whose nam
 
 
 class Figures:
-    """samples[subject][quantity]: one value per repeat."""
+    """samples[subject][quantity]: one value per repeat. left_out[subject]: why it has none; failed: those of them that
+    are ours."""
 
     def __init__(self) -> None:
         self.samples: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+        self.left_out: dict[str, str] = {}
+        self.failed: list[str] = []
 
-    def take_turns(self, contenders: dict[str, Contender], repeats: int) -> None:
-        """Measure every contender once per repeat. Who begins changes, since the first finds a cooler machine."""
+    def take_turns(self, contenders: dict[str, Contender], repeats: int, peers: Collection[str] = ()) -> None:
+        """Measure every contender once per repeat. Who begins changes, since the first finds a cooler machine. One that
+        fails, in whichever repeat, is left out from then on with all its figures; peers: those that are not ours."""
         names = list(contenders)
         for repeat in range(repeats):
             first = repeat % len(names)
             for name in names[first:] + names[:first]:
-                values = contenders[name]()
+                if name in self.left_out:
+                    continue
+                try:
+                    values = contenders[name]()
+                except UserError:
+                    raise
+                except Exception as error:  # of whatever kind: out of memory, a compiler's, a backend's, a process's
+                    self.leave_out(name, reason_of(error), is_ours=name not in peers)
+                if name in self.left_out:
+                    free_memory()  # not before: until the except block ends, the error's frames hold tensors
+                    continue
                 for quantity, value in values.items():
                     self.samples[name][quantity].append(value)
                 cli.note(f"{name}, repeat {len(self.samples[name][quantity])}: "
                          + ", ".join(f"{_text(value)} {quantity}" for quantity, value in values.items()))
+
+    def leave_out(self, name: str, reason: str, *, is_ours: bool) -> None:
+        self.samples.pop(name, None)
+        self.left_out[name] = reason
+        self.failed += [name] * is_ours
+        cli.note(f"{name} left out: {reason}")
 
     def add_ratios(self, label: str, ours: str, peer: str, *quantities: str) -> None:
         """ours / peer of each repeat as subject `label`, for the quantities that both have."""
@@ -78,6 +99,8 @@ class Figures:
             cells = {row["quantity"]: _text(row["median"]) + (
                 f" ({_text(row['p10'])}-{_text(row['p90'])})" if row["repeats"] > 1 else "") for row in rows}
             tables[tuple(cells)].append((subject, *cells.values()))
+        if not tables:
+            return "nothing was measured"
         return "\n\n".join([f"median (p10-p90) of {self.rows()[0]['repeats']} repeats",
                             *(cli.format_table(("", *quantities), rows) for quantities, rows in tables.items())])
 
@@ -85,6 +108,21 @@ class Figures:
 def _text(value: float) -> str:
     """Four significant digits, and all digits before the point."""
     return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def reason_of(error: Exception) -> str:
+    """What went wrong, in one line; of others' errors, which may tell stories, the first."""
+    if isinstance(error, MachineError):
+        return str(error)
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
+
+
+def free_memory() -> None:
+    """Give back what nobody holds any more, also what waits in cycles and in CUDA's cache."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        with suppress(RuntimeError):  # of a context that an earlier kernel broke
+            torch.cuda.empty_cache()
 
 
 def seconds_of(work: Callable[[], Any]) -> tuple[float, Any]:
@@ -136,24 +174,36 @@ def label(words: list[str]) -> str:
 
 
 def report(argv: list[str], args: argparse.Namespace) -> None:
-    """Run the command that was asked for, print its setting and table, and write both to --json."""
+    """Run the command that was asked for, print its setting and table, and write both to --json. Raises MachineError in
+    the end if a contender of ours failed."""
     if args.json is not None:
         cli.check_output("--json", Path(args.json))
-    setting, figures = {}, Figures()
-    with others_watched(setting, "before"):
-        setting |= describe_machine()
+    args.command, args.setting, figures = shlex.join(["python", "bench.py", *argv]), {}, Figures()
+    with others_watched(args.setting, "before"):
+        args.setting |= describe_machine()
         time.sleep(WATCHED_S)
-    with others_watched(setting, "during"):
-        setting |= args.run(args, figures)
-    for key, value in setting.items():
-        print(f"{key}: {value}")
+    with others_watched(args.setting, "during"):
+        args.setting |= args.run(args, figures)
+    for key, value in args.setting.items():
+        if not isinstance(value, dict):
+            print(f"{key}: {value}")
+    for name, reason in figures.left_out.items():
+        print(f"left out: {name}: {reason}")
     print(figures.table(), flush=True)
-    if args.json is not None:
-        date = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-        content = {"command": shlex.join(["python", "bench.py", *argv]), "setting": setting, "date": date,
-                   "figures": figures.rows()}
-        with files.disk_errors(Path(args.json)):
-            files.write_whole(Path(args.json), json.dumps(content, indent=1) + "\n")
+    write_json(args, figures)
+    if figures.failed:
+        raise MachineError(f"{', '.join(figures.failed)} failed: {figures.left_out[figures.failed[0]]}")
+
+
+def write_json(args: argparse.Namespace, figures: Figures) -> None:
+    """Setting and figures so far into --json, if it was given."""
+    if args.json is None:
+        return
+    setting = args.setting | ({"left out": figures.left_out} if figures.left_out else {})
+    date = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+    content = {"command": args.command, "setting": setting, "date": date, "figures": figures.rows()}
+    with files.disk_errors(Path(args.json)):
+        files.write_whole(Path(args.json), json.dumps(content, indent=1) + "\n")
 
 
 def describe_machine() -> dict:
@@ -250,7 +300,8 @@ class Worker(subprocess.Popen):
 
     def __exit__(self, *exception: object) -> None:
         self.terminate()
-        super().__exit__(*exception)
+        with suppress(BrokenPipeError):  # a request that a dead process never read
+            super().__exit__(*exception)
         self.log.close()
 
     def receive(self) -> dict:
@@ -265,7 +316,8 @@ class Worker(subprocess.Popen):
 def ask(*workers: Worker, **request: object) -> list[dict]:
     """Every worker's answer to a request. All are asked before the first is heard, so that they work at once."""
     for worker in workers:
-        print(json.dumps(request), file=worker.stdin, flush=True)
+        with suppress(BrokenPipeError):  # receive() says how it ended
+            print(json.dumps(request), file=worker.stdin, flush=True)
     return [worker.receive() for worker in workers]
 
 

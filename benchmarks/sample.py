@@ -91,13 +91,17 @@ def run(args: argparse.Namespace, figures: measure.Figures) -> dict:
                 of = f"{dtype}, batch {batch}, {choice}"
                 measured.append((who, of, weight_bytes(config, dtype) / batch))
                 generate = partial(generators[who], prompts[:batch].tolist(), top_k=top_k)
-                generate(min(4, args.new_tokens))  # warms up
                 contenders[f"{who}, {of}"] = partial(_token_rate, generate, batch, args.new_tokens)
-        figures.take_turns(contenders, args.repeats)
+                try:
+                    generate(min(4, args.new_tokens))  # warms up
+                except MachineError as error:
+                    figures.leave_out(f"{who}, {of}", str(error), is_ours=who == OURS)
+        figures.take_turns(contenders, args.repeats, peers=[name for name in contenders if not name.startswith(OURS)])
     for who, of, size in measured:
-        name, samples = f"{who}, {of}", figures.samples[f"{who}, {of}"]
-        rates = zip(samples["tokens/s"], figures.samples[MEMORY]["GB/s"], strict=True)
-        samples["bound %"] = [100 * rate * size / (1e9 * memory) for rate, memory in rates]
+        name = f"{who}, {of}"
+        if not {name, MEMORY} & figures.left_out.keys():
+            rates = zip(figures.samples[name]["tokens/s"], figures.samples[MEMORY]["GB/s"], strict=True)
+            figures.samples[name]["bound %"] = [100 * rate * size / (1e9 * memory) for rate, memory in rates]
         if who != OURS:
             figures.add_ratios(f"{OURS} / {name}", f"{OURS}, {of}", name, "tokens/s", "first token ms")
     return setting
@@ -158,6 +162,11 @@ def _peers(config: ModelConfig, dtype: str, nanogpt: Path | None, stack: context
     def generate(worker: measure.Worker, prompts: list[list[int]], new_tokens: int, top_k: int | None) -> int:
         return measure.ask(worker, prompts=prompts, new_tokens=new_tokens, top_k=top_k)[0]["tokens"]
 
-    for worker in workers.values():
-        stack.enter_context(worker).receive()  # it is ready
-    return {who: partial(generate, worker) for who, worker in workers.items()}
+    ready = {}
+    for who, worker in workers.items():
+        try:
+            stack.enter_context(worker).receive()
+            ready[who] = partial(generate, worker)
+        except MachineError as error:
+            setting[who] = f"left out: {error}"
+    return ready

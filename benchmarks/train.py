@@ -88,12 +88,15 @@ def run(args: argparse.Namespace, figures: measure.Figures) -> dict:
                 shutil.copy(args.peer / name, copy / name)
             prepare = copy / measure.NANOGPT_FILES[-1]
             shutil.copy(text_file, prepare.with_name("input.txt"))
-            seconds = measure.run_to_end(sys.executable, str(prepare), cwd=copy).seconds
-            commit = cli.commit(args.peer)
-            setting["peer"] = f"{args.peer}, commit {commit}, its data prepared apart in {seconds:.2f} s"
             contenders[NANOGPT] = partial(_train_nanogpt, copy, args.peer_steps, itertools.cycle(args.seeds),
                                           sorted(set(text)), val_text)
-        figures.take_turns(contenders, args.repeats * len(args.seeds))
+            setting["peer"] = f"{args.peer}, commit {cli.commit(args.peer)}"
+            try:
+                seconds = measure.run_to_end(sys.executable, str(prepare), cwd=copy).seconds
+                setting["peer"] += f", its data prepared apart in {seconds:.2f} s"
+            except MachineError as error:
+                figures.leave_out(NANOGPT, str(error), is_ours=False)
+        figures.take_turns(contenders, args.repeats * len(args.seeds), peers=(NANOGPT,))
     for name in words_of:
         figures.add_ratios(f"{name} / {NANOGPT}", name, NANOGPT, "steps/s", "tokens/s", "wall s", "peak MiB",
                            "val nats/char")
@@ -116,12 +119,12 @@ def _train_ours(words: list[str], seeds: Iterator[int], text_file: Path, val_tex
             f"data.source={text_file}", "data.val_source=[]", f"data.val_fraction={VAL_FRACTION}", cwd=Path.cwd())
         rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
         model, tokenizer = sample.load_model(run_dir, device=CPU, dtype="float32", note=lambda line: None)
-    return {**_speed([row for row in rows if row["kind"] == "train"], parse_arguments(words)[0].train.tokens_per_step),
+    return {**speed([row for row in rows if row["kind"] == "train"], parse_arguments(words)[0].train.tokens_per_step),
             "wall s": done.seconds, "peak MiB": done.peak_bytes / 2 ** 20,
             "val nats/char": nats_per_character(model, tokenizer.encode(val_text), tokenizer.token_bytes(), val_text)}
 
 
-def _speed(steps: list[dict], tokens_per_step: int) -> dict[str, float]:
+def speed(steps: list[dict], tokens_per_step: int) -> dict[str, float]:
     """Medians of all steps but the first 20, of a short run at least half. "seconds" of each, and "mfu" if known."""
     steps = steps[min(WARMUP_STEPS, len(steps) // 2):]
     seconds = statistics.median(step["seconds"] for step in steps)
@@ -152,7 +155,7 @@ def _train_nanogpt(copy: Path, steps: int, seeds: Iterator[int], alphabet: list[
     if not steps_ms:
         raise MachineError(f"nanoGPT printed no step times: {measure.last_line(done.output)}")
     model = gpt_from_nanogpt(load_file(weights), n_head=NANOGPT_HEADS)
-    return {**_speed([{"seconds": float(ms) / 1e3} for ms in steps_ms], NANOGPT_BATCH * NANOGPT_CONTEXT),
+    return {**speed([{"seconds": float(ms) / 1e3} for ms in steps_ms], NANOGPT_BATCH * NANOGPT_CONTEXT),
             "wall s": float(re.search(r"ended at ([\d.]+)", done.output)[1]) - done.started,
             "peak MiB": done.peak_bytes / 2 ** 20,
             "val nats/char": nats_per_character(model, *encode_characters(val_text, alphabet), val_text)}

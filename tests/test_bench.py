@@ -130,6 +130,31 @@ def test_training_is_compared_with_nanogpt(config_file, text_file, peer, tmp_pat
     assert sorted(p.name for p in peer.iterdir()) == ["config", "configurator.py", "data", "model.py", "train.py"]
 
 
+def test_a_peer_that_cannot_prepare_is_left_out_with_its_reason(config_file, text_file, peer, tmp_path):
+    (peer / "data/shakespeare_char/prepare.py").write_text("raise ValueError('no luck')")
+    figures = run("train", "--config", config_file, "model.vocab_size=257", "--data", text_file, "--peer", peer,
+                  "--seeds", 7, json_file=tmp_path / "result.json")
+    assert {subject for subject, _ in figures} == {"flatgpt tiny model.vocab_size=257"}
+    left_out = json.loads((tmp_path / "result.json").read_text())["setting"]["left out"]
+    assert list(left_out) == ["nanoGPT"] and left_out["nanoGPT"].endswith("failed: ValueError: no luck")
+
+
+def test_a_peer_that_cannot_generate_is_left_out_and_ours_is_measured(config_file, peer, tmp_path, monkeypatch):
+    monkeypatch.setattr(sample, "BANDWIDTH_BYTES", 1_000_000)
+    monkeypatch.setattr(cli, "is_installed", lambda package: False)
+    words = ("sample", "--config", config_file, "--new-tokens", 2, "--prompt-tokens", 3, "--dtypes", "float32",
+             "--peer", peer)
+    of = "float32, batch 1, top-k 200"
+    (peer / "model.py").write_text(FAKE_MODEL.replace("print(", "raise ValueError("))
+    figures = run(*words, json_file=tmp_path / "first.json")
+    assert figures[f"flatgpt, {of}", "bound %"] and not any("nanoGPT" in subject for subject, _ in figures)
+    left_out = json.loads((tmp_path / "first.json").read_text())["setting"]["left out"]
+    assert left_out[f"nanoGPT, {of}"].endswith("ValueError: what a peer prints does not disturb the answers")
+    (peer / "model.py").write_text("raise ValueError('no luck')")
+    assert run(*words, json_file=tmp_path / "second.json")[f"flatgpt, {of}", "bound %"]
+    assert json.loads((tmp_path / "second.json").read_text())["setting"]["nanoGPT"].startswith("left out: a process")
+
+
 def test_preparing_is_compared_with_tiktoken_and_loading_with_a_batch_that_is_there(config_file, text_file, tmp_path):
     figures = run("data", "--mb", 3, "--source", text_file, "--tokenizer", "bpe:270", "--workers", 2, "--steps", 2,
                   "--config", config_file, json_file=tmp_path / "result.json")
