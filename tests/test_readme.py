@@ -56,7 +56,7 @@ def test_the_files_to_read_are_as_long_as_readme_says_and_fit_an_afternoon():
     assert len(READING_PATH) == 12
     wrong = {name: lines for name, lines in counted.items() if abs(READING_PATH[name] - lines) > lines / 10}
     assert wrong == {}, "README is off by more than 10 %"
-    assert sum(counted.values()) <= 3200
+    assert sum(counted.values()) <= 3500
 
 
 def test_readme_is_short():
