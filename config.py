@@ -214,6 +214,8 @@ class TrainConfig:
                                 "run without them",
                         choices=("auto", "triton", "torch"))
     activation_checkpointing: bool = knob(False, "recompute blocks in the backward: less memory, a third more work")
+    skip_spikes: float = knob(0.0, "leave out steps whose loss or gradient norm is so many robust standard deviations "
+                                   "above the median of the last 128; 0.0 = off, OLMo's rule takes 6", minimum=0.0)
     shard: int | str = knob(1, "ranks that together hold one copy of weights, gradients and moments (FSDP2): 1 = each "
                                "its own (DDP), all = one copy over all ranks, between = several copies (HSDP)",
                             minimum=1, choices=("all",))

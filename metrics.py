@@ -67,7 +67,8 @@ def format_train_line(row: dict, max_steps: int, seconds_left: float | None) -> 
     """One log line, figures that are not known left out:
     'step 1200/19073 | loss 3.4121 | lr 6.0e-04 | grad 0.41 | 812k tok/s | mfu 46.2% | 2h 05m left'.
     """
-    return _line(row, max_steps, ["skipped: loss or gradient not finite"] if row.get("skipped") else [], (
+    why = "loss or gradient not finite" if row.get("loss") is None else "a spike"
+    return _line(row, max_steps, [f"skipped: {why}"] if row.get("skipped") else [], (
         ("loss", "loss {:.4f}".format), ("lr", "lr {:.1e}".format), ("grad_norm", "grad {:.2f}".format),
         ("tokens_per_second", lambda rate: f"{human_count(rate)} tok/s"), ("mfu", "mfu {:.1%}".format),
         ("seconds_left", lambda seconds: f"{human_seconds(seconds)} left")), seconds_left=seconds_left)

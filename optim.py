@@ -7,8 +7,9 @@ embedding tables decay (as in GPT-2 and nanoGPT), norms and biases never.
 """
 
 import math
+import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -214,3 +215,33 @@ class LossScale:
                 self.scale = max(self.scale / 2.0, 1.0)
             elif self.good_steps % self.GROWTH_INTERVAL == 0:
                 self.scale *= 2.0
+
+
+@dataclass
+class SpikeGuard:
+    """Which finite steps to leave out (train.skip_spikes): those whose loss or gradient norm lies so many robust
+    standard deviations (1.4826 x the median distance to the median) above the median of the last HISTORY steps. They
+    never enter it themselves; ten in a row are no spike but a new state of affairs, with which it begins anew. As
+    OLMo-core's SkipStep, which takes mean and standard deviation."""
+
+    deviations: float = 0.0  # 0.0 = off
+    history: list[list[float]] = field(default_factory=list)  # of steps that counted: loss, gradient norm
+    in_a_row: int = 0
+    skipped: int = 0  # in all
+
+    HISTORY, LEAST, MOST_IN_A_ROW = 128, 32, 10
+
+    def leaves_out(self, *measured: float) -> bool:
+        if self.deviations == 0.0:
+            return False
+        if len(self.history) >= self.LEAST:
+            for value, past in zip(measured, zip(*self.history, strict=True), strict=True):
+                median = statistics.median(past)
+                spread = 1.4826 * statistics.median(abs(x - median) for x in past)
+                if value > median + self.deviations * spread:
+                    self.in_a_row, self.skipped = self.in_a_row + 1, self.skipped + 1
+                    if self.in_a_row == self.MOST_IN_A_ROW:
+                        self.in_a_row, self.history = 0, []
+                    return True
+        self.in_a_row, self.history = 0, [*self.history, list(measured)][-self.HISTORY:]
+        return False

@@ -27,7 +27,7 @@ from distributed import Machine, World
 from finetune import lora
 from finetune.runs import ADAPTER, SavedRun, load_base, read_folder, run_dir_of, save_base, take_over, weights_of
 from model import GPT
-from optim import LossScale, Optimizer
+from optim import LossScale, Optimizer, SpikeGuard
 
 Parent = SavedRun | HuggingFaceModel  # what supplies [model], the tokenizer and the chat template
 
@@ -40,6 +40,7 @@ class Progress:
     tokens: int = 0  # of them, and of a fork those that its parent was trained on: they say where in the data it stands
     skips_in_a_row: int = 0
     scale: LossScale = field(default_factory=LossScale)
+    guard: SpikeGuard = field(default_factory=SpikeGuard)
     val_loss: float | None = None  # of the evaluation at this very step, if there was one
     val_due: bool = False  # that evaluation was cut short by a stop signal, or its loss was not finite
     micro_batch: int | None = None  # sequences, found at the first start if train.micro_batch = "auto"
@@ -51,7 +52,7 @@ class Progress:
                 "loss_scale": [self.scale.scale, self.scale.good_steps], "val_loss": self.val_loss,
                 "val_due": self.val_due, "micro_batch": self.micro_batch, "kernels": self.kernels,
                 "data_hash": data_hash, "world_size": world.size, "threads": torch.get_num_threads(),
-                "torch": torch.__version__} | (
+                "torch": torch.__version__, "spikes": dataclasses.asdict(self.guard)} | (
                     {"base_sha256": self.base_sha256} if self.base_sha256 else {})
 
 
@@ -269,7 +270,7 @@ def build(start: Start, config: Config, parent: Parent | None, machine: Machine,
             for block in model.blocks:
                 block.compile(dynamic=False)
         distributed.shard(model, ranks, machine.device, world)
-    progress = Progress(scale=LossScale.for_dtype(machine.dtype))
+    progress = Progress(scale=LossScale.for_dtype(machine.dtype), guard=SpikeGuard(config.train.skip_spikes))
     with distributed.raise_on_all_ranks(world):
         tensors = _starting_weights(start, config, parent, is_needed=world.is_main or ranks > 1)
         if config.lora.rank and world.is_main and not isinstance(start, Resume):
@@ -323,6 +324,7 @@ def _go_on(start: Fork | Resume, config: Config, parent: Parent | None, model: G
         progress.skips_in_a_row = state["skips_in_a_row"]
         progress.val_due, progress.base_sha256 = state["val_due"], state.get("base_sha256")
         progress.micro_batch, progress.kernels = state.get("micro_batch"), state.get("kernels")
+        progress.guard = replace(progress.guard, **state.get("spikes", {}) | {"deviations": progress.guard.deviations})
     if progress.scale.dynamic and trained.train.dtype == "float16":
         progress.scale.scale, progress.scale.good_steps = state["loss_scale"]
 

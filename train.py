@@ -51,7 +51,7 @@ from distributed import Machine, World
 from finetune.runs import end_ids, files_to_save, kept_template, run_lock, save_generation
 from kernels import fastest, self_check
 from model import GPT, flops_per_token, padded_vocab_size
-from optim import LossScale, Optimizer, gradient_norm, learning_rate
+from optim import LossScale, Optimizer, SpikeGuard, gradient_norm, learning_rate
 from start import Progress, Resume
 from watchdog import Watchdog
 
@@ -66,19 +66,20 @@ SAMPLE_TOKENS = 128
 class StepResult:
     loss: float  # mean over the global batch, nats per token; may be inf or nan
     grad_norm: float  # before clipping; may be inf or nan
-    skipped: bool  # loss or gradient was not finite: nothing was updated
+    skipped: bool  # nothing was updated: loss or gradient was not finite, or a spike
     flags: Sequence[float] = ()  # the sums over all ranks
 
 
 def train_step(model: nn.Module, optimizer: Optimizer, micro_batches: list[MicroBatch], *, lr: float,
                tokens_per_step: int, grad_clip: float, scale: LossScale, step: int, seed: int = 0,
-               dropout: float = 0.0, flags: Callable[[], list[float]] = list,
+               dropout: float = 0.0, flags: Callable[[], list[float]] = list, guard: SpikeGuard | None = None,
                world: World = World()) -> StepResult:  # noqa: B008
     """Forward and backward over this rank's micro_batches, then one update with the gradient of the global mean loss.
 
     model is a GPT, or one wrapped by distributed.wrap. tokens_per_step counts the targets of all ranks' micro-batches;
     where a loss mask leaves some out, the mean is over those that remain, of all ranks together. step counts completed
-    steps. A loss or gradient that is not finite on any rank changes nothing on any rank. flags() are this rank's
+    steps. A loss or gradient that is not finite on any rank, or that the guard leaves out, changes nothing on any rank,
+    but for the scale and the guard themselves. flags() are this rank's
     numbers for all ranks; they travel with the loss, because the host waits for the device once a step.
     """
     optimizer.zero_grad()
@@ -101,13 +102,14 @@ def train_step(model: nn.Module, optimizer: Optimizer, micro_batches: list[Micro
     to_mean = tokens_per_step / max(1.0, scored) / scale.scale  # of no scored target at all, loss and gradients are 0
     loss, grad_norm = nats / max(1.0, scored), norm * to_mean
     finite = math.isfinite(loss) and math.isfinite(grad_norm)
-    if finite:
+    skipped = not finite or (guard is not None and guard.leaves_out(loss, grad_norm))
+    if not skipped:
         factor = to_mean * min(1.0, grad_clip / (grad_norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
         if factor != 1.0:
             torch._foreach_mul_([distributed.local(gradient) for gradient in gradients], factor)
         optimizer.step(lr)
     scale.update(finite)
-    return StepResult(loss, grad_norm, not finite, flags_of_all)
+    return StepResult(loss, grad_norm, skipped, flags_of_all)
 
 
 def dropout_seed(seed: int, step: int, first_window: int) -> int:
@@ -180,9 +182,11 @@ def loop(run: Training) -> None:
                 result = train_step(
                     run.wrapped, run.optimizer, micro_batches, lr=lr, tokens_per_step=train.tokens_per_step,
                     grad_clip=config.optim.grad_clip, scale=progress.scale, step=progress.step, seed=train.seed,
-                    dropout=max(config.model.dropout, config.lora.dropout), flags=flags, world=world)
+                    dropout=max(config.model.dropout, config.lora.dropout), flags=flags, guard=progress.guard,
+                    world=world)
             progress.step, progress.tokens = progress.step + 1, progress.tokens + train.tokens_per_step
-            progress.skips_in_a_row = progress.skips_in_a_row + 1 if result.skipped else 0
+            is_spike = result.skipped and math.isfinite(result.loss) and math.isfinite(result.grad_norm)
+            progress.skips_in_a_row = progress.skips_in_a_row + 1 if result.skipped and not is_spike else 0
 
             # 2. Log: a line and a row, also for the first step and for a skipped one.
             steps_since_line += 1
@@ -192,11 +196,12 @@ def loop(run: Training) -> None:
                 seconds, started = now - started, now
                 rate = steps_since_line * train.tokens_per_step / seconds
                 row = {"step": progress.step, "tokens": progress.tokens,
-                       "loss": None if result.skipped else result.loss, "lr": lr,
-                       "grad_norm": None if result.skipped else result.grad_norm, "tokens_per_second": rate,
+                       "loss": None if result.skipped and not is_spike else result.loss, "lr": lr,
+                       "grad_norm": None if result.skipped and not is_spike else result.grad_norm,
+                       "tokens_per_second": rate,
                        "mfu": metrics.mfu(rate, flops_per_token(config.model), peak_flops, world.size),
                        "seconds": seconds, "skipped": result.skipped}
-                log.train(row, train.max_steps, mean_loss=statistics.fmean(losses) if losses else None,
+                log.train(row, train.max_steps, mean_loss=statistics.fmean(losses) if losses else row["loss"],
                           seconds_left=(train.max_steps - progress.step) * seconds / steps_since_line)
                 losses, steps_since_line = [], 0
             if progress.skips_in_a_row == MAX_SKIPS_IN_A_ROW:

@@ -5,13 +5,14 @@ import itertools
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from config import ModelConfig, OptimConfig
 from model import GPT
-from optim import LossScale, Optimizer, gradient_norm, learning_rate, orthogonalise
+from optim import LossScale, Optimizer, SpikeGuard, gradient_norm, learning_rate, orthogonalise
 
 MODEL = ModelConfig(n_layer=2, n_head=3, n_kv_head=1, n_embd=24, mlp_hidden=40, vocab_size=61, max_seq_len=9,
                     mlp="swiglu", qk_norm=True, tie_embeddings=False)
@@ -334,3 +335,34 @@ def test_loss_scale_stays_1_where_nothing_underflows(dtype):
     for finite in [True] * 5 + [False] * 5:
         scale.update(finite)
     assert scale == LossScale(scale=1.0, good_steps=0, dynamic=False)
+
+
+# ---- Spikes ----------------------------------------------------------------------------------------------------------
+
+def test_a_spike_is_what_lies_so_many_robust_deviations_above_the_median():
+    """Against numpy's medians over what the rule counts, with spikes of either kind strewn in."""
+    rng, guard, counted = np.random.default_rng(0), SpikeGuard(deviations=4.0), []
+    for step in range(400):
+        measured = [3.0 + 0.1 * rng.standard_normal(), 0.5 + 0.05 * rng.standard_normal()]
+        if step % 29 == 28:
+            measured[step % 2] += 5.0
+        past = np.array(counted[-128:])
+        wanted = len(counted) >= 32 and any(
+            value > np.median(column) + 4.0 * 1.4826 * np.median(np.abs(column - np.median(column)))
+            for value, column in zip(measured, past.T, strict=True))
+        assert guard.leaves_out(*measured) == wanted, step
+        counted += [] if wanted else [measured]
+    assert 10 < guard.skipped < 30 and guard.history == counted[-128:]
+
+
+def test_ten_spikes_in_a_row_are_a_new_state_of_affairs():
+    guard = SpikeGuard(deviations=3.0)
+    for i in range(40):
+        assert not guard.leaves_out(2.0 + 0.01 * (i % 5), 1.0 + 0.01 * (i % 3))
+    assert [guard.leaves_out(4.0, 1.0) for _ in range(10)] == [True] * 10
+    assert not any(guard.leaves_out(4.0, 1.0) for _ in range(20))
+
+
+def test_without_a_number_nothing_is_left_out_and_nothing_kept():
+    guard = SpikeGuard()
+    assert not any(guard.leaves_out(10.0 ** i, 1.0) for i in range(50)) and guard.history == []

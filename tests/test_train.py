@@ -28,7 +28,7 @@ from data.shards import ShardError
 from distributed import World
 from finetune.runs import read_run
 from model import GPT
-from optim import LossScale, Optimizer
+from optim import LossScale, Optimizer, SpikeGuard
 from start import Progress
 
 CONFIG = """
@@ -342,6 +342,26 @@ def test_a_step_waits_for_the_device_once_and_meets_other_ranks_once(monkeypatch
     assert waits == ["tolist"] and len(sums) == 1 and sums[0].shape == (4,)
     assert len(fills) == 2  # AdamW's counts: of what decays, of what does not
     assert list(result.flags) == [1.0, 0.0]
+
+
+def test_spikes_are_left_out_counted_and_remembered_by_a_resumed_run(settings, monkeypatch):
+    """A low threshold, so that there are some; a step that is left out changes nothing but the data's place."""
+    monkeypatch.setattr(SpikeGuard, "LEAST", 3)
+    words = [*settings, "train.skip_spikes=0.1", "optim.lr=0.05", "train.max_steps=24", "optim.decay_steps=24",
+             "train.save_every=1"]
+    unbroken = run(words, "unbroken")
+    run(words, "resumed", "train.max_steps=13")
+    resumed = run(words, "resumed")
+    assert losses(resumed) == losses(unbroken)
+    assert_same_bits(tensors(resumed, 24), tensors(unbroken, 24))
+    skipped = [row["step"] for row in rows(unbroken) if row["skipped"]]
+    assert 1 <= len(skipped) <= 12 and any(step < 13 for step in skipped)
+    for step in skipped:
+        assert_same_bits(tensors(unbroken, step), tensors(unbroken, step - 1))
+    state = json.loads((unbroken / "checkpoints/step_00000024/state.json").read_text())
+    assert state["spikes"]["skipped"] == len(skipped) and state["skips_in_a_row"] == 0
+    assert (unbroken / "log.txt").read_text().count("| skipped: a spike | loss ") == len(skipped)
+    assert not any(row["skipped"] for row in rows(run(settings, "off")))
 
 
 # ---- Promise 4: damage is named --------------------------------------------------------------------------------------
