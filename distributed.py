@@ -217,6 +217,24 @@ def gradient_sync(model: nn.Module, sync: bool):
     return contextlib.nullcontext() if sync or not hasattr(model, "no_sync") else model.no_sync()
 
 
+def local(tensor: Tensor) -> Tensor:
+    """The rows of a sharded tensor (a DTensor) that this rank holds, sharing memory; any other tensor itself."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def local_rows(tensor: Tensor) -> tuple[int, int]:
+    """Which rows of the whole local(tensor) is: the first, and the one behind the last. All of a tensor that is not
+    sharded; a number counts as one row. Rows are dealt as by torch.chunk: the last ranks may hold fewer, or none."""
+    first, end = 0, tensor.shape[0] if tensor.dim() else 1
+    for dim, placement in enumerate(getattr(tensor, "placements", ())):
+        if placement.is_shard():
+            assert placement.dim == 0, f"sharded on dimension {placement.dim}, not on rows"
+            height = -(-(end - first) // tensor.device_mesh.size(dim))
+            first = min(end, first + height * tensor.device_mesh.get_local_rank(dim))
+            end = min(end, first + height)
+    return first, end
+
+
 def sum_over_ranks(tensor: Tensor, world: World) -> Tensor:
     """The elementwise sum over all ranks, on every rank."""
     if world.size > 1:
@@ -241,8 +259,9 @@ def gather(value: object, world: World) -> list:
 
 
 @contextlib.contextmanager
-def raise_on_all_ranks(world: World) -> Iterator[None]:
-    """A UserError or MachineError inside the block on any rank is raised, with its text, on all."""
+def raise_on_all_ranks(world: World, machine_error: type[MachineError] = MachineError) -> Iterator[None]:
+    """A UserError or MachineError inside the block on any rank is raised, with its text, on all; the latter as
+    machine_error, a kind of it."""
     if world.size == 1:
         yield
         return
@@ -254,7 +273,7 @@ def raise_on_all_ranks(world: World) -> Iterator[None]:
     for rank, outcome in enumerate(gather(mine, world)):
         if outcome is not None:
             is_user_error, text = outcome
-            error = (UserError if is_user_error else MachineError)(text if rank == 0 else f"rank {rank}: {text}")
+            error = (UserError if is_user_error else machine_error)(text if rank == 0 else f"rank {rank}: {text}")
             error.is_everywhere = True  # rank 0 says it for all
             raise error
 

@@ -90,21 +90,10 @@ class Optimizer:
             torch._foreach_add_(matrices, list(updates.to(matrices[0].dtype).unbind()), alpha=-scale)
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """exp_avg.NAME, exp_avg_sq.NAME, momentum.NAME -> tensor of NAME's shape. Kept, not copied."""
+        """exp_avg.NAME, exp_avg_sq.NAME, momentum.NAME -> tensor of NAME's shape. Kept, not copied: to go on, fill
+        them (checkpoint.fill) and set updates."""
         tables = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq, "momentum": self.momentum}
         return {f"{kind}.{name}": tensor for kind, table in tables.items() for name, tensor in table.items()}
-
-    @torch.no_grad()
-    def load_state_tensors(self, tensors: dict[str, Tensor], updates: int) -> None:
-        """Copy in what state_tensors gave. Raises ValueError if names or shapes differ."""
-        own = self.state_tensors()
-        different = sorted(tensors.keys() ^ own.keys()) or sorted(
-            name for name, tensor in tensors.items() if own[name].shape != tensor.shape)
-        if different:
-            raise ValueError(f"optimizer state does not fit the model: {', '.join(different[:4])}")
-        for name, tensor in tensors.items():
-            own[name].copy_(tensor)
-        self.updates = updates
 
 
 def _rows_of_parts(name: str, weight: Tensor, model: GPT) -> list[int]:

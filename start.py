@@ -17,7 +17,7 @@ from torch import Tensor
 import checkpoint
 import config as configuration
 import distributed
-from checkpoint import CheckpointError
+from checkpoint import CheckpointError, SavedTensors
 from config import Config, ConfigError, MachineError
 from convert import HuggingFaceModel, is_hugging_face, read_hf
 from data.dataset import Dataset
@@ -274,7 +274,8 @@ def build(start: Start, config: Config, parent: Parent | None, machine: Machine,
     return model, optimizer, progress
 
 
-def _starting_weights(start: Start, config: Config, parent: Parent | None, world: World) -> dict[str, Tensor]:
+def _starting_weights(start: Start, config: Config, parent: Parent | None,
+                      world: World) -> dict[str, Tensor] | SavedTensors:
     """The tensors that the model starts with, for adapters their base; none for fresh weights. Those of init_from are
     read by rank 0 alone, which gives them to the others (distributed.wrap)."""
     if isinstance(start, Fresh) or (isinstance(start, Init) and not world.is_main):
@@ -297,8 +298,8 @@ def _go_on(start: Fork | Resume, config: Config, parent: Parent | None, model: G
         if config.lora.rank:
             lora.load_adapters(model, checkpoint.load_tensors(path, ADAPTER))
         what = "keep optim.name as it was"
-        moments = _cut_positions(checkpoint.load_tensors(path, "optimizer"), config)
-        optimizer.load_state_tensors(moments, state["updates"])
+        checkpoint.fill(optimizer.state_tensors(), _cut_positions(checkpoint.open_tensors(path, "optimizer"), config))
+        optimizer.updates = state["updates"]
     except (ValueError, KeyError) as error:
         raise CheckpointError(f"checkpoint {start.path!r}: {error}; {what}") from None
     progress.step = state["step"]
@@ -311,10 +312,11 @@ def _go_on(start: Fork | Resume, config: Config, parent: Parent | None, model: G
         progress.scale.scale, progress.scale.good_steps = state["loss_scale"]
 
 
-def _cut_positions(tensors: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
+def _cut_positions(tensors: dict[str, Tensor] | SavedTensors, config: Config) -> dict[str, Tensor] | SavedTensors:
     """tensors with the tables of learned positions, and their moments, cut to a smaller max_seq_len."""
-    T = config.model.max_seq_len
-    return {name: tensor[:T] if name.endswith("wpe.weight") else tensor for name, tensor in tensors.items()}
+    for name in [name for name in tensors if name.endswith("wpe.weight")]:
+        tensors[name] = tensors[name][:config.model.max_seq_len]
+    return tensors
 
 
 def describe(start: Start, config: Config) -> str:

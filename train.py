@@ -268,19 +268,16 @@ def evaluate(run: Training) -> bool:
 
 
 def save(run: Training) -> bool:
-    """Rank 0 writes a checkpoint. False on all ranks if that failed: a warning here, it is tried again at the next
-    save."""
-    saved = True
-    if run.world.is_main:
-        tensors, texts = files_to_save(run.model, run.config.lora)
-        state = run.progress.as_state(updates=run.optimizer.updates, data_hash=run.dataset.hash, world=run.world)
-        try:
-            checkpoint.save(Path(run.config.train.out_dir), run.progress.step, state=state, texts=texts,
-                            tensors={"optimizer": run.optimizer.state_tensors()} | tensors, keep=run.config.train.keep)
-        except checkpoint.SaveError as error:
-            saved = False
-            run.log.note(f"warning: {error}; training goes on and tries again at the next save")
-    return distributed.gather(saved, run.world)[0]
+    """Write a checkpoint. False on all ranks if that failed: a warning here, it is tried again at the next save."""
+    tensors, texts = files_to_save(run.model, run.config.lora)
+    state = run.progress.as_state(updates=run.optimizer.updates, data_hash=run.dataset.hash, world=run.world)
+    try:
+        checkpoint.save(Path(run.config.train.out_dir), run.progress.step, state=state, texts=texts, world=run.world,
+                        tensors={"optimizer": run.optimizer.state_tensors()} | tensors, keep=run.config.train.keep)
+    except checkpoint.SaveError as error:
+        run.log.note(f"warning: {error}; training goes on and tries again at the next save")
+        return False
+    return True
 
 
 def report(run: Training) -> None:

@@ -50,8 +50,8 @@ def run(args: argparse.Namespace, figures: measure.Figures) -> dict:
 
 def _save_and_load(model: GPT, optimizer: Optimizer, *, folder: Path, size: int) -> dict[str, float]:
     def load() -> None:
-        checkpoint.load_into(model, checkpoint.load_tensors(path, "model"), str(path))
-        optimizer.load_state_tensors(checkpoint.load_tensors(path, "optimizer"), updates=0)
+        checkpoint.load_into(model, checkpoint.open_tensors(path, "model"), str(path))
+        checkpoint.fill(optimizer.state_tensors(), checkpoint.open_tensors(path, "optimizer"))
 
     os.sync()  # what others left to write is not ours
     tensors = {"model": model.state_dict(), "optimizer": optimizer.state_tensors()}

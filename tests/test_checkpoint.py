@@ -293,7 +293,7 @@ def test_too_little_free_space_is_found_before_writing(tmp_path, monkeypatch):
     save_step(tmp_path, 1)
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 3_000_000, 3_000_000))
-    monkeypatch.setattr(checkpoint, "_write_checkpoint", pytest.fail)
+    monkeypatch.setattr(checkpoint, "_write_tensors", pytest.fail)
     with pytest.raises(SaveError, match=r"disk full, 0.005 GB are needed and 0.003 GB is free"):
         save(tmp_path, 2, tensors={"model": {"a": torch.zeros(1_000_000)}, "optimizer": {}}, state={}, keep=1)
     monkeypatch.undo()
