@@ -14,7 +14,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -33,6 +33,7 @@ FORMAT = 1
 STATE, MANIFEST = "state.json", "manifest.json"
 STEP_NAME = re.compile(r"step_(\d{8,})(\.replaced)?")
 FILE_NAME = re.compile(r"(\w+?)(-\d{5,}-of-\d{5,})?\.safetensors")  # all rows of these tensors, or one rank's
+WEIGHTS_ONLY, SIZES_ONLY = ("optimizer",), ("optimizer", "model", "adapter_model")  # what verifying leaves unread
 TEMPORARY = ".tmp-"  # prefix of folders that are being written or deleted
 DTYPE_NAMES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16",
                torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}
@@ -160,6 +161,45 @@ class _Save:
         return self.final
 
 
+class BackgroundSaver:
+    """save() beside the training, one at a time: start() copies, a thread writes, finish() waits and publishes. After
+    start() what the tensors hold changes nothing. The copies' memory is kept from save to save."""
+
+    def __init__(self, world: World):
+        self._world, self._buffers, self._pool = world, {}, ThreadPoolExecutor(1, "checkpoint-writer")
+        self.pending: _Save | None = None  # until finish(), the same on all ranks
+        self._written: Future | None = None
+
+    def start(self, run_dir: Path, step: int, **what) -> None:
+        """As save() takes it. Raises SaveError."""
+        save = _Save(run_dir, step, world=self._world, **what)
+        for file, (part, _) in save.tensors.items():
+            for name, tensor in part.items():
+                if (file, name) not in self._buffers:
+                    self._buffers[file, name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+                part[name] = self._buffers[file, name].copy_(tensor, non_blocking=True)
+        if any(buffer.is_pinned() for buffer in self._buffers.values()):
+            torch.cuda.synchronize()
+        self.pending, self._written = save, self._pool.submit(save.write)
+
+    def is_writing(self) -> bool:
+        """Whether this rank's thread has more to do."""
+        return self.pending is not None and not self._written.done()
+
+    def finish(self) -> None:
+        """Once all ranks have written, publish it, if one is pending. Raises SaveError, also for what else may have
+        ended a thread."""
+        def entries() -> dict[str, dict]:
+            error = self._written.exception()
+            if error is not None and not isinstance(error, OSError):
+                raise OSError(f"its thread ended with {type(error).__name__}: {error}") from error
+            return self._written.result()
+
+        save, self.pending = self.pending, None
+        if save is not None:
+            save.publish(entries)
+
+
 def _pieces(tensors: dict[str, Tensor], world: World) -> tuple[dict[str, Tensor], dict[str, str]]:
     """What this rank writes of tensors: its rows of sharded ones, unless another copy of them is the first; of others
     all, on rank 0. And what a file says of them: where they begin in how many rows, and once more as
@@ -272,7 +312,7 @@ def best_of(run_dir: Path) -> Path | None:
 def newest_before(run_dir: Path, step: int) -> Path | None:
     """The newest valid checkpoint of fewer steps."""
     return next((path for path in _candidates(Path(run_dir) / "checkpoints", replaced=False)
-                 if int(path.name.removeprefix("step_")) < step and _problem(path) is None), None)
+                 if int(path.name.removeprefix("step_")) < step and problem(path) is None), None)
 
 
 def _recorded(path: Path, name: str) -> object:
@@ -296,9 +336,9 @@ def _candidates(folder: Path, *, replaced: bool = True) -> list[Path]:
     return [path for _, _, path in sorted(found, reverse=True)]
 
 
-def _problem(checkpoint: Path, unread: str | None = None, *, rank: int = 0, ranks: int = 1) -> str | None:
-    """What is wrong with a checkpoint, naming the file; None if everything is as its manifest says. Of the tensors
-    `unread` the bytes are left unread, only the size is looked at. Of several ranks each reads its share of the files.
+def problem(checkpoint: Path, world: World = World(), *, unread: Container[str] = ()) -> str | None:  # noqa: B008
+    """What is wrong with a checkpoint, naming the file; None if everything is as its manifest says. The bytes of unread
+    kinds of tensors are left unread, only their size is looked at. Of several ranks each reads its share of the files.
     """
     try:
         manifest = files.parse_json((checkpoint / MANIFEST).read_bytes())
@@ -313,25 +353,26 @@ def _problem(checkpoint: Path, unread: str | None = None, *, rank: int = 0, rank
     kinds = {name: match[1] for name in entries if (match := FILE_NAME.fullmatch(name))}
     if STATE not in entries or not {"model", "adapter_model"} & set(kinds.values()):
         return f"{MANIFEST} does not name {STATE} and a file of weights"
-    bytes_of_rank = [0] * ranks
-    for name, (size, sha256) in entries.items():
-        reader = bytes_of_rank.index(min(bytes_of_rank))
-        bytes_of_rank[reader] += 0 if kinds.get(name) == unread else size
-        if reader != rank:
+    bytes_of_rank = [0] * world.size
+    for name, (size, sha256) in entries.items():  # the largest first
+        rank = bytes_of_rank.index(min(bytes_of_rank))
+        bytes_of_rank[rank] += size
+        if rank != world.rank:
             continue
         try:
             found = (checkpoint / name).stat().st_size
             if found != size:
                 return f"{name} holds {found} bytes, its manifest says {size}"
-            if (unread is None or kinds.get(name) != unread) and files.sha256(checkpoint / name) != sha256:
+            if kinds.get(name) not in unread and files.sha256(checkpoint / name) != sha256:
                 return f"{name} does not have the sha256 of its manifest"
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
     return None
 
 
-def newest(run_dir: Path, note: Callable[[str], None]) -> Path | None:
-    """The newest valid checkpoint of a run that this process owns (holds the lock of); None if it has none.
+def newest(run_dir: Path, note: Callable[[str], None], unread: Container[str] = ()) -> Path | None:
+    """The newest valid checkpoint of a run that this process owns (holds the lock of); None if it has none. unread: as
+    for problem.
 
     Damaged ones are renamed step_N.damaged, each with a note; leftovers of a crash are deleted.
     """
@@ -339,14 +380,14 @@ def newest(run_dir: Path, note: Callable[[str], None]) -> Path | None:
     for leftover in folder.glob(TEMPORARY + "*"):
         files.delete_folder(leftover, ignore_errors=True)
     for checkpoint in _candidates(folder):
-        problem = _problem(checkpoint)
-        if problem is None:
+        wrong = problem(checkpoint, unread=unread)
+        if wrong is None:
             return _settle_replaced(folder, checkpoint)
         number = 1
         while (damaged := checkpoint.with_suffix(f".damaged{number if number > 1 else ''}")).exists():
             number += 1
         files.rename(checkpoint, damaged)
-        note(f"checkpoint {checkpoint.name} is damaged: {problem}; renamed {damaged.name}")
+        note(f"checkpoint {checkpoint.name} is damaged: {wrong}; renamed {damaged.name}")
     return None
 
 
@@ -360,28 +401,27 @@ def _settle_replaced(folder: Path, chosen: Path) -> Path:
     return chosen.with_suffix("")
 
 
-def resolve(run: str | Path, note: Callable[[str], None], *, weights_only: bool = False) -> Path:
-    """The checkpoint that RUN means: a run folder (its newest valid one) or one checkpoint. Verified; weights_only: but
-    for the optimizer's moments, which are most of it and will not be read.
+def resolve(run: str | Path, note: Callable[[str], None], *, unread: Container[str] = ()) -> Path:
+    """The checkpoint that RUN means: a run folder (its newest valid one) or one checkpoint. Verified; unread: but for
+    these, WEIGHTS_ONLY for the moments, which are most of it.
 
     Changes nothing, since another process may be training there; damaged ones are passed over with a note. Raises
     CheckpointError.
     """
-    path, unread = Path(run), "optimizer" if weights_only else None
+    path = Path(run)
     if not path.is_dir():
         raise CheckpointError(f"run {str(run)!r} does not exist; name a run folder or one checkpoint inside it")
     if is_checkpoint(path):
-        problem = _problem(path, unread)
-        if problem:
-            raise CheckpointError(f"checkpoint {str(run)!r} is damaged: {problem}; use another one, or the run folder "
+        if wrong := problem(path, unread=unread):
+            raise CheckpointError(f"checkpoint {str(run)!r} is damaged: {wrong}; use another one, or the run folder "
                                   "for its newest valid one")
         return path
     candidates = _candidates(path / "checkpoints")
     for checkpoint in candidates:
-        problem = _problem(checkpoint, unread)
-        if problem is None:
+        wrong = problem(checkpoint, unread=unread)
+        if wrong is None:
             return checkpoint
-        note(f"checkpoint {str(checkpoint)!r} is damaged: {problem}; trying the one before it")
+        note(f"checkpoint {str(checkpoint)!r} is damaged: {wrong}; trying the one before it")
     if candidates:
         raise CheckpointError(f"run {str(run)!r} has no valid checkpoint: {len(candidates)} damaged; put a copy back "
                               "or train again")

@@ -81,20 +81,34 @@ class Resume(Start):
 
 def agree_on_start(config: Config, parent: Parent | None, dataset: Dataset, world: World,
                    note: Callable[[str], None]) -> Start:
-    """Rank 0 chooses and checks what the run starts from; every rank gets the same answer. Raises CheckpointError,
+    """Rank 0 chooses and checks what the run starts from; every rank gets the same answer. Of several ranks each reads
+    its share of a checkpoint to go on from; if one finds damage, rank 0 chooses again. Raises CheckpointError,
     ConfigError."""
-    start = Fresh()
-    with distributed.raise_on_all_ranks(world):
-        if world.is_main:
-            start = _choose_start(config, parent, dataset, note)
-    name, values = distributed.gather([type(start).__name__, dataclasses.asdict(start)], world)[0]
-    return {"Fresh": Fresh, "Init": Init, "Fork": Fork, "Resume": Resume}[name](**values)
+    start, wrong = Fresh(), ()
+    for unread in ((), ) if world.size == 1 else (checkpoint.SIZES_ONLY, ()):
+        before = start.path
+        with distributed.raise_on_all_ranks(world):
+            if world.is_main:
+                start = _choose_start(config, parent, dataset, note, unread)
+        name, values = distributed.gather([type(start).__name__, dataclasses.asdict(start)], world)[0]
+        start = {"Fresh": Fresh, "Init": Init, "Fork": Fork, "Resume": Resume}[name](**values)
+        if not unread or not isinstance(start, Fork | Resume):
+            break
+        found = distributed.gather(checkpoint.problem(Path(start.path), world), world)
+        wrong = [f"rank {rank} finds that {text}" for rank, text in enumerate(found) if text is not None]
+        if not wrong:
+            break
+    if wrong and start.path == before:
+        raise CheckpointError(f"checkpoint {start.path!r} is whole for rank 0, but {wrong[0]}; put the run folder on a "
+                              "disk that all ranks share")
+    return start
 
 
-def _choose_start(config: Config, parent: Parent | None, dataset: Dataset, note: Callable[[str], None]) -> Start:
-    """The run's own newest checkpoint beats fork_from and init_from."""
+def _choose_start(config: Config, parent: Parent | None, dataset: Dataset, note: Callable[[str], None],
+                  unread: tuple[str, ...]) -> Start:
+    """The run's own newest checkpoint beats fork_from and init_from. unread: of a checkpoint to go on from."""
     train, out_dir = config.train, Path(config.train.out_dir)
-    if (own := checkpoint.newest(out_dir, note)) is not None:
+    if (own := checkpoint.newest(out_dir, note, unread)) is not None:
         state = _state_to_go_on_from(own, "out_dir", config, note)
         _check_resumable(config, state, dataset.hash)
         return Resume(str(own), state["step"], not (state["val_due"] or state["skips_in_a_row"]))
@@ -102,7 +116,7 @@ def _choose_start(config: Config, parent: Parent | None, dataset: Dataset, note:
         raise CheckpointError(f"every checkpoint in {str(out_dir / 'checkpoints')!r} is damaged and none is left to go "
                               "on from; remove them to start from step 0, or choose another train.out_dir")
     if train.fork_from is not None:
-        path = checkpoint.resolve(train.fork_from, note)
+        path = checkpoint.resolve(train.fork_from, note, unread=unread)
         step = _state_to_go_on_from(path, "fork_from", config, note)["step"]
         if step >= train.max_steps:
             raise ConfigError(f"train.fork_from starts at step {step} but train.max_steps = {train.max_steps}; raise "
@@ -110,7 +124,7 @@ def _choose_start(config: Config, parent: Parent | None, dataset: Dataset, note:
         return Fork(str(path), step)
     if train.init_from is not None:
         is_hf = isinstance(parent, HuggingFaceModel)
-        path = parent.dir if is_hf else checkpoint.resolve(train.init_from, note, weights_only=True)
+        path = parent.dir if is_hf else checkpoint.resolve(train.init_from, note, unread=checkpoint.WEIGHTS_ONLY)
         return Init(str(path))
     return Fresh()
 

@@ -101,7 +101,7 @@ def listed_ends(table: dict) -> list[int]:
 def read_run(run: str | Path, note: Callable[[str], None]) -> SavedRun:
     """RUN, a run folder (its newest valid checkpoint) or one checkpoint inside it, verified but for the moments. note
     receives lines for the user. Raises CheckpointError, ConfigError, TokenizerError, ChatError."""
-    chosen = checkpoint.resolve(run, note, weights_only=True)
+    chosen = checkpoint.resolve(run, note, unread=checkpoint.WEIGHTS_ONLY)
     return replace(read_folder(run_dir_of(chosen)), checkpoint=chosen)
 
 
