@@ -2,9 +2,10 @@
 
     RUN/checkpoints/step_00001000/   model.safetensors  optimizer.safetensors  state.json  manifest.json
 
-A checkpoint is written to a temporary folder, every file and the folder are synced, then it is renamed; it counts only
-if every file has the size and sha256 that manifest.json records, because no tensor format notices a flipped bit. So a
-crash, a power cut or a full disk leaves the checkpoints before it as they were. There is no pickle: loading never
+Of a sharded run each rank writes the rows it holds, model-00001-of-00008.safetensors, and any number of ranks reads
+them. A checkpoint is written to a temporary folder, every file and the folder are synced, then it is renamed; it counts
+only if every file has the size and sha256 that manifest.json records, because no tensor format notices a flipped bit.
+So a crash, a power cut or a full disk leaves the checkpoints before it as they were. There is no pickle: loading never
 executes code. What the files mean is the business of those who save them (train.py, finetune/lora.py, convert.py).
 """
 
@@ -21,13 +22,14 @@ from pathlib import Path
 from shlex import quote
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 import distributed
 import files
+import tensor_files
 from config import MachineError, UserError
 from distributed import World
+from tensor_files import SavedTensors, bytes_of, row_count
 
 FORMAT = 1
 STATE, MANIFEST = "state.json", "manifest.json"
@@ -35,9 +37,6 @@ STEP_NAME = re.compile(r"step_(\d{8,})(\.replaced)?")
 FILE_NAME = re.compile(r"(\w+?)(-\d{5,}-of-\d{5,})?\.safetensors")  # all rows of these tensors, or one rank's
 WEIGHTS_ONLY, SIZES_ONLY = ("optimizer",), ("optimizer", "model", "adapter_model")  # what verifying leaves unread
 TEMPORARY = ".tmp-"  # prefix of folders that are being written or deleted
-DTYPE_NAMES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16",
-               torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}
-DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 MARGIN_BYTES = 1 << 20  # free space asked for beyond the tensors: headers, JSON, folder blocks
 
 
@@ -76,10 +75,10 @@ class _Save:
         self.final = self.folder / f"step_{step:08d}"
         self.temporary = self.folder / (TEMPORARY + self.final.name)
         pieces = {name: _pieces(part, world) for name, part in tensors.items()}
-        sizes = distributed.gather({name: _bytes_of(held) for name, (held, _) in pieces.items() if held}, world)
+        sizes = distributed.gather({name: bytes_of(held) for name, (held, _) in pieces.items() if held}, world)
         self.needed = sum(sum(of_rank.values()) for of_rank in sizes) + MARGIN_BYTES  # on a disk that all ranks share
         self.tensors: dict[str, tuple[dict[str, Tensor], dict[str, str] | None]] = {}  # by file, the largest first
-        for name, (held, rows) in sorted(pieces.items(), key=lambda item: _bytes_of(item[1][0]), reverse=True):
+        for name, (held, rows) in sorted(pieces.items(), key=lambda item: bytes_of(item[1][0]), reverse=True):
             writers = [rank for rank, of_rank in enumerate(sizes) if name in of_rank] or [0]
             if len(writers) > 1 and world.rank in writers:
                 number = f"{writers.index(world.rank) + 1:05d}-of-{len(writers):05d}"
@@ -88,7 +87,7 @@ class _Save:
                 self.tensors[f"{name}.safetensors"] = held, None
         self.texts = {f"{name}.json": _to_json(text) for name, text in
                       {"state": {"step": step, **state}, **(texts or {})}.items()} if world.is_main else {}
-        with self._on_all_ranks():
+        with self.on_all_ranks():
             if world.is_main:
                 self._make_folders()
 
@@ -105,15 +104,16 @@ class _Save:
         files.make_folder(self.temporary)
 
     @contextmanager
-    def _on_all_ranks(self) -> Iterator[None]:
+    def on_all_ranks(self) -> Iterator[None]:
         """What the disk refuses a rank in the block ends the save on all, as SaveError, and leaves nothing of it."""
         try:
             with distributed.raise_on_all_ranks(self.world, SaveError):
                 try:
                     yield
                 except OSError as error:
-                    for name in (*self.tensors, *self.texts):
-                        (self.temporary / name).unlink(missing_ok=True)  # that is room again
+                    with suppress(OSError):
+                        for name in (*self.tensors, *self.texts):
+                            (self.temporary / name).unlink(missing_ok=True)  # that is room again
                     reason = _reason(error, self.folder, self.needed)
                     raise SaveError(f"checkpoint of step {self.step} was not saved to {str(self.folder)!r}: {reason}; "
                                     "older checkpoints are untouched") from error
@@ -131,7 +131,7 @@ class _Save:
         hashes: dict[str, Future] = {}
         with ThreadPoolExecutor(max_workers=2, thread_name_prefix="checkpoint-hash") as pool:
             for name, (part, metadata) in self.tensors.items():
-                _write_tensors(self.temporary / name, part, metadata)
+                tensor_files.write(self.temporary / name, part, metadata)
                 hashes[name] = pool.submit(files.sha256, self.temporary / name)
             for name, text in self.texts.items():
                 files.write(self.temporary / name, [text])
@@ -143,10 +143,10 @@ class _Save:
 
     def publish(self, entries: Callable[[], dict[str, dict]]) -> Path:
         """entries: what write() returned on this rank, or raises. Raises SaveError."""
-        with self._on_all_ranks():
+        with self.on_all_ranks():
             own = entries()
         of_all_ranks = distributed.gather(own, self.world)
-        with self._on_all_ranks():
+        with self.on_all_ranks():
             if self.world.is_main:
                 manifest = {name: entry for of_rank in of_all_ranks for name, entry in of_rank.items()}
                 files.write(self.temporary / MANIFEST, [_to_json({"format": FORMAT, "files": manifest})])
@@ -173,13 +173,18 @@ class BackgroundSaver:
     def start(self, run_dir: Path, step: int, **what) -> None:
         """As save() takes it. Raises SaveError."""
         save = _Save(run_dir, step, world=self._world, **what)
-        for file, (part, _) in save.tensors.items():
-            for name, tensor in part.items():
-                if (file, name) not in self._buffers:
-                    self._buffers[file, name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-                part[name] = self._buffers[file, name].copy_(tensor, non_blocking=True)
-        if any(buffer.is_pinned() for buffer in self._buffers.values()):
-            torch.cuda.synchronize()
+        with save.on_all_ranks():
+            try:
+                for file, (part, _) in save.tensors.items():
+                    for name, tensor in part.items():
+                        place, pinned = (file, name), tensor.is_cuda
+                        if place not in self._buffers:
+                            self._buffers[place] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+                        part[name] = self._buffers[place].copy_(tensor, non_blocking=pinned)
+            except (RuntimeError, MemoryError) as error:
+                raise OSError(f"no memory for a copy of it ({str(error).splitlines()[0][:200]})") from error
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
         self.pending, self._written = save, self._pool.submit(save.write)
 
     def is_writing(self) -> bool:
@@ -201,48 +206,27 @@ class BackgroundSaver:
 
 
 def _pieces(tensors: dict[str, Tensor], world: World) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """What this rank writes of tensors: its rows of sharded ones, unless another copy of them is the first; of others
-    all, on rank 0. And what a file says of them: where they begin in how many rows, and once more as
-    torch.distributed.checkpoint's HuggingFaceStorageReader reads it."""
-    held, rows, offsets = {}, {}, {}
+    """What this rank writes of tensors, and what a file of rows says of it: its rows of sharded ones, unless another
+    copy of them is the first; of others all, on rank 0."""
+    held, firsts = {}, {}
     for name, tensor in tensors.items():
-        (first, end), count = distributed.local_rows(tensor), _rows(tensor)
+        first, end = distributed.local_rows(tensor)
         copy = [tensor.device_mesh.get_local_rank(dim) for dim, placement in enumerate(tensor.placements)
                 if not placement.is_shard()] if hasattr(tensor, "placements") else [world.rank]
-        if not any(copy) and (first < end or (count == 0 and world.is_main)):
-            held[name], rows[name] = distributed.local(tensor.detach()), [first, count]
-            offsets[name] = {"saved_offsets": [first, *tensor.dim() * [0]][:tensor.dim()]}
-    return held, {"rows": json.dumps(rows), "DCP_SHARDING_INFO": json.dumps(offsets)}
-
-
-def _bytes_of(tensors: Mapping[str, Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors.values())
-
-
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None,
-                   bodies: Iterable[Tensor] | None = None) -> None:
-    """A file in safetensors' format (length of the header, JSON header, raw bytes), written straight from the tensors'
-    memory, each made contiguous when its turn comes: the library's writer would copy all of them first, which takes a
-    third of a save's time. Not synced. Raises OSError."""
-    header, end = {} if metadata is None else {"__metadata__": metadata}, 0
-    for name, tensor in tensors.items():
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the data starts aligned
-    bodies = (t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy() for t in bodies or tensors.values())
-    files.write(path, (part for parts in ([len(text).to_bytes(8, "little") + text], bodies) for part in parts))
+        if not any(copy) and (first < end or (row_count(tensor) == 0 and world.is_main)):
+            held[name], firsts[name] = distributed.local(tensor.detach()), first
+    return held, tensor_files.rows_metadata(firsts, tensors)
 
 
 def write_tensor_file(path: Path, tensors: Mapping[str, Tensor], bodies: Iterable[Tensor] | None = None) -> None:
-    """A safetensors file outside any checkpoint, as Hugging Face's programs read it, whole and durable. bodies: the
-    values in turn, where those of tensors have none ("meta"). Raises SaveError, with nothing changed."""
+    """A safetensors file outside any checkpoint, as Hugging Face's programs read it, whole and durable; bodies as for
+    tensor_files.write. Raises SaveError, with nothing changed."""
     temporary = path.with_name(TEMPORARY + path.name)
     like = getattr(tensors, "like", tensors)
-    needed = _bytes_of(like) + MARGIN_BYTES
+    needed = bytes_of(like) + MARGIN_BYTES
     try:
         _check_space(path.parent, needed)
-        _write_tensors(temporary, like, {"format": "pt"}, bodies or tensors.values())
+        tensor_files.write(temporary, like, {"format": "pt"}, bodies or tensors.values())
         files.publish(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
@@ -463,74 +447,15 @@ def _files_of(folder: Path, name: str) -> list[Path]:
             if (match := FILE_NAME.fullmatch(path.name)) and match[1] == name]
 
 
-class SavedTensors(Mapping[str, Tensor]):
-    """Tensors by name as they lie in files, each in one or as rows in several. Only headers are read until a tensor, or
-    rows of it, are asked for: on the CPU, and of a single file a view of its memory map.
-
-    like: the tensors without values ("meta"). Raises CheckpointError for files that cannot be read, and unless each row
-    is there, once.
-    """
-
-    def __init__(self, paths: list[Path]):
-        self.like: dict[str, Tensor] = {}
-        self._parts: dict[str, list[tuple]] = {}  # first row, row behind the last, path, what gives rows with [:]
-        for path in paths:
-            try:
-                file = safe_open(path, "pt")
-                places = json.loads((file.metadata() or {}).get("rows", "{}"))
-                for name in file.keys():
-                    shape, dtype = (part := file.get_slice(name)).get_shape(), DTYPES[part.get_dtype()]
-                    first, count = places.get(name, (0, (shape or [1])[0]))
-                    self._parts.setdefault(name, []).append((first, first + (shape or [1])[0], path, part))
-                    like = torch.empty([count, *shape[1:]] if shape else [], dtype=dtype, device="meta")
-                    known = self.like.setdefault(name, like)
-                    if (known.shape, known.dtype) != (like.shape, like.dtype):
-                        raise ValueError(f"its {name} is {dtype} {list(like.shape)}, in another file {known.dtype} "
-                                         f"{list(known.shape)}")
-            except (OSError, SafetensorError, ValueError, TypeError, AttributeError, KeyError) as error:
-                raise CheckpointError(f"{str(path)!r} cannot be read: {error}; use another checkpoint") from None
-        for name, parts in self._parts.items():
-            parts.sort(key=lambda part: part[:2])
-            end = 0
-            for first, next_end, path, _ in [*parts, (_rows(self.like[name]), 0, paths[-1], None)]:
-                if first != end:
-                    raise CheckpointError(f"rows of {name} are {'there twice' if first < end else 'missing'} in the "
-                                          f"files beside {str(path)!r}, between {min(first, end)} and "
-                                          f"{max(first, end)}; use another checkpoint")
-                end = next_end
-
-    def rows(self, name: str, first: int, end: int) -> Tensor:
-        """Rows first to end (not with it) of a tensor; of a number, itself."""
-        if not self.like[name].dim():
-            return self._parts[name][0][3][...]
-        found = [part[max(first, begin) - begin:min(end, stop) - begin] for begin, stop, _, part in self._parts[name]
-                 if begin < end and first < stop]
-        return found[0] if len(found) == 1 else torch.cat(found or [self._parts[name][0][3][:0]])
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.rows(name, 0, _rows(self.like[name]))
-
-    def __setitem__(self, name: str, tensor: Tensor) -> None:
-        self.like[name], self._parts[name] = tensor.to("meta"), [(0, _rows(tensor), None, tensor)]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._parts)
-
-    def __len__(self) -> int:
-        return len(self._parts)
-
-
-def _rows(tensor: Tensor) -> int:
-    return tensor.shape[0] if tensor.dim() else 1
-
-
 def open_tensors(checkpoint: Path, name: str) -> SavedTensors:
-    """The tensors saved as "model", "optimizer" or another name, to be read when they are asked for: copy them
-    (load_into does) before the files can go. Raises CheckpointError."""
-    if not (paths := _files_of(Path(checkpoint), name)):
-        raise CheckpointError(f"{str(Path(checkpoint) / name)!r} cannot be read: there is no {name}.safetensors; use "
-                              "another checkpoint")
-    return SavedTensors(paths)
+    """The tensors saved as "model", "optimizer" or another name, to be read when they are asked for. Raises
+    CheckpointError."""
+    try:
+        if paths := _files_of(Path(checkpoint), name):
+            return SavedTensors(paths)
+        raise ValueError(f"{str(Path(checkpoint) / name)!r} cannot be read: there is no {name}.safetensors")
+    except ValueError as error:
+        raise CheckpointError(f"{error}; use another checkpoint") from None
 
 
 def load_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor
 import checkpoint
 import config as configuration
 import distributed
-from checkpoint import CheckpointError, SavedTensors
+from checkpoint import CheckpointError
 from config import Config, ConfigError, MachineError
 from convert import HuggingFaceModel, is_hugging_face, read_hf
 from data.dataset import Dataset
@@ -27,6 +27,7 @@ from finetune import lora
 from finetune.runs import ADAPTER, SavedRun, load_base, read_folder, run_dir_of, save_base, take_over, weights_of
 from model import GPT
 from optim import LossScale, Optimizer
+from tensor_files import SavedTensors
 
 Parent = SavedRun | HuggingFaceModel  # what supplies [model], the tokenizer and the chat template
 

@@ -17,12 +17,13 @@ from torch import Tensor
 
 import checkpoint
 import files
-from checkpoint import CheckpointError, SavedTensors
+from checkpoint import CheckpointError
 from config import Config, ConfigError, LoraConfig, ModelConfig, differences, load_run_config
 from data.chat import load_template, read_template, turn_end
 from data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from finetune import lora
 from model import GPT
+from tensor_files import SavedTensors
 
 ADAPTER, ADAPTER_CONFIG = "adapter_model", "adapter_config"
 GENERATION_FILE = "generation_config.json"
