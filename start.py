@@ -85,22 +85,23 @@ def agree_on_start(config: Config, parent: Parent | None, dataset: Dataset, worl
     """Rank 0 chooses and checks what the run starts from; every rank gets the same answer. Of several ranks each reads
     its share of a checkpoint to go on from; if one finds damage, rank 0 chooses again. Raises CheckpointError,
     ConfigError."""
-    start, wrong = Fresh(), ()
-    for unread in ((), ) if world.size == 1 else (checkpoint.SIZES_ONLY, ()):
-        before = start.path
+    def choose(unread: tuple[str, ...]) -> Start:
+        start = Fresh()
         with distributed.raise_on_all_ranks(world):
             if world.is_main:
                 start = _choose_start(config, parent, dataset, note, unread)
         name, values = distributed.gather([type(start).__name__, dataclasses.asdict(start)], world)[0]
-        start = {"Fresh": Fresh, "Init": Init, "Fork": Fork, "Resume": Resume}[name](**values)
-        if not unread or not isinstance(start, Fork | Resume):
-            break
-        found = distributed.gather(checkpoint.problem(Path(start.path), world), world)
-        wrong = [f"rank {rank} finds that {text}" for rank, text in enumerate(found) if text is not None]
-        if not wrong:
-            break
-    if wrong and start.path == before:
-        raise CheckpointError(f"checkpoint {start.path!r} is whole for rank 0, but {wrong[0]}; put the run folder on a "
+        return {"Fresh": Fresh, "Init": Init, "Fork": Fork, "Resume": Resume}[name](**values)
+
+    start = choose(checkpoint.SIZES_ONLY if world.size > 1 else ())
+    if world.size == 1 or not isinstance(start, Fork | Resume):
+        return start
+    found = distributed.gather(checkpoint.problem(Path(start.path), world), world)
+    wrong = next((f"rank {rank} finds that {text}" for rank, text in enumerate(found) if text is not None), None)
+    if wrong is not None and (again := choose(())).path != start.path:  # rank 0 read all of it itself
+        return again
+    if wrong is not None:
+        raise CheckpointError(f"checkpoint {start.path!r} is whole for rank 0, but {wrong}; put the run folder on a "
                               "disk that all ranks share")
     return start
 
