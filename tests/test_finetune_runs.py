@@ -94,7 +94,7 @@ def test_what_only_another_rank_finds_damaged_is_refused_and_not_renamed(tmp_pat
     """Else a node without the shared disk would set good checkpoints aside, or train on from other bytes."""
     chosen, asked = starting.Resume(str(tmp_path), 4), []
     monkeypatch.setattr(starting, "_choose_start", lambda *args: (asked.append(args[-1]), chosen)[1])
-    monkeypatch.setattr(checkpoint, "problem", lambda path, world: "x cannot be read (gone)" * (world.rank == 1) or None)
+    monkeypatch.setattr(checkpoint, "problem", lambda path, world: ["x cannot be read (gone)", None][world.rank != 1])
 
     def agree(world: World) -> str:
         with pytest.raises(CheckpointError) as caught:
