@@ -107,7 +107,7 @@ def agree_on_start(config: Config, parent: Parent | None, dataset: Dataset, worl
 
 
 def _choose_start(config: Config, parent: Parent | None, dataset: Dataset, note: Callable[[str], None],
-                  unread: tuple[str, ...]) -> Start:
+                  unread: tuple[str, ...] = ()) -> Start:
     """The run's own newest checkpoint beats fork_from and init_from. unread: of a checkpoint to go on from."""
     train, out_dir = config.train, Path(config.train.out_dir)
     if (own := checkpoint.newest(out_dir, note, unread)) is not None:
