@@ -163,7 +163,7 @@ def test_a_signal_saves_at_the_step_boundary_and_exits_0(settings, name):
 
 def test_sigterm_to_torchrun_stops_both_ranks_together(settings):
     long = [*settings, "train.max_steps=100000", "optim.decay_steps=100000", "train.eval_every=0",
-            "train.save_every=100000"]
+            "train.save_every=100000", "train.async_save=true"]  # which waits for what it writes
     process = start([*TORCHRUN, "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1,SIGHUP"], long, "stopped")
     wait_for_step(Path("stopped"), 3, process)
     process.send_signal(signal.SIGTERM)
