@@ -226,6 +226,8 @@ class TrainConfig:
     eval_tokens: int = knob(1_048_576, "validation tokens per evaluation, at most all of them", minimum=1)
     log_every: int = knob(10, "steps between log lines", minimum=1)
     save_every: int = knob(1000, "steps between checkpoints; the last step is always saved", minimum=1)
+    async_save: bool = knob(False, "write checkpoints beside the training; takes main memory for a copy of this rank's "
+                                   "weights and moments: 12 bytes per parameter with AdamW, divided among shards")
     keep: int = knob(2, "newest checkpoints kept, beside the best; those of skipped steps count for none", minimum=1)
     sample_every: int = knob(0, "steps between printed samples; 0 = only at the end", minimum=0)
     tracker: str = knob("none", "also send metrics to", choices=("none", "tensorboard", "wandb"))

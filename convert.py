@@ -539,18 +539,24 @@ def to_hf(run: Path, folder: Path, *, dtype: str = "float32", note: Callable[[st
     saved = runs.read_run(run, note)
     config, tokenizer, bos, eos = saved.config.model, saved.tokenizer, saved.tokenizer.start, saved.tokenizer.eot
     family = choose_family(config)
-    ours, theirs, wanted = saved.weights(), {}, list(rules(family_config(config, family), family))
+    ours, wanted = saved.weights(), list(rules(family_config(config, family), family))
     problems = checkpoint.misfits({rule.ours: list(rule.shape) for rule in wanted if _has(config, rule)},
-                                  {name: list(tensor.shape) for name, tensor in ours.items()})
+                                  checkpoint.shapes_of(ours))
     if problems:
         raise ConvertError(f"checkpoint {str(saved.checkpoint)!r} does not fit the run's config.toml: {problems}; put "
                            "back the config it was trained with")
-    for rule in wanted:  # views where that is possible; biases that the family has and the model lacks are 0
-        tensor = ours[rule.ours] if rule.ours in ours else torch.zeros(rule.shape)
-        theirs |= {name: part.to(getattr(torch, dtype)) for name, part in rule.split(tensor).items()}
-        if dtype == "float16" and tensor.abs().max() > torch.finfo(torch.float16).max:
-            raise ConvertError(f"{rule.ours} of {str(saved.checkpoint)!r} has values beyond float16's 65,504; use "
-                               "--dtype bfloat16")
+
+    def parts() -> Iterator[Tensor]:
+        """The values, of one tensor of ours after the other, as they are written."""
+        for rule in wanted:  # biases that the family has and the model lacks are 0
+            tensor = ours[rule.ours] if rule.ours in ours else torch.zeros(rule.shape)
+            if dtype == "float16" and tensor.abs().max() > torch.finfo(torch.float16).max:
+                raise ConvertError(f"{rule.ours} of {str(saved.checkpoint)!r} has values beyond float16's 65,504; use "
+                                   "--dtype bfloat16")
+            yield from (part.to(getattr(torch, dtype)) for part in rule.split(tensor).values())
+
+    theirs = {name: part for rule in wanted for name, part in rule.split(
+        torch.empty(rule.shape, dtype=getattr(torch, dtype), device="meta")).items()}
     more_ends = sorted(saved.end_ids - {eos})
     tables = {
         "config.json": hf_config(config, family, bos=bos, eos=eos, dtype=dtype),
@@ -561,7 +567,7 @@ def to_hf(run: Path, folder: Path, *, dtype: str = "float32", note: Callable[[st
             "clean_up_tokenization_spaces": False} | (
                 {"bos_token": tokenizer.eot_token} if saved.chat_template is None else {}) | tokenizer.named}
     with _new_folder(folder) as temporary:
-        checkpoint.write_tensor_file(temporary / WEIGHTS_FILE, theirs)
+        checkpoint.write_tensor_file(temporary / WEIGHTS_FILE, theirs, parts())
         tokenizer.save(temporary / TOKENIZER_FILE)  # may write a tokenizer_config.json, of which ours says more
         for name, table in tables.items():
             files.write_whole(temporary / name, json.dumps(table, indent=2, ensure_ascii=False) + "\n")

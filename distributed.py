@@ -273,28 +273,26 @@ def tables_whole(model: nn.Module) -> Iterator[None]:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The rows of a sharded tensor that this rank holds, sharing memory; any other tensor itself."""
-    return tensor.to_local() if hasattr(tensor, "device_mesh") else tensor
+    """The rows of a sharded tensor (a DTensor) that this rank holds, sharing memory; any other tensor itself."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def local_rows(tensor: Tensor) -> tuple[int, int]:
-    """Which rows local(tensor) are, the first and the end; all of a 0-dim tensor is one."""
-    if not hasattr(tensor, "device_mesh"):
-        return 0, tensor.shape[0] if tensor.dim() else 1
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return offset[0], offset[0] + shape[0]
+    """Which rows of the whole local(tensor) is: the first, and the one behind the last. All of a tensor that is not
+    sharded; a number counts as one row. Rows are dealt as by torch.chunk: the last ranks may hold fewer, or none."""
+    first, end = 0, tensor.shape[0] if tensor.dim() else 1
+    for dim, placement in enumerate(getattr(tensor, "placements", ())):
+        if placement.is_shard():
+            assert placement.dim == 0, f"sharded on dimension {placement.dim}, not on rows"
+            height = -(-(end - first) // tensor.device_mesh.size(dim))
+            first = min(end, first + height * tensor.device_mesh.get_local_rank(dim))
+            end = min(end, first + height)
+    return first, end
 
 
 def whole(tensor: Tensor) -> Tensor:
     """All rows of a sharded tensor, on every rank: a collective. Any other tensor itself."""
     return tensor.full_tensor() if hasattr(tensor, "device_mesh") else tensor
-
-
-@torch.no_grad()
-def fill(tensor: Tensor, source: Tensor) -> None:
-    """Copy this rank's rows of source, which is whole, into a tensor that may be sharded."""
-    local(tensor).copy_(source if source.dim() == 0 else source[slice(*local_rows(tensor))])
 
 
 def sum_over_ranks(tensor: Tensor, world: World) -> Tensor:
@@ -321,8 +319,9 @@ def gather(value: object, world: World) -> list:
 
 
 @contextlib.contextmanager
-def raise_on_all_ranks(world: World) -> Iterator[None]:
-    """A UserError or MachineError inside the block on any rank is raised, with its text, on all."""
+def raise_on_all_ranks(world: World, machine_error: type[MachineError] = MachineError) -> Iterator[None]:
+    """A UserError or MachineError inside the block on any rank is raised, with its text, on all; the latter as
+    machine_error, a kind of it."""
     if world.size == 1:
         yield
         return
@@ -334,7 +333,7 @@ def raise_on_all_ranks(world: World) -> Iterator[None]:
     for rank, outcome in enumerate(gather(mine, world)):
         if outcome is not None:
             is_user_error, text = outcome
-            error = (UserError if is_user_error else MachineError)(text if rank == 0 else f"rank {rank}: {text}")
+            error = (UserError if is_user_error else machine_error)(text if rank == 0 else f"rank {rank}: {text}")
             error.is_everywhere = True  # rank 0 says it for all
             raise error
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw  # the function, not the class: building the class imports torch._dynamo, 1.3 s
 
 from config import OptimConfig
-from distributed import World, fill, local, naming_lost_rank, whole
+from distributed import World, local, naming_lost_rank, whole
 from model import GPT
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic coefficients of the Muon post: steepest at 0, no exact limit
@@ -112,21 +112,10 @@ class Optimizer:
                           * math.sqrt(max(1.0, part.shape[1] / part.shape[2])) for part in matrices.split(parts, 1)], 1)
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """exp_avg.NAME, exp_avg_sq.NAME, momentum.NAME -> tensor of NAME's shape. Kept, not copied."""
+        """exp_avg.NAME, exp_avg_sq.NAME, momentum.NAME -> tensor of NAME's shape. Kept, not copied: to go on, fill
+        them (checkpoint.fill) and set updates."""
         tables = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq, "momentum": self.momentum}
         return {f"{kind}.{name}": tensor for kind, table in tables.items() for name, tensor in table.items()}
-
-    @torch.no_grad()
-    def load_state_tensors(self, tensors: dict[str, Tensor], updates: int) -> None:
-        """Copy in what state_tensors gave. Raises ValueError if names or shapes differ."""
-        own = self.state_tensors()
-        different = sorted(tensors.keys() ^ own.keys()) or sorted(
-            name for name, tensor in tensors.items() if own[name].shape != tensor.shape)
-        if different:
-            raise ValueError(f"optimizer state does not fit the model: {', '.join(different[:4])}")
-        for name, tensor in tensors.items():
-            fill(own[name], tensor)
-        self.updates = updates
 
 
 def _rows_of_parts(name: str, weight: Tensor, model: GPT) -> list[int]:

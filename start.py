@@ -28,6 +28,7 @@ from finetune import lora
 from finetune.runs import ADAPTER, SavedRun, load_base, read_folder, run_dir_of, save_base, take_over, weights_of
 from model import GPT
 from optim import LossScale, Optimizer, SpikeGuard
+from tensor_files import SavedTensors
 
 Parent = SavedRun | HuggingFaceModel  # what supplies [model], the tokenizer and the chat template
 
@@ -85,20 +86,35 @@ class Resume(Start):
 
 def agree_on_start(config: Config, parent: Parent | None, dataset: Dataset, world: World,
                    note: Callable[[str], None]) -> Start:
-    """Rank 0 chooses and checks what the run starts from; every rank gets the same answer. Raises CheckpointError,
+    """Rank 0 chooses and checks what the run starts from; every rank gets the same answer. Of several ranks each reads
+    its share of a checkpoint to go on from; if one finds damage, rank 0 chooses again. Raises CheckpointError,
     ConfigError."""
-    start = Fresh()
-    with distributed.raise_on_all_ranks(world):
-        if world.is_main:
-            start = _choose_start(config, parent, dataset, note)
-    name, values = distributed.gather([type(start).__name__, dataclasses.asdict(start)], world)[0]
-    return {"Fresh": Fresh, "Init": Init, "Fork": Fork, "Resume": Resume}[name](**values)
+    def choose(unread: tuple[str, ...]) -> Start:
+        start = Fresh()
+        with distributed.raise_on_all_ranks(world):
+            if world.is_main:
+                start = _choose_start(config, parent, dataset, note, unread)
+        name, values = distributed.gather([type(start).__name__, dataclasses.asdict(start)], world)[0]
+        return {"Fresh": Fresh, "Init": Init, "Fork": Fork, "Resume": Resume}[name](**values)
+
+    start = choose(checkpoint.SIZES_ONLY if world.size > 1 else ())
+    if world.size == 1 or not isinstance(start, Fork | Resume):
+        return start
+    found = distributed.gather(checkpoint.problem(Path(start.path), world), world)
+    wrong = next((f"rank {rank} finds that {text}" for rank, text in enumerate(found) if text is not None), None)
+    if wrong is not None and (again := choose(())).path != start.path:  # rank 0 read all of it itself
+        return again
+    if wrong is not None:
+        raise CheckpointError(f"checkpoint {start.path!r} is whole for rank 0, but {wrong}; put the run folder on a "
+                              "disk that all ranks share")
+    return start
 
 
-def _choose_start(config: Config, parent: Parent | None, dataset: Dataset, note: Callable[[str], None]) -> Start:
-    """The run's own newest checkpoint beats fork_from and init_from."""
+def _choose_start(config: Config, parent: Parent | None, dataset: Dataset, note: Callable[[str], None],
+                  unread: tuple[str, ...] = ()) -> Start:
+    """The run's own newest checkpoint beats fork_from and init_from. unread: of a checkpoint to go on from."""
     train, out_dir = config.train, Path(config.train.out_dir)
-    if (own := checkpoint.newest(out_dir, note)) is not None:
+    if (own := checkpoint.newest(out_dir, note, unread)) is not None:
         state = _state_to_go_on_from(own, "out_dir", config, note)
         _check_resumable(config, state, dataset.hash)
         return Resume(str(own), state["step"], not (state["val_due"] or state["skips_in_a_row"]))
@@ -106,7 +122,7 @@ def _choose_start(config: Config, parent: Parent | None, dataset: Dataset, note:
         raise CheckpointError(f"every checkpoint in {str(out_dir / 'checkpoints')!r} is damaged and none is left to go "
                               "on from; remove them to start from step 0, or choose another train.out_dir")
     if train.fork_from is not None:
-        path = checkpoint.resolve(train.fork_from, note)
+        path = checkpoint.resolve(train.fork_from, note, unread=unread)
         step = _state_to_go_on_from(path, "fork_from", config, note)["step"]
         if step >= train.max_steps:
             raise ConfigError(f"train.fork_from starts at step {step} but train.max_steps = {train.max_steps}; raise "
@@ -114,7 +130,7 @@ def _choose_start(config: Config, parent: Parent | None, dataset: Dataset, note:
         return Fork(str(path), step)
     if train.init_from is not None:
         is_hf = isinstance(parent, HuggingFaceModel)
-        path = parent.dir if is_hf else checkpoint.resolve(train.init_from, note, weights_only=True)
+        path = parent.dir if is_hf else checkpoint.resolve(train.init_from, note, unread=checkpoint.WEIGHTS_ONLY)
         return Init(str(path))
     return Fresh()
 
@@ -277,10 +293,12 @@ def build(start: Start, config: Config, parent: Parent | None, machine: Machine,
             progress.base_sha256 = save_base(Path(config.train.out_dir), tensors)
         torch.manual_seed(config.train.seed)
         if tensors:
-            checkpoint.load_into(model, tensors | dict(lora.initial_adapters(model)), start.path)
+            for name, value in lora.initial_adapters(model):
+                tensors[name] = value
+            checkpoint.load_into(model, tensors, start.path)
         elif ranks > 1:
             for name, value in model.initial_weights():
-                distributed.fill(model.get_parameter(name), value)
+                checkpoint.fill({name: model.get_parameter(name)}, {name: value})
         model = model.to(machine.device)
         # Muon's products may be rough, but in a float32 run a rounding to bfloat16 would turn last bits into steps.
         rough = distributed.computes_bfloat16(machine.device) and machine.dtype != torch.float32
@@ -291,7 +309,8 @@ def build(start: Start, config: Config, parent: Parent | None, machine: Machine,
     return model, optimizer, progress
 
 
-def _starting_weights(start: Start, config: Config, parent: Parent | None, *, is_needed: bool) -> dict[str, Tensor]:
+def _starting_weights(start: Start, config: Config, parent: Parent | None, *,
+                      is_needed: bool) -> dict[str, Tensor] | SavedTensors:
     """The tensors that the model starts with, for adapters their base; none for fresh weights, and none of init_from if
     they are not needed: rank 0 gives its own to the others (distributed.wrap), unless each holds a share."""
     if isinstance(start, Fresh) or (isinstance(start, Init) and not is_needed):
@@ -314,8 +333,8 @@ def _go_on(start: Fork | Resume, config: Config, parent: Parent | None, model: G
         if config.lora.rank:
             lora.load_adapters(model, checkpoint.load_tensors(path, ADAPTER))
         what = "keep optim.name as it was"
-        moments = _cut_positions(checkpoint.load_tensors(path, "optimizer"), config)
-        optimizer.load_state_tensors(moments, state["updates"])
+        checkpoint.fill(optimizer.state_tensors(), _cut_positions(checkpoint.open_tensors(path, "optimizer"), config))
+        optimizer.updates = state["updates"]
     except (ValueError, KeyError) as error:
         raise CheckpointError(f"checkpoint {start.path!r}: {error}; {what}") from None
     progress.step = state["step"]
@@ -329,10 +348,11 @@ def _go_on(start: Fork | Resume, config: Config, parent: Parent | None, model: G
         progress.scale.scale, progress.scale.good_steps = state["loss_scale"]
 
 
-def _cut_positions(tensors: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
+def _cut_positions(tensors: dict[str, Tensor] | SavedTensors, config: Config) -> dict[str, Tensor] | SavedTensors:
     """tensors with the tables of learned positions, and their moments, cut to a smaller max_seq_len."""
-    T = config.model.max_seq_len
-    return {name: tensor[:T] if name.endswith("wpe.weight") else tensor for name, tensor in tensors.items()}
+    for name in [name for name in tensors if name.endswith("wpe.weight")]:
+        tensors[name] = tensors[name][:config.model.max_seq_len]
+    return tensors
 
 
 def describe(start: Start, config: Config) -> str:

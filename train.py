@@ -18,6 +18,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from shlex import quote
 
@@ -139,6 +140,7 @@ class Training:
     log: metrics.RunLog
     stop: StopRequest
     watchdog: Watchdog
+    saver: checkpoint.BackgroundSaver  # for train.async_save
 
 
 def loop(run: Training) -> None:
@@ -156,13 +158,15 @@ def loop(run: Training) -> None:
     def due(every: int) -> bool:  # 0 = never, but for the last step
         return progress.step == train.max_steps or (every > 0 and progress.step % every == 0)
 
-    def flags() -> list[float]:  # of this rank: a signal to stop came; a shard is damaged
-        return [float(run.stop()), float(verifier is not None and verifier.error is not None)]
+    def flags() -> list[float]:  # of this rank: a signal to stop came; a shard is damaged; it is writing a checkpoint
+        return [float(run.stop()), float(verifier is not None and verifier.error is not None),
+                float(run.saver.is_writing())]
 
     def stop_asked_for(flags_of_all: Sequence[float]) -> bool:
         """On any rank. A damaged shard that any rank found ends the run on all."""
-        stops, damages = flags_of_all
+        stops, damages, _ = flags_of_all
         if damages:
+            succeeds(run, run.saver.finish)
             with distributed.raise_on_all_ranks(world):
                 if verifier is not None and verifier.error is not None:
                     raise verifier.error
@@ -208,8 +212,11 @@ def loop(run: Training) -> None:
                 fail(run)
 
             # 3. Stop?
-            stopping = stop_asked_for(result.flags if world.size > 1 else flags())
+            flags_of_all = result.flags if world.size > 1 else flags()
+            stopping = stop_asked_for(flags_of_all)
             paused = time.perf_counter()  # what follows is no training
+            if run.saver.pending is not None and not flags_of_all[2]:
+                save_failed = not succeeds(run, run.saver.finish)
             # 4. Evaluate.
             progress.val_loss, progress.val_due = None, run.val_data is not None and due(train.eval_every)
             if progress.val_due and not stopping:
@@ -235,7 +242,7 @@ def loop(run: Training) -> None:
             if stopping:
                 break
             run.watchdog.mark(f"the wait for the batch of step {progress.step + 1}")
-    if save_failed:
+    if not succeeds(run, run.saver.finish) or save_failed:
         raise MachineError("the last checkpoint could not be saved (see above); make room and start again with the "
                            "same command")
     if progress.step == train.max_steps and (progress.skips_in_a_row or not math.isfinite(progress.val_loss or 0.0)):
@@ -254,6 +261,7 @@ def loop(run: Training) -> None:
 def fail(run: Training) -> None:
     """Raise MachineError on all ranks: losses are not finite any more. The weights are still those of the first skipped
     step, so a checkpoint that holds them is no way out."""
+    succeeds(run, run.saver.finish)
     train, step, skips = run.config.train, run.progress.step, run.progress.skips_in_a_row
     with distributed.raise_on_all_ranks(run.world):
         if run.world.is_main:
@@ -288,22 +296,25 @@ def evaluate(run: Training) -> bool:
 
 
 def save(run: Training) -> bool:
-    """Rank 0 writes a checkpoint. False on all ranks if that failed: a warning here, it is tried again at the next
-    save."""
-    saved = True
+    """Write a checkpoint; with train.async_save begin to, once the one before is there. False as succeeds."""
     run.watchdog.mark(f"the save of step {run.progress.step}")
     tensors, texts = files_to_save(run.model, run.config.lora)
-    tensors = {"optimizer": run.optimizer.state_tensors()} | tensors
-    tensors = {file: {name: distributed.whole(t) for name, t in part.items()} for file, part in tensors.items()}
-    if run.world.is_main:
-        state = run.progress.as_state(updates=run.optimizer.updates, data_hash=run.dataset.hash, world=run.world)
-        try:
-            checkpoint.save(Path(run.config.train.out_dir), run.progress.step, state=state, texts=texts,
-                            tensors=tensors, keep=run.config.train.keep)
-        except checkpoint.SaveError as error:
-            saved = False
-            run.log.note(f"warning: {error}; training goes on and tries again at the next save")
-    return distributed.gather(saved, run.world)[0]
+    state = run.progress.as_state(updates=run.optimizer.updates, data_hash=run.dataset.hash, world=run.world)
+    succeeds(run, run.saver.finish)
+    write = run.saver.start if run.config.train.async_save else partial(checkpoint.save, world=run.world)
+    return succeeds(run, partial(write, Path(run.config.train.out_dir), run.progress.step, state=state, texts=texts,
+                                 tensors={"optimizer": run.optimizer.state_tensors()} | tensors,
+                                 keep=run.config.train.keep))
+
+
+def succeeds(run: Training, write: Callable[[], object]) -> bool:
+    """False on all ranks if a checkpoint cannot be written: a warning here, it is tried again at the next save."""
+    try:
+        write()
+    except checkpoint.SaveError as error:
+        run.log.note(f"warning: {error}; training goes on and tries again at the next save")
+        return False
+    return True
 
 
 def report(run: Training) -> None:
@@ -409,7 +420,8 @@ def train(config: Config, given: set[str], *, world: World, stop: StopRequest) -
             run = Training(config, machine, world, model, distributed.wrap(compiled, machine.device, world), optimizer,
                            progress, tokenizer, dataset, train_data, val_data,
                            end_ids(tokenizer, template, generation), log, stop,
-                           Watchdog(Path(config.train.out_dir), world, config.train.timeout_s))
+                           Watchdog(Path(config.train.out_dir), world, config.train.timeout_s),
+                           checkpoint.BackgroundSaver(world))
             stack.callback(run.watchdog.close)
             for line in notes:  # printed already
                 log.write(line)

@@ -15,9 +15,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+import checkpoint
 import kernels
 from config import LORA_TARGETS, LoraConfig, ModelConfig
-from distributed import fill, whole
+from distributed import whole
 from model import GPT, Linear
 
 # family -> (what precedes the block's number, our layer -> its modules there, in the order of our rows)
@@ -141,8 +142,7 @@ def load_adapters(model: GPT, tensors: dict[str, Tensor]) -> None:
     if different:
         raise ValueError(f"adapters do not fit the model: {', '.join(different[:4])}")
     for name, layer in layers.items():
-        fill(layer.lora_A, pairs[name][0])
-        fill(layer.lora_B, pairs[name][1])
+        checkpoint.fill({"A": layer.lora_A, "B": layer.lora_B}, dict(zip("AB", pairs[name], strict=True)))
 
 
 def merge(base: dict[str, Tensor], tensors: dict[str, Tensor], config: dict) -> dict[str, Tensor]:

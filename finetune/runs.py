@@ -23,6 +23,7 @@ from data.chat import load_template, read_template, turn_end
 from data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from finetune import lora
 from model import GPT
+from tensor_files import SavedTensors
 
 ADAPTER, ADAPTER_CONFIG = "adapter_model", "adapter_config"
 GENERATION_FILE = "generation_config.json"
@@ -51,7 +52,7 @@ class SavedRun:
     def end_ids(self) -> frozenset[int]:
         return end_ids(self.tokenizer, self.chat_template, self.generation)
 
-    def weights(self) -> dict[str, Tensor]:
+    def weights(self) -> dict[str, Tensor] | SavedTensors:
         """The chosen checkpoint's model on the CPU, adapters merged. Raises CheckpointError."""
         return weights_of(self.checkpoint)
 
@@ -101,7 +102,7 @@ def listed_ends(table: dict) -> list[int]:
 def read_run(run: str | Path, note: Callable[[str], None]) -> SavedRun:
     """RUN, a run folder (its newest valid checkpoint) or one checkpoint inside it, verified but for the moments. note
     receives lines for the user. Raises CheckpointError, ConfigError, TokenizerError, ChatError."""
-    chosen = checkpoint.resolve(run, note, weights_only=True)
+    chosen = checkpoint.resolve(run, note, unread=checkpoint.WEIGHTS_ONLY)
     return replace(read_folder(run_dir_of(chosen)), checkpoint=chosen)
 
 
@@ -119,10 +120,11 @@ def run_dir_of(path: Path) -> Path:
                           "RUN/checkpoints of a copy, and name that")
 
 
-def weights_of(path: Path) -> dict[str, Tensor]:
-    """The model's tensors in a checkpoint, on the CPU; adapters are merged in float32. Raises CheckpointError."""
+def weights_of(path: Path) -> dict[str, Tensor] | SavedTensors:
+    """The model's tensors in a checkpoint, on the CPU, each read when it is asked for; adapters are merged in float32.
+    Raises CheckpointError."""
     if not checkpoint.holds(path, ADAPTER):
-        return checkpoint.load_tensors(path, "model")
+        return checkpoint.open_tensors(path, "model")
     base, adapters = load_base(path), checkpoint.load_tensors(path, ADAPTER)
     try:
         return lora.merge(base, adapters, checkpoint.load_state(path, ADAPTER_CONFIG))
@@ -138,7 +140,7 @@ def files_to_save(model: GPT, lora_config: LoraConfig) -> tuple[dict[str, dict[s
     return {ADAPTER: lora.peft_tensors(model)}, {ADAPTER_CONFIG: lora.peft_config(model.config, lora_config)}
 
 
-def save_base(run_dir: Path, tensors: dict[str, Tensor]) -> str:
+def save_base(run_dir: Path, tensors: dict[str, Tensor] | SavedTensors) -> str:
     """Write RUN/base/model.safetensors, what adapters are added to, whole and durably; its sha256. Raises SaveError."""
     path = Path(run_dir) / "base" / "model.safetensors"
     with files.disk_errors(path):

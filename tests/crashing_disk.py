@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -34,14 +35,22 @@ class CrashingDisk:
     """
 
     def __init__(self, crash_at: int, loss: str):
-        self.crash_at, self.loss, self.changes = crash_at, loss, 0
+        self.crash_at, self.loss, self.changes, self.lock = crash_at, loss, 0, threading.RLock()
         self.unsynced: set[Path] = set()  # files whose bytes may be lost
         self.entries: list[list] = []  # [folder, path, old path or its old bytes or None] of names that may be lost
 
     def install(self) -> None:
         self.real = {name: getattr(files, name) for name in ("make_folder", "write", "rename", "delete_folder")}
         for name in (*self.real, "sync"):
-            setattr(files, name, getattr(self, name))
+            setattr(files, name, self.one_at_a_time(getattr(self, name)))
+
+    def one_at_a_time(self, change: Callable) -> Callable:
+        """Threads, each a rank, may change the disk together."""
+        def locked(*args, **options) -> None:
+            with self.lock:
+                change(*args, **options)
+
+        return locked
 
     def changed(self) -> None:
         self.changes += 1
@@ -104,4 +113,4 @@ class CrashingDisk:
                 elif path.is_dir():
                     shutil.rmtree(path)
                 else:
-                    path.unlink()
+                    path.unlink(missing_ok=True)  # another rank that met the loss makes room meanwhile

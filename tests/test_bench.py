@@ -194,10 +194,12 @@ def test_saving_is_compared_with_dd_and_leaves_nothing_behind(config_file, tmp_p
     (tmp_path / "disk").mkdir()
     figures = run("checkpoint", "--config", config_file, "--dir", tmp_path / "disk", json_file=tmp_path / "result.json")
     for place in ("first", "second"):
-        for quantity in ("save s", "save GB/s", "verify s", "load s"):
+        for quantity in ("save s", "save GB/s", "stall s", "beside s", "verify s", "load s", "resume s"):
             assert figures[f"checkpoint, {place}", quantity]["repeats"] == 1
         ours, theirs = (figures[f"{who}, {place}", "save s"]["median"] for who in ("checkpoint", "dd"))
         assert figures[f"checkpoint / dd, both {place}", "ratio of save s"]["samples"] == [ours / theirs]
+        stall, beside = (figures[f"checkpoint, {place}", quantity]["median"] for quantity in ("stall s", "beside s"))
+        assert 0 < stall < beside and figures[f"checkpoint / dd, both {place}", "ratio of resume s"]["median"] > 0
     assert list((tmp_path / "disk").iterdir()) == []
 
 

@@ -1,22 +1,32 @@
 """Checkpoints: crashes at every change to the disk, power cuts, full disks, flipped bits, and strict loading."""
 
+import itertools
 import json
 import os
 import pickle
 import resource
 import shutil
 import subprocess
+import sys
+import threading
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import Replicate, Shard
 
 import checkpoint
+import distributed
 import files
+import tensor_files
 from checkpoint import CheckpointError, SaveError, load_into, load_state, load_tensors, newest, resolve, save
+from distributed import World
+from tests import checkpoint_ranks
 from tests.crashing_disk import CRASHED, CrashingDisk, in_child
 
 CHECKPOINT_FILES = ["manifest.json", "model.safetensors", "optimizer.safetensors", "state.json"]
@@ -293,7 +303,7 @@ def test_too_little_free_space_is_found_before_writing(tmp_path, monkeypatch):
     save_step(tmp_path, 1)
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 3_000_000, 3_000_000))
-    monkeypatch.setattr(checkpoint, "_write_checkpoint", pytest.fail)
+    monkeypatch.setattr(tensor_files, "write", pytest.fail)
     with pytest.raises(SaveError, match=r"disk full, 0.005 GB are needed and 0.003 GB is free"):
         save(tmp_path, 2, tensors={"model": {"a": torch.zeros(1_000_000)}, "optimizer": {}}, state={}, keep=1)
     monkeypatch.undo()
@@ -357,7 +367,7 @@ def test_bit_flips_all_over_the_manifest_are_found(tmp_path):
     for bit in range(0, 8 * len(good), 5):
         (path / "manifest.json").write_bytes(good)
         flip(path / "manifest.json", bit)
-        assert checkpoint._problem(path) is not None, f"bit {bit}"
+        assert checkpoint.problem(path) is not None, f"bit {bit}"
 
 
 @pytest.mark.parametrize("name", CHECKPOINT_FILES)
@@ -493,3 +503,230 @@ def test_the_prefix_of_a_wrapper_is_named_and_not_guessed_away(prefix, source):
 def test_a_long_list_of_misfits_is_cut():
     with pytest.raises(CheckpointError, match="unknown x0, x1, x2, x3, x4 and 95 more"):
         load_into(Tied(), {**good_tensors(), **{f"x{i}": torch.ones(1) for i in range(100)}}, "run 'x'")
+
+
+# ---- Files of rows ---------------------------------------------------------------------------------------------------
+
+class RowsOf:
+    """What checkpoint.py looks at of a DTensor, without processes: rows dealt to ranks, in so many copies."""
+
+    def __init__(self, whole: Tensor, world: World, copies: int = 1):
+        self.shape, self.placements, self.device_mesh = whole.shape, (Replicate(), Shard(0)), self
+        self.sizes = (copies, world.size // copies)
+        self.places = divmod(world.rank, self.sizes[1])
+        height = -(-len(whole) // self.sizes[1])
+        self.part = whole[self.places[1] * height:(self.places[1] + 1) * height].clone()
+
+    def size(self, dim: int) -> int:
+        return self.sizes[dim]
+
+    def get_local_rank(self, dim: int) -> int:
+        return self.places[dim]
+
+    def dim(self) -> int:
+        return len(self.shape)
+
+    def detach(self) -> "RowsOf":
+        return self
+
+    def to_local(self) -> Tensor:
+        return self.part
+
+
+def in_threads(ranks: int, work, monkeypatch: pytest.MonkeyPatch) -> list:
+    """work(world) on so many ranks, each a thread; what each returned, or the first error."""
+    barrier, values = threading.Barrier(ranks, timeout=60), [None] * ranks
+
+    def gather(value: object, world: World) -> list:
+        values[world.rank] = value
+        barrier.wait()
+        found = list(values)
+        barrier.wait()
+        return found
+
+    with monkeypatch.context() as patch, ThreadPoolExecutor(ranks) as pool:
+        patch.setattr(distributed, "gather", gather)
+        futures = [pool.submit(work, World(rank=rank, size=ranks)) for rank in range(ranks)]
+        return [future.result() for future in futures]
+
+
+def save_rows(run: Path, step: int, value: float, world: World, *, copies: int = 1, keep: int = 10, **state) -> Path:
+    tensors = {name: {key: RowsOf(tensor, world, copies) for key, tensor in part.items()}
+               for name, part in zip(("model", "optimizer"), tensors_of(value), strict=True)}
+    return save(run, step, tensors=tensors, state={"val_loss": None, **state}, keep=keep, world=world)
+
+
+def file_names(path: Path) -> list[str]:
+    return sorted(file.name for file in path.iterdir())
+
+
+def test_one_process_writes_the_bytes_that_it_always_wrote(tmp_path):
+    """Hashes of what the version before the files of rows wrote."""
+    model = {"wte.weight": torch.arange(20.).reshape(5, 4), "half": torch.arange(6.).bfloat16(),
+             "number": torch.tensor(2.5), "turned": torch.arange(6).reshape(2, 3).t()}
+    tensors = {"model": model, "optimizer": {f"exp_avg.{name}": -tensor for name, tensor in model.items()}}
+    path = save(tmp_path, 7, tensors=tensors, state={"val_loss": 2.0, "b": [1, None]}, keep=1,
+                texts={"adapter_config": {"r": 2}})
+    assert {name: files.sha256(path / name)[:16] for name in file_names(path)} == {
+        "adapter_config.json": "c3f42c6f4b426808", "manifest.json": "750f992952543985",
+        "model.safetensors": "f7f201eee98c015a", "optimizer.safetensors": "5e072cd08586868b",
+        "state.json": "a31e116f1947f82f"}
+
+
+def test_a_file_of_the_librarys_writer_is_read_tensor_by_tensor(tmp_path):
+    tensors = {"a": torch.randn(6, 3), "number": torch.tensor(2.0), "none": torch.empty(0, 4),
+               "half": torch.ones(2).half()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    saved = checkpoint.open_tensors(tmp_path, "model")
+    assert {name: (like.shape, like.dtype) for name, like in saved.like.items()} == {
+        name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+    assert len(saved) == 4 and all(torch.equal(saved[name], tensor) for name, tensor in tensors.items())
+    assert torch.equal(saved.rows("a", 2, 5), tensors["a"][2:5]) and saved.rows("a", 3, 3).shape == (0, 3)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 6])
+def test_ranks_write_their_rows_and_any_number_of_ranks_reads_them(tmp_path, monkeypatch, ranks):
+    whole = {"a": torch.arange(35.).reshape(7, 5), "b": torch.arange(3.), "c": torch.arange(10).reshape(5, 2, 1)}
+
+    def write(world: World) -> Path:
+        return save(tmp_path, 1, tensors={"model": {name: RowsOf(tensor, world) for name, tensor in whole.items()}},
+                    state={}, keep=1, world=world)
+
+    [path, *_] = in_threads(ranks, write, monkeypatch)
+    writers = {2: 2, 3: 3, 6: 5}[ranks]  # by twos 7 rows go to 4 ranks, by ones 5 rows to 5: the sixth has none
+    assert file_names(path) == ["manifest.json", *(f"model-{i + 1:05d}-of-{writers:05d}.safetensors"
+                                                   for i in range(writers)), "state.json"]
+    saved = checkpoint.open_tensors(path, "model")
+    assert resolve(path, pytest.fail) == path and all(torch.equal(saved[name], whole[name]) for name in whole)
+    for first, end in itertools.combinations(range(8), 2):  # across the files' borders
+        assert torch.equal(saved.rows("a", first, end), whole["a"][first:end])
+    for others in (1, 2, 4, 8):
+        def read(world: World) -> None:
+            targets = {name: RowsOf(torch.zeros_like(tensor), world) for name, tensor in whole.items()}
+            checkpoint.fill(targets, saved)
+            assert all(torch.equal(targets[name].part, RowsOf(tensor, world).part) for name, tensor in whole.items())
+            checkpoint.fill(targets, {name: -tensor for name, tensor in whole.items()})  # of a plain dict too
+            assert all(torch.equal(targets[name].part, RowsOf(-tensor, world).part) for name, tensor in whole.items())
+
+        in_threads(others, read, monkeypatch)
+
+
+def test_of_several_copies_of_the_rows_one_writes(tmp_path, monkeypatch):
+    [path, *_] = in_threads(4, lambda world: save_rows(tmp_path, 1, 5.0, world, copies=2), monkeypatch)
+    assert [name for name in file_names(path) if name.startswith("model")] == [
+        "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    assert content(path) == 5.0
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda path: (path / "model-00002-of-00003.safetensors").unlink(), "rows . to . of .* are missing in"),
+    (lambda path: (path / "model-00003-of-00003.safetensors").unlink(), "rows . to . of .* are missing in"),
+    (lambda path: shutil.copy(path / "model-00001-of-00003.safetensors", path / "model-00001-of-00002.safetensors"),
+     "rows [02] to . of .* are there twice in"),
+    (lambda path: save_file(tensors_of(5.0)[0], path / "model.safetensors"), "rows [02] to . of .* are there twice in"),
+    (lambda path: save_file({"wte.weight": torch.zeros(1, 4)}, path / "model-00003-of-00003.safetensors"),
+     r"model-00003.*its wte.weight is torch.float32 \[1, 4\], in another file torch.float32 \[5, 4\]"),
+    (lambda path: save_file({"h.0.bias": torch.zeros(1).half()}, path / "model-00003-of-00003.safetensors",
+                            {"rows": '{"h.0.bias": [2, 3]}'}), "model-00003.*its h.0.bias is torch.float16"),
+    (lambda path: (path / "model-00003-of-00003.safetensors").write_bytes(b"x" * 99), "model-00003.*cannot be read"),
+    (lambda path: save_file({"h.0.bias": torch.zeros(1)}, path / "model-00003-of-00003.safetensors",
+                            {"rows": '{"h.0.bias": 7}'}), "model-00003.*cannot be read")])
+def test_files_that_are_not_all_rows_once_are_refused_by_name(tmp_path, monkeypatch, change, message):
+    [path, *_] = in_threads(3, lambda world: save_rows(tmp_path, 1, 5.0, world), monkeypatch)
+    change(path)
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.open_tensors(path, "model")
+    if "twice" not in message:  # more files than the manifest names are none of its business
+        with pytest.raises(CheckpointError, match="is damaged: model-0000[23]-of-00003.safetensors"):
+            resolve(path, ignore)
+
+
+def test_a_damaged_file_of_rows_is_found_and_the_moments_may_stay_unread(tmp_path, monkeypatch):
+    [path, *_] = in_threads(2, lambda world: save_rows(tmp_path, 1, 5.0, world), monkeypatch)
+    flip(path / "optimizer-00002-of-00002.safetensors", 900)
+    assert resolve(path, pytest.fail, unread=checkpoint.WEIGHTS_ONLY) == path
+    with pytest.raises(CheckpointError, match="optimizer-00002-of-00002.safetensors does not have the sha256"):
+        resolve(path, pytest.fail)
+    found = in_threads(3, lambda world: checkpoint.problem(path, world), monkeypatch)
+    assert [text for text in found if text] == ["optimizer-00002-of-00002.safetensors does not have the sha256 of its "
+                                                "manifest"]
+
+
+def run_saves_of_rows(run: Path, crash_at: int, loss: str, monkeypatch, *, forgets: bool = False) -> int:
+    """As run_saves, by two ranks; forgets: rank 1 does not sync its files."""
+    progress = run.with_name(run.name + ".progress")
+
+    def saves() -> None:
+        disk = CrashingDisk(crash_at, loss)
+        disk.install()
+        if forgets:
+            sync = files.sync
+            files.sync = lambda path: None if "00002-of" in path.name else sync(path)
+
+        def work(world: World) -> None:
+            for finished, (step, value) in enumerate(SAVES[1:4]):
+                if world.is_main:
+                    progress.write_text(str(finished))
+                save_rows(run, step, value, world, keep=1)
+
+        in_threads(2, work, monkeypatch)
+        progress.write_text(str(disk.changes))
+
+    status = in_child(saves)
+    assert status == (CRASHED if crash_at else 0)
+    return int(progress.read_text())
+
+
+@pytest.mark.parametrize("loss", ["none", "torn", "zeroed", "undone"])
+def test_after_a_crash_of_any_rank_at_any_change_a_finished_save_of_rows_is_there(tmp_path, monkeypatch, loss):
+    changes = run_saves_of_rows(tmp_path / "whole", 0, loss, monkeypatch)
+    assert changes > 50
+    for crash_at in range(1, changes + 1):
+        run = tmp_path / f"crash_{crash_at}"
+        finished = run_saves_of_rows(run, crash_at, loss, monkeypatch)
+        values = [0.0] + [value for _, value in SAVES[1:4]]
+        assert survivors(run) in values[finished:finished + 2], f"crash at change {crash_at} of {changes}"
+        assert not list(run.glob("checkpoints/.tmp*")) + list(run.glob("checkpoints/*.replaced"))
+        shutil.rmtree(run, ignore_errors=True)
+
+
+def test_the_crash_test_catches_a_rank_that_forgets_to_sync_its_rows(tmp_path, monkeypatch):
+    lost = 0
+    for crash_at in range(16, 40, 2):
+        run = tmp_path / f"crash_{crash_at}"
+        finished = run_saves_of_rows(run, crash_at, "zeroed", monkeypatch, forgets=True)
+        lost += survivors(run) < SAVES[finished][1] if finished else 0
+    assert lost > 0
+
+
+def test_more_room_than_one_rank_needs_is_asked_for_all(tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 3_000_000, 3_000_000))
+
+    def work(world: World) -> str:
+        tensors = {"model": {"a": RowsOf(torch.zeros(1_000_000), world)}}
+        with pytest.raises(SaveError) as caught:
+            save(tmp_path, 2, tensors=tensors, state={}, keep=1, world=world)
+        return str(caught.value)
+
+    [text, *others] = in_threads(4, work, monkeypatch)
+    assert "disk full, 0.005 GB are needed and 0.003 GB is free" in text and others == 3 * [text]
+    assert names(tmp_path) == []
+
+
+def test_processes_save_and_load_each_others_checkpoints_and_share_every_failure(tmp_path):
+    """1 -> 2 -> 3 -> 1 ranks with DTensors; tests/checkpoint_ranks.py says what each launch checks."""
+    save(tmp_path / "run_1", 1, tensors=checkpoint_ranks.tensors_of(1), state={"val_loss": None}, keep=9)
+    root = Path(checkpoint.__file__).parent
+    for ranks in (2, 3):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
+                   str(root / "tests" / "checkpoint_ranks.py"), str(tmp_path)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240,
+                              env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)})
+        assert done.returncode == 0 and done.stdout.count("is content") == ranks, done.stdout + done.stderr
+        path = resolve(tmp_path / f"run_{ranks}" / "checkpoints" / f"step_{ranks:08d}", pytest.fail)
+        for name, expected in checkpoint_ranks.tensors_of(ranks).items():
+            loaded = load_tensors(path, name)
+            assert loaded.keys() == expected.keys()
+            for key, tensor in expected.items():
+                assert loaded[key].dtype == tensor.dtype and torch.equal(loaded[key], tensor), key

@@ -311,7 +311,7 @@ EVERY_KNOB_CHANGED = Config(
     train=TrainConfig(
         out_dir=NASTY, max_steps=4567, tokens_per_step=126, micro_batch=3, seed=7, device="cpu", dtype="bfloat16",
         tf32=True, skip_spikes=6.5, shard=2, compile="false", kernels="torch", activation_checkpointing=True,
-        init_from="out/base", fork_from=None,
+        init_from="out/base", fork_from=None, async_save=True,
         eval_every=11, eval_tokens=630, log_every=2, save_every=13, keep=5, sample_every=17, tracker="wandb",
         deterministic=True, timeout_s=1.5, profile_steps=(2, 3)),
     lora=LoraConfig(alpha=1 / 3, dropout=0.5, targets=("mlp.fc", "attn.proj")))

@@ -1,5 +1,7 @@
 """Ranks and devices in one process; test_train_processes.py has the real ranks."""
 
+import itertools
+import math
 import re
 import socket
 import warnings
@@ -190,3 +192,38 @@ def test_a_copy_is_on_ranks_that_divide_all(capsys):
             distributed.ranks_per_copy(shard, World(size=size))
         for word in re.findall(r"\d+|all", str(error.value).partition("use ")[2]):
             distributed.ranks_per_copy(int(word) if word.isdecimal() else word, World(size=size))
+# ---- Rows of sharded tensors -----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("copies", "shards"), [(1, 1), (1, 3), (1, 8), (2, 2), (3, 4)])
+def test_the_rows_of_a_rank_are_those_that_pytorch_deals_it(copies, shards):
+    """PyTorch's own offsets, on every rank of a group that only pretends: uneven rows, fewer rows than ranks."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+    size, dealt = copies * shards, {}
+    for rank in range(size):
+        torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+        try:
+            meshes = [(init_device_mesh("cpu", (copies, shards)), [Replicate(), Shard(0)])]
+            meshes += [(init_device_mesh("cpu", (size,)), [Shard(0)])] if copies == 1 else []
+            for (mesh, placements), shape in itertools.product(meshes, [(1, 3), (7, 5), (8,), (13, 2, 2), (0, 4)]):
+                local_shape, offset = compute_local_shape_and_global_offset(shape, mesh, placements)
+                strides = [math.prod(shape[i + 1:]) for i in range(len(shape))]
+                rows = torch.zeros(local_shape)
+                tensor = DTensor.from_local(rows, mesh, placements, run_check=False, shape=torch.Size(shape),
+                                            stride=tuple(strides))
+                first, end = distributed.local_rows(tensor)
+                assert end - first == local_shape[0] and (first == offset[0] or first == end)
+                assert distributed.local(tensor).shape == tuple(local_shape)
+                assert distributed.local(tensor).data_ptr() == rows.data_ptr()
+                dealt.setdefault((mesh.ndim, shape), []).extend(range(first, end))
+        finally:
+            torch.distributed.destroy_process_group()
+    assert all(sorted(rows) == sorted(copies * list(range(shape[0]))) for (_, shape), rows in dealt.items())
+
+
+def test_of_a_tensor_that_is_not_sharded_a_rank_has_all_rows():
+    tensor = torch.zeros(4, 2)
+    assert distributed.local(tensor) is tensor and distributed.local_rows(tensor) == (0, 4)
+    assert distributed.local_rows(torch.tensor(1.0)) == (0, 1) and distributed.local_rows(torch.empty(0, 3)) == (0, 0)

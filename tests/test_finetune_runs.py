@@ -20,7 +20,8 @@ from config import UserError, load_run_config
 from distributed import Machine, World
 from finetune.runs import read_run, run_dir_of, run_lock
 from tests.crashing_disk import in_child
-from tests.test_train import losses, rows, run, settings  # noqa: F401
+from tests.test_checkpoint import RowsOf, in_threads
+from tests.test_train import assert_same_bits, losses, rows, run, settings, tensors  # noqa: F401
 
 
 def flip(path: Path) -> None:
@@ -58,6 +59,52 @@ def test_a_hugging_face_parent_is_read_once_and_by_rank_0_alone(settings, monkey
     assert others == {} and reads == [Path("hf")]
     run(settings, "tuned", "train.init_from=hf", "train.max_steps=4")  # its own checkpoint by now
     assert reads == [Path("hf")]
+
+
+def test_whatever_reads_a_run_reads_the_checkpoints_of_sharded_ones(settings, monkeypatch):  # noqa: F811
+    """The same run with its checkpoint in the files of three ranks, and as it was: nobody sees a difference."""
+    step = run(settings, "whole", "train.max_steps=4", "train.keep=1") / "checkpoints" / "step_00000004"
+    shutil.copytree("whole", "rows")
+    parts = {name: checkpoint.load_tensors(step, name) for name in ("model", "optimizer")}
+
+    def save(world: World) -> None:
+        tensors = {name: {key: RowsOf(tensor, world) for key, tensor in part.items()} for name, part in parts.items()}
+        checkpoint.save(Path("rows"), 4, tensors=tensors, state=checkpoint.load_state(step), keep=1, world=world)
+
+    in_threads(3, save, monkeypatch)
+    assert [len(list(Path("rows/checkpoints").rglob(f"{name}*.safetensors"))) for name in parts] == [3, 3]
+    models = [sample.build_model(read_run(name, pytest.fail), device=torch.device("cpu"), dtype="float32",
+                                 note=lambda line: None).state_dict() for name in ("whole", "rows")]
+    assert_same_bits(*models)
+    for name in ("whole", "rows"):
+        convert.to_hf(Path(name), Path(f"hf_{name}"), dtype="bfloat16")
+        run(settings, f"cut_{name}", f"train.init_from={name}", "train.max_steps=2", "model.max_seq_len=8")
+        run(settings, f"tuned_{name}", f"train.init_from={name}", "lora.rank=2", "train.max_steps=2")
+        run(settings, f"forked_{name}", f"train.fork_from={name}", "train.max_steps=6")
+        run(settings, name, "train.max_steps=6")
+    assert files.sha256(Path("hf_rows/model.safetensors")) == files.sha256(Path("hf_whole/model.safetensors"))
+    assert files.sha256(Path("tuned_rows/base/model.safetensors")) == files.sha256(
+        Path("tuned_whole/base/model.safetensors"))
+    for kind in ("cut_", "tuned_", "forked_", ""):
+        assert losses(Path(f"{kind}rows")) == losses(Path(f"{kind}whole"))
+    assert_same_bits(tensors(Path("rows"), 6), tensors(Path("whole"), 6))
+
+
+def test_what_only_another_rank_finds_damaged_is_refused_and_not_renamed(tmp_path, monkeypatch):
+    """Else a node without the shared disk would set good checkpoints aside, or train on from other bytes."""
+    chosen, asked = starting.Resume(str(tmp_path), 4), []
+    monkeypatch.setattr(starting, "_choose_start", lambda *args: (asked.append(args[-1]), chosen)[1])
+    monkeypatch.setattr(checkpoint, "problem", lambda path, world: ["x cannot be read (gone)", None][world.rank != 1])
+
+    def agree(world: World) -> str:
+        with pytest.raises(CheckpointError) as caught:
+            starting.agree_on_start(None, None, None, world, pytest.fail)
+        return str(caught.value)
+
+    texts = in_threads(3, agree, monkeypatch)
+    assert asked == [checkpoint.SIZES_ONLY, ()]  # the second time rank 0 reads all of it itself
+    assert set(texts) == {f"checkpoint {str(tmp_path)!r} is whole for rank 0, but rank 1 finds that x cannot be read "
+                          "(gone); put the run folder on a disk that all ranks share"}
 
 
 def test_a_folder_of_shards_is_no_run(settings):  # noqa: F811

@@ -1,11 +1,14 @@
 """The promises of a run (DESIGN.md, section 8), on one process in this one; test_train_processes.py has the others."""
 
+import errno
 import json
 import math
 import re
 import shlex
 import shutil
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -464,6 +467,65 @@ def test_a_failed_last_save_ends_the_run_with_an_error(settings, monkeypatch):
         run(settings, "full")
 
 
+# ---- train.async_save: checkpoints are written beside the training ---------------------------------------------------
+
+@pytest.fixture
+def late_writer(settings, monkeypatch):
+    """Writes a checkpoint only when the second step after it is logged: a loop that waits for it would hang. errors:
+    what it raises, by step."""
+    real, errors = checkpoint._Save.write, {}
+
+    def write(save: checkpoint._Save) -> dict:
+        assert threading.current_thread() is not threading.main_thread()
+        log, later, deadline = save.run_dir / "metrics.jsonl", min(save.step + 2, 12), time.monotonic() + 60
+        while f'"step": {later},' not in log.read_text():
+            assert time.monotonic() < deadline, "training does not go on"
+            time.sleep(0.01)
+        if save.step in errors:
+            raise errors[save.step]
+        return real(save)
+
+    monkeypatch.setattr(checkpoint._Save, "write", write)
+    return errors
+
+
+def test_a_checkpoint_written_beside_the_training_is_that_of_its_step(settings, request):
+    waited = run(settings, "waited", "optim.name=muon")
+    request.getfixturevalue("late_writer")
+    beside = run(settings, "beside", "optim.name=muon", "train.async_save=true")
+    assert losses(beside) == losses(waited)
+    for step in (4, 8, 12):
+        assert_same_bits(tensors(beside, step), tensors(waited, step))
+        assert checkpoint.load_state(beside / f"checkpoints/step_{step:08d}") == checkpoint.load_state(
+            waited / f"checkpoints/step_{step:08d}")
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), SystemExit(3)], ids=["full-disk", "dead-thread"])
+def test_what_fails_beside_the_training_is_a_warning_and_an_error_if_it_is_the_last(settings, late_writer, error):
+    words = "disk full" if isinstance(error, OSError) else "its thread ended with SystemExit: 3"
+    late_writer[4] = error
+    run_dir = run(settings, "once", "train.async_save=true")
+    warnings = [line for line in (run_dir / "log.txt").read_text().splitlines() if "warning" in line]
+    assert len(warnings) == 1 and warnings[0].startswith("warning: checkpoint of step 4 was not saved")
+    assert words in warnings[0] and warnings[0].endswith("training goes on and tries again at the next save")
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["step_00000008", "step_00000012"]
+    late_writer[12] = error
+    with pytest.raises(MachineError, match="last checkpoint could not be saved"):
+        run(settings, "last", "train.async_save=true")
+    assert [path.name for path in Path("last/checkpoints").iterdir()] == ["step_00000008"]
+
+
+def test_a_stop_waits_for_the_checkpoint_that_is_being_written(settings, monkeypatch):
+    real = checkpoint._Save.write
+    monkeypatch.setattr(checkpoint._Save, "write", lambda save: (time.sleep(0.5), real(save))[1])
+    settings = [*settings, "train.async_save=true"]
+    run_dir = run(settings, "stopped", stop=StopAtStep("stopped", 5))
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["step_00000004", "step_00000005"]
+    assert (run_dir / "STOPPED").exists()
+    run(settings, "stopped")
+    assert_same_bits(tensors(run_dir, 12), tensors(run(settings, "whole"), 12))
+
+
 # ---- Promise 6: what is not finite changes nothing -------------------------------------------------------------------
 
 class Poisoned(torch.nn.Module):
@@ -537,11 +599,12 @@ def ruined_after_step_6(monkeypatch):
     monkeypatch.setattr(train, "train_step", step)
 
 
-@pytest.mark.parametrize("keep, left", [(2, [4, 6]), (1, [6])], ids=["two-kept", "one-kept"])
+@pytest.mark.parametrize("keep, left, beside", [(2, [4, 6], "false"), (1, [6], "false"), (2, [4, 6], "true")],
+                         ids=["two-kept", "one-kept", "written-beside"])
 def test_checkpoints_of_skipped_steps_replace_no_good_one_and_the_advice_works(
-        settings, ruined_after_step_6, keep, left):
+        settings, ruined_after_step_6, keep, left, beside):
     settings = [*settings, "train.save_every=2", f"train.keep={keep}", "train.eval_every=0", "train.max_steps=20",
-                "optim.decay_steps=20"]
+                "optim.decay_steps=20", f"train.async_save={beside}"]
     for _ in range(2):  # the same command again ends the same way
         with pytest.raises(MachineError, match="step 16 of 20: loss or gradient was not finite for 10 steps") as error:
             run(settings, "ruined")

@@ -64,8 +64,11 @@ def test_two_ranks_give_the_losses_of_one_and_resume_to_the_same_bits(settings):
     np.testing.assert_allclose([row[1] for row in losses(unbroken)], [row[1] for row in losses(alone)],
                                rtol=0, atol=1e-5)  # float32, sums in another order
     assert rows(unbroken, "val")[0]["loss"] == pytest.approx(rows(alone, "val")[0]["loss"], abs=1e-5)
-    two_ranks(settings, "resumed", "train.max_steps=5")
-    resumed = two_ranks(settings, "resumed")
+    two_ranks(settings, "resumed", "train.max_steps=5", "train.async_save=true")
+    newest = Path("resumed/checkpoints/step_00000005/optimizer.safetensors")
+    newest.write_bytes(newest.read_bytes()[:-1] + b"x")  # its half of the files is read by rank 1, or by rank 0
+    resumed = two_ranks(settings, "resumed", "train.async_save=true")
+    assert (resumed / "log.txt").read_text().count("step_00000005 is damaged: optimizer.safetensors does not have") == 1
     assert losses(resumed) == losses(unbroken)
     assert_same_bits(tensors(resumed, 12), tensors(unbroken, 12))
     run(settings, "alone_then_two", "train.max_steps=5")
@@ -85,7 +88,7 @@ def test_two_ranks_start_from_the_weights_that_rank_0_alone_reads(settings, word
 NAN_ON_RANK_1 = """
 import math, sys, torch
 sys.path.insert(0, {checkout!r})
-import distributed, train
+import checkpoint, distributed, train
 from config import ModelConfig, OptimConfig
 from data.loader import MicroBatch
 from model import GPT
@@ -99,7 +102,7 @@ with distributed.process_group(world, torch.device("cpu"), 60.0):
     if {sharded}:
         distributed.shard(model, 2, torch.device("cpu"), world)
         for name, value in model.initial_weights():
-            distributed.fill(model.get_parameter(name), value)
+            checkpoint.fill({{name: model.get_parameter(name)}}, {{name: value}})
     optimizer = Optimizer(model, OptimConfig(decay_steps=10), world=world)
     wrapped = distributed.wrap(model, torch.device("cpu"), world)
     tokens = torch.randint(50, (4, 17))[2 * world.rank:2 * world.rank + 2]
@@ -169,7 +172,7 @@ def test_a_signal_saves_at_the_step_boundary_and_exits_0(settings, name):
 
 def test_sigterm_to_torchrun_stops_both_ranks_together(settings):
     long = [*settings, "train.max_steps=100000", "optim.decay_steps=100000", "train.eval_every=0",
-            "train.save_every=100000"]
+            "train.save_every=100000", "train.async_save=true"]  # which waits for what it writes
     process = start([*TORCHRUN, "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1,SIGHUP"], long, "stopped")
     wait_for_step(Path("stopped"), 3, process)
     process.send_signal(signal.SIGTERM)
