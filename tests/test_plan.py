@@ -67,9 +67,9 @@ def choose(loader, model: OfSize, compiled: OfSize | None = None, *, ranks: int 
 
 
 @pytest.mark.parametrize("eager, compiled, chosen, why", [
-    (32, 40, 32, "auto: all of a step"), (8, None, 8, "auto: 16 did not fit"), (10, None, 8, "auto: 16 did not fit"),
-    (1, None, 1, "auto: 2 did not fit"), (10, 20, 16, "auto: 32 did not fit"), (10, 12, 8, "auto: 16 did not fit"),
-    (20, 40, 32, "auto: all of a step"), (5, 3, 2, "auto: 4 did not fit"), (2, 1, 1, "auto: 2 did not fit")])
+    (32, 40, 32, "auto: all of a step"), (8, None, 8, "auto: 16 would not fit"), (10, None, 8, "auto: 16 would not fit"),
+    (1, None, 1, "auto: 2 would not fit"), (10, 20, 16, "auto: 32 would not fit"), (10, 12, 8, "auto: 16 would not fit"),
+    (20, 40, 32, "auto: all of a step"), (5, 3, 2, "auto: 4 would not fit"), (2, 1, 1, "auto: 2 would not fit")])
 def test_the_share_of_a_step_is_halved_until_it_fits(loader, eager, compiled, chosen, why):
     model = OfSize(eager)
     compiled_model = None if compiled is None else OfSize(compiled)
@@ -99,9 +99,9 @@ def test_all_ranks_take_the_smallest(loader, monkeypatch):
     monkeypatch.setattr(plan.distributed, "gather", lambda value, world:
                         [None, None] if value is None else [value, of_others["found"] or value])
     of_others["found"] = 8
-    assert choose(loader, OfSize(32), ranks=2) == (2, "auto: 4 did not fit on rank 1")
+    assert choose(loader, OfSize(32), ranks=2) == (2, "auto: 4 would not fit on rank 1")
     of_others["found"] = 1
-    assert choose(loader, OfSize(4), ranks=2) == (4, "auto: 8 did not fit on rank 0")
+    assert choose(loader, OfSize(4), ranks=2) == (4, "auto: 8 would not fit on rank 0")
 
 
 def test_a_model_that_does_not_fit_at_all_ends_with_the_way_out(loader):
