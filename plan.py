@@ -81,8 +81,8 @@ def _fitting_parts(fewest: int, share: int, config: Config, model: GPT, compiled
                    world: World) -> int:
     """fewest, or twice, four times ... as many, until a micro-batch of the rank's share of sequences fits.
 
-    What the count proposes is tried, from twice its size on, because compiled or not the model may take less. If it
-    cannot be counted, what fits uncompiled is found by trial first, which takes a moment a size. No rank waits for
+    What the count of the uncompiled model proposes is tried, from twice its size on, because compiled it takes less.
+    If it cannot be counted, what fits uncompiled is found by trial, which takes a moment a size. No rank waits for
     another.
     """
     spare = int(SPARE * torch.cuda.get_device_properties(loader.device).total_memory)
@@ -189,8 +189,8 @@ def plan(config: Config, gpu: Gpu, *, count: int, mfu: float | None) -> dict:
                           "peak_bytes_at_1": memory.at(1, ranks).peak + fixed})
     fitting = [row for row in shards if limit is None or row["largest_micro_batch"] >= (asked or 1)]
     row = fitting[0] if fitting else shards[-1]
-    parts = halved(share, math.ceil(share / max(1, TRIED_TOKENS // T)), row["largest_micro_batch"] or share)
-    B = asked or math.ceil(share / parts)
+    fewest = math.ceil(share / max(1, TRIED_TOKENS // T))
+    B = asked or math.ceil(share / halved(share, fewest, share if limit is None else row["largest_micro_batch"]))
     step = memory.at(B, row["shard"])
     phase = step.phase
     kept = 0 if phase == "update" else step.activations
@@ -246,12 +246,13 @@ def table(f: dict) -> str:
     if f["adamw_ms_per_step"] is not None:
         speed += f"; AdamW takes {f['adamw_ms_per_step']:.2f} ms of a step or more"
     learned = "" if f["learned_parameters"] >= f["parameters"] else f", {f['learned_parameters']:,} of them learn"
+    assumed = " (assumed: --gpu)" if f["gpu_is_assumed"] else ""
     lines = [
         f"model   {f['parameters']:,} parameters{learned}, {f['flops_per_token'] / 1e6:,.1f} MFLOPs per token",
         f"run     {f['steps']:,} steps x {f['tokens_per_step']:,} = {human_count(f['tokens'])} tokens, "
         f"{f['tokens_per_parameter']:.1f} a parameter (compute-optimal: {f['chinchilla_tokens_per_parameter']}, "
         "arXiv:2203.15556)",
-        f"gpus    {f['gpus']} x {f['gpu']}: {gib(f['gpu_bytes'])} GiB, "
+        f"gpus    {f['gpus']} x {f['gpu']}{assumed}: {gib(f['gpu_bytes'])} GiB, "
         f"{known(f['gpu_gb_per_second'], '{:,.0f}')} GB/s, {known(f['gpu_tflops'], '{:,.1f}')} TFLOP/s in {f['dtype']}",
         f"time    {speed}",
         f"disk    {f['checkpoint_bytes'] / 1e9:.2f} GB a checkpoint, {f['checkpoints_bytes'] / 1e9:.2f} GB with "
@@ -283,10 +284,8 @@ def advice(f: dict) -> str:
     if not f["fits"]:
         return ("does not fit: try train.activation_checkpointing=true, a smaller train.micro_batch or "
                 "model.max_seq_len, or more GPUs (--gpus)")
-    words = [f"train.shard={f['shard']}"] if f["shard"] > 1 else []
-    words += [f"train.micro_batch={f['micro_batch']}"]
-    return (f"fits: {' '.join(words)}, {f['micro_batches_per_step']} a step on each GPU"
-            + ("; train.micro_batch=auto tries twice as many first" if f["shard"] == 1 else ""))
+    return (f"fits: train.shard={f['shard']} train.micro_batch={f['micro_batch']}, {f['micro_batches_per_step']} "
+            f"micro-batch{'es' * (f['micro_batches_per_step'] > 1)} a step on each GPU")
 
 
 def resolved(config: Config, given: set[str], count: int) -> Config:
@@ -320,9 +319,9 @@ def main(argv: list[str]) -> None:
     # --model.n_layer=2 is an override too
     args = parser.parse_intermixed_args([re.sub(r"^-+(?=\w+\.)", "", word) for word in argv])
     config = resolved(*configuration.parse_arguments(args.words, default_file=DEMO), args.gpus)
-    gpu = gpus.SHORT_NAMES.get(args.gpu) or (
-        gpus.find(torch.cuda.get_device_name()) if torch.cuda.is_available() else None) or gpus.SHORT_NAMES["h100"]
-    found = plan(config, gpu, count=args.gpus, mfu=args.mfu)
+    own = gpus.find(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    gpu = gpus.SHORT_NAMES[args.gpu] if args.gpu else own or gpus.SHORT_NAMES["h100"]
+    found = plan(config, gpu, count=args.gpus, mfu=args.mfu) | {"gpu_is_assumed": args.gpu is None and own is None}
     print(json.dumps(found, indent=2) if args.json else table(found))
 
 if __name__ == "__main__":

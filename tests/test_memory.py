@@ -22,7 +22,7 @@ MUON = OptimConfig(name="muon", decay_steps=9)
 
 
 def allocated(config: Config, B: int, dtype: torch.dtype) -> int:
-    """Most bytes at once, by the profiler's record of each allocation, in a micro-batch after another, and an update."""
+    """Most bytes at once, by the profiler's record of allocations, of a micro-batch after another and an update."""
     model = GPT(config.model, compute_dtype=dtype, activation_checkpointing=config.train.activation_checkpointing)
     if config.lora.rank:
         lora.add_adapters(model, config.lora)
