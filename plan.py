@@ -205,7 +205,7 @@ def plan(config: Config, gpu: Gpu, *, count: int, mfu: float | None) -> dict:
     rate = None if peak_tflops is None else peak_tflops * 1e12 * mfu * count / flops
     hours = None if rate is None else tokens / rate / 3600
     learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    is_adamw = config.optim.name == "adamw" and gpu.bandwidth_gb_s is not None
+    is_adamw = config.optim.name == "adamw" and gpu.bandwidth_gb_s is not None  # Muon's is matmuls
     update_ms = learned / row["shard"] * ADAMW_BYTES / (gpu.bandwidth_gb_s * 1e9) * 1e3 if is_adamw else None
 
     # 3. Disk.
@@ -243,8 +243,6 @@ def table(f: dict) -> str:
         f"{human_count(f['tokens_per_second'])} tokens/s at {f['mfu']:.0%} of the peak"
         f"{' (assumed: --mfu)' if f['mfu_is_assumed'] else ''}: {human_seconds(f['hours'] * 3600)}, "
         f"{f['gpu_hours']:,.1f} GPU-hours")
-    if f["adamw_ms_per_step"] is not None:
-        speed += f"; AdamW takes {f['adamw_ms_per_step']:.2f} ms of a step or more"
     learned = "" if f["learned_parameters"] >= f["parameters"] else f", {f['learned_parameters']:,} of them learn"
     assumed = " (assumed: --gpu)" if f["gpu_is_assumed"] else ""
     lines = [
@@ -255,6 +253,7 @@ def table(f: dict) -> str:
         f"gpus    {f['gpus']} x {f['gpu']}{assumed}: {gib(f['gpu_bytes'])} GiB, "
         f"{known(f['gpu_gb_per_second'], '{:,.0f}')} GB/s, {known(f['gpu_tflops'], '{:,.1f}')} TFLOP/s in {f['dtype']}",
         f"time    {speed}",
+        f"update  {known(f['adamw_ms_per_step'], '{:.2f} ms of a step or more')}",
         f"disk    {f['checkpoint_bytes'] / 1e9:.2f} GB a checkpoint, {f['checkpoints_bytes'] / 1e9:.2f} GB with "
         f"train.keep = {f['keep']} and the best", ""]
 
@@ -284,7 +283,8 @@ def advice(f: dict) -> str:
     if not f["fits"]:
         return ("does not fit: try train.activation_checkpointing=true, a smaller train.micro_batch or "
                 "model.max_seq_len, or more GPUs (--gpus)")
-    return (f"fits: train.shard={f['shard']} train.micro_batch={f['micro_batch']}, {f['micro_batches_per_step']} "
+    shard = f"train.shard={f['shard']} " if f["shard"] > 1 else ""
+    return (f"fits: {shard}train.micro_batch={f['micro_batch']}, {f['micro_batches_per_step']} "
             f"micro-batch{'es' * (f['micro_batches_per_step'] > 1)} a step on each GPU")
 
 

@@ -53,7 +53,7 @@ def test_the_count_is_what_the_allocator_gave(config, dtype):
     which no operator shows, would be the peak."""
     dtype, B = getattr(torch, dtype), 3 if config.model is OF_29M else 9  # 1,152 tokens, the chunks are of 1,024
     real, counted = allocated(config, B, dtype), Memory(config, dtype=dtype, kind="cpu")._count(B).peak
-    assert counted == pytest.approx(real, rel=0.03)
+    assert counted == pytest.approx(real, rel=0.03 if dtype == torch.bfloat16 else 1e-3)  # float32 has no such sums
 
 
 def test_weights_gradients_and_moments_are_four_bytes_a_parameter_each():
