@@ -36,3 +36,17 @@ def test_peak_flops_are_those_of_the_data_sheet(name, dtype, peak):
 ])
 def test_peak_flops_are_none_rather_than_guessed(name, dtype):
     assert gpus.peak_flops(name, dtype) is None
+
+
+@pytest.mark.parametrize("short, device_name, memory_gb, gb_per_second", [
+    ("h100", "NVIDIA H100 80GB HBM3", 80, 3350), ("a100", "NVIDIA A100-SXM4-80GB", 80, 2039),
+    ("a100-40gb", "NVIDIA A100-SXM4-40GB", 40, 1555), ("4090", "NVIDIA GeForce RTX 4090", 24, 1008),
+    ("h200", "NVIDIA H200", 141, 4800), ("t4", "Tesla T4", 16, 320), ("mi300x", "AMD Instinct MI300X OAM", 192, 5325),
+    ("v100", "Tesla V100-SXM2-32GB", 32, 900), ("b300", "NVIDIA B300 SXM6 AC", None, 8000)])
+def test_a_short_name_and_the_devices_own_are_one_row(short, device_name, memory_gb, gb_per_second):
+    gpu = gpus.find(device_name)
+    assert gpu is gpus.SHORT_NAMES[short] and (gpu.memory_gb, gpu.bandwidth_gb_s) == (memory_gb, gb_per_second)
+
+
+def test_no_name_stands_for_two_rows():
+    assert len(gpus.SHORT_NAMES) == len([gpu for gpu in gpus.GPUS if gpu.short is not None])
