@@ -81,18 +81,38 @@ class _Attention(torch.autograd.Function):
         return *(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)), None
 
 
+class _PackedAttention(torch.autograd.Function):
+    """The same of the packed projection (B, T, H + 2 Hkv, D): its gradient is one, too."""
+
+    @staticmethod
+    def forward(ctx, qkv: Tensor, n_head: int, first_key: Tensor | None) -> Tensor:
+        B, T, _, D = qkv.shape
+        out = qkv.new_empty((B, T, n_head, D))
+        ctx.save_for_backward(qkv, out, qkv.new_empty((B, n_head, T), dtype=torch.float32), first_key)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        qkv, _, lse, _ = ctx.saved_tensors
+        delta = torch.empty_like(lse)  # noqa: F841 (an inner buffer)
+        return torch.empty_like(qkv, memory_format=torch.contiguous_format), None, None
+
+
 class _RMSNorm(torch.autograd.Function):
     """What a fused kernel takes and keeps, ours or CUDA's: on meta tensors PyTorch's is many float32 operators."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
-        return torch.empty_like(x, memory_format=torch.contiguous_format)
+    def forward(ctx, x: Tensor, weight: Tensor, residual: Tensor | None):
+        added = x if residual is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+        ctx.save_for_backward(added, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        return y if residual is None else (y, added)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, grad: Tensor, grad_added: Tensor | None = None):
         x, weight, _ = ctx.saved_tensors
-        return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(weight)
+        grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+        return grad_x, torch.empty_like(weight), None if grad_added is None else grad_x
 
 
 class _Loss(torch.autograd.Function):
@@ -116,14 +136,14 @@ class _Loss(torch.autograd.Function):
 
 
 @contextlib.contextmanager
-def _operators(live: LiveBytes, kind: str) -> Iterator[None]:
+def _operators(live: LiveBytes, kind: str, kept: list[Tensor] | None) -> Iterator[None]:
     """In the block the model's operators take on meta tensors what they take for real. kind: triton, torch (of CUDA)
-    or cpu (PyTorch's own on a CPU)."""
+    or cpu (PyTorch's own on a CPU). kept, of activation checkpointing: gets what it does not compute again."""
     def attention(q, k, v, *, first_key):
         if first_key is not None and kind != "triton":  # PyTorch's takes a mask of all T x T
             visible = reference.visible_keys(q.shape[1], k.shape[1], first_key, device=q.device)
             first_key = torch.where(visible, 0.0, -math.inf).to(q.dtype)
-        return _Attention.apply(q, k, v, first_key)
+        return keeping(_Attention.apply(q, k, v, first_key))
 
     def linear_cross_entropy(hidden, weight, targets, **options):
         live.enter("loss")
@@ -135,12 +155,22 @@ def _operators(live: LiveBytes, kind: str) -> Iterator[None]:
         live.enter("backward")
         return loss
 
+    def packed_attention(qkv, n_head, *, first_key):
+        return keeping(_PackedAttention.apply(qkv, n_head, first_key))
+
     def rms_norm(x, weight, *, eps, residual):
-        return _RMSNorm.apply(x, weight)
+        return _RMSNorm.apply(x, weight, residual)
+
+    def keeping(out: Tensor) -> Tensor:
+        if live.phase == "forward" and kept is not None:
+            kept.extend([torch.empty_like(out), out.new_empty(out.shape[:-1], dtype=torch.float32)])
+        return out
 
     module = SimpleNamespace(supports=lambda x: x.is_meta, attention=attention, rms_norm=rms_norm,
                              linear_cross_entropy=linear_cross_entropy)
-    kept = dict(kernels._chosen)
+    if kind == "triton":
+        module.packed_attention = packed_attention
+    chosen = dict(kernels._chosen)
     kernels.choose_backends({})
     kernels._chosen.update({op: (kind, module) for op in ("attention", "linear_cross_entropy", "rms_norm")
                             if (op, kind) != ("rms_norm", "cpu")})
@@ -148,7 +178,7 @@ def _operators(live: LiveBytes, kind: str) -> Iterator[None]:
         yield
     finally:
         kernels._chosen.clear()
-        kernels._chosen.update(kept)
+        kernels._chosen.update(chosen)
 
 
 def meta_model(config: Config, dtype: torch.dtype) -> GPT:
@@ -209,9 +239,11 @@ class Memory:
         held = [*self.model.parameters(), *self.model.buffers()], [p.grad for p in learned], \
             self._optimizer.state_tensors().values()
         live = LiveBytes(tensor for tensors in held for tensor in tensors)
-        with _operators(live, self.kind), live:
+        kept: list[Tensor] = []
+        with _operators(live, self.kind, kept if self.config.train.activation_checkpointing else None), live:
             live.enter("forward")
             self.model(tokens, tokens, document_ids=document_ids, reduction="sum").backward()
+            kept.clear()
             live.enter("update")
             self._optimizer.step(self.config.optim.lr)
         sizes = [sum(tensor.nbytes for tensor in tensors) for tensors in held]

@@ -66,10 +66,11 @@ def test_weights_gradients_and_moments_are_four_bytes_a_parameter_each():
     assert (step.gradients, step.moments) == (4 * adapters, 8 * adapters)
 
 
-def test_a_block_of_gpt2_keeps_sixteen_widths_a_token_and_checkpointing_one():
-    """Input, norm, q k v, attention, sum, norm, 4 C twice around the GELU, in bfloat16: 1+1+3+1+1+1+4+4 = 16."""
+def test_a_block_of_gpt2_keeps_sixteen_widths_a_token_and_checkpointing_two():
+    """Input, norm, q k v, attention, sum, norm, 4 C twice around the GELU, in bfloat16: 1+1+3+1+1+1+4+4 = 16;
+    with checkpointing input and attention."""
     C = 128
-    for knobs, widths in (({}, 16), ({"activation_checkpointing": True}, 1)):
+    for knobs, widths in (({}, 16), ({"activation_checkpointing": True}, 2)):
         two, three = (Memory(Config(model=replace(GPT2, n_layer=n), train=TrainConfig(**knobs)), dtype=torch.bfloat16,
                              kind="triton").at(64).activations for n in (2, 3))
         assert (three - two) / (64 * 128) == pytest.approx(2 * widths * C, rel=0.05)  # statistics beside them
