@@ -242,7 +242,7 @@ def test_where_ddp_does_not_fit_the_least_shard_that_does_is_named(capsys):
     text = plan.table(f)
     assert max(map(len, text.splitlines())) <= 120
     assert "does not fit" in text and text.splitlines()[-1].startswith("fits: train.shard=2 train.micro_batch=")
-    assert 0 < f["gathered_bytes"] and f["weights_bytes"] == math.ceil((4 * 6_738_415_616 + 2 * 4096 * 64 * 4) / 2)
+    assert 0 < f["gathered_bytes"] and f["weights_bytes"] == math.ceil((4 * 6_738_415_616 + 2 * 4096 * 128 * 4) / 2)
     nowhere = figures(capsys, *SEVEN_B, "--gpu", "3090")
     assert not nowhere["fits"] and "does not fit: try" in plan.table(nowhere)
 
