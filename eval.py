@@ -28,7 +28,8 @@ from data.encode_units import separator_of
 from data.loader import IGNORED, MicroBatch, ValLoader
 from data.text import read_text
 from data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
-from distributed import World, choose_device, sum_over_ranks
+from devices import choose_device
+from distributed import World, sum_over_ranks
 from finetune.runs import SavedRun, read_run
 from kernels import self_check
 from kernels.cpu import pack_for_decoding

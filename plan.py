@@ -176,7 +176,7 @@ def choose_kernels(config: Config, verdicts: list[self_check.Verdicts], saved: s
 # ---- What a run takes ------------------------------------------------------------------------------------------------
 
 def dtype_of(config: Config, gpu: Gpu) -> torch.dtype:
-    """As distributed.choose_dtype on that GPU."""
+    """As devices.choose_dtype on that GPU."""
     auto = "bfloat16" if gpu.bfloat16 is not None else "float16"
     return getattr(torch, auto if config.train.dtype == "auto" else config.train.dtype)
 

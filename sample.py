@@ -24,7 +24,7 @@ from torch import Tensor
 
 import checkpoint
 import cli
-import distributed
+import devices
 from config import ModelConfig, UserError, exit_cleanly
 from data.prompts import answer_room, encode_prompt, fit_chat, fit_prompt
 from data.text import read_text
@@ -423,7 +423,7 @@ def main(argv: list[str]) -> None:
     if args.stdin or args.prompt_file is not None:  # exactly as given: a final newline in a file counts
         named = "stdin" if args.stdin else f"prompt file {args.prompt_file!r}"
         prompt, _ = read_text(args.prompt_file, named, note=None)
-    device, _ = distributed.choose_device(args.device, option="--device ")
+    device, _ = devices.choose_device(args.device, option="--device ")
     run = read_run(args.run, cli.note)
     template = run.chat_template if args.chat else None
     if args.chat and template is None:

@@ -17,13 +17,15 @@ from torch import Tensor
 
 import checkpoint
 import config as configuration
+import devices
 import distributed
 from checkpoint import CheckpointError
 from config import Config, ConfigError, MachineError
 from convert import HuggingFaceModel, is_hugging_face, read_hf
 from data.dataset import Dataset
 from data.tokenizer import Tokenizer
-from distributed import Machine, World
+from devices import Machine
+from distributed import World
 from finetune import lora
 from finetune.runs import ADAPTER, SavedRun, load_base, read_folder, run_dir_of, save_base, take_over, weights_of
 from model import GPT
@@ -301,7 +303,7 @@ def build(start: Start, config: Config, parent: Parent | None, machine: Machine,
                 checkpoint.fill({name: model.get_parameter(name)}, {name: value})
         model = model.to(machine.device)
         # Muon's products may be rough, but in a float32 run a rounding to bfloat16 would turn last bits into steps.
-        rough = distributed.computes_bfloat16(machine.device) and machine.dtype != torch.float32
+        rough = devices.computes_bfloat16(machine.device) and machine.dtype != torch.float32
         optimizer = Optimizer(model, config.optim, newton_schulz_dtype=torch.bfloat16 if rough else torch.float32,
                               world=world)
         if isinstance(start, Fork | Resume):

@@ -28,6 +28,7 @@ from torch import nn
 
 import checkpoint
 import config as configuration
+import devices
 import distributed
 import eval as evaluation
 import files
@@ -48,7 +49,8 @@ from data.prepared import check_content, ensure_prepared
 from data.rows import CHAT
 from data.tokenizer import Tokenizer, load_tokenizer
 from data.verify_shards import BackgroundVerifier
-from distributed import Machine, World
+from devices import Machine
+from distributed import World
 from finetune.runs import end_ids, files_to_save, kept_template, run_lock, save_generation
 from kernels import fastest, self_check
 from model import GPT, flops_per_token, padded_vocab_size
@@ -339,7 +341,7 @@ def train(config: Config, given: set[str], *, world: World, stop: StopRequest) -
     """The whole run, from raw text to the last checkpoint."""
     # 1. What can be refused before any work, and the data. Preparing may take longer than a collective waits, so it
     #    comes before ranks meet.
-    machine = distributed.choose_machine(config.train, world)
+    machine = devices.choose_machine(config.train, world)
     trackers.check(config.train.tracker)
     if config.train.kernels == "triton" and (why := kernels.why_no_triton(machine.device)) is not None:
         raise ConfigError(f"train.kernels = 'triton' but {why}; kernels=auto takes PyTorch where Triton cannot run")

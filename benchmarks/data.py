@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import cli
+import devices
 import distributed
 import plan
 import start
@@ -158,7 +159,7 @@ def _measure_loader(config: Config, folder: Path, args: argparse.Namespace, figu
             val_fraction=0.0)
     dataset = open_dataset(folder / "small")
     model_config = replace(config.model, vocab_size=dataset.vocab_size)
-    machine = distributed.choose_machine(replace(config.train, device="cpu"), distributed.World())
+    machine = devices.choose_machine(replace(config.train, device="cpu"), distributed.World())
     model = GPT(model_config, compute_dtype=machine.dtype)
     chosen = self_check.choose("auto", model_config, table_rows=model.wte.num_embeddings, dtype=machine.dtype,
                                device=measure.CPU)

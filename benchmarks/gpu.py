@@ -30,7 +30,7 @@ import torch
 
 import cli
 import curves
-import distributed
+import devices
 import kernels
 import metrics
 from benchmarks import kernels as kernels_benchmark
@@ -138,7 +138,7 @@ def parity(plan: Plan) -> Found:
                       mlp="swiglu", bias=False, qk_norm=True, logit_softcap=15.0, window=20)
     for name in plan.parity:
         model = odd if name == "odd" else config_of(plan, name).model
-        dtypes = [distributed.choose_dtype("auto", device)[0], *[torch.float32] * (name == "odd")]
+        dtypes = [devices.choose_dtype("auto", device)[0], *[torch.float32] * (name == "odd")]
         for dtype in dict.fromkeys(dtypes):
             rivals = fastest.rivals("auto", model, device=device, documents=name == "odd", compiles=True)
             verdicts = self_check.verdicts(plan.kernels[0], model, dtype=dtype, device=device, rivals=rivals,
@@ -326,7 +326,7 @@ def learnt(found: dict) -> dict:
 def train_nanogpt(plan: Plan, data: Path, *, micro_batch: int) -> dict:
     """nanoGPT's model, optimizer and precision, its table of 50,304 rows; biases as GPT-2 has."""
     config, device = config_of(plan, "gpt2_124m"), torch.device(plan.device)
-    model, dtype = config.model, str(distributed.choose_dtype("auto", device)[0]).removeprefix("torch.")
+    model, dtype = config.model, str(devices.choose_dtype("auto", device)[0]).removeprefix("torch.")
     accumulation = config.train.tokens_per_step // (model.max_seq_len * micro_batch)
     told = {"file": str(data / "train_00000.bin"), "offset": HEADER_BYTES, "device": plan.device, "dtype": dtype,
             "micro_batch": micro_batch, "accumulation": accumulation,

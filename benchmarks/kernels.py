@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import cli
-import distributed
+import devices
 import kernels
 import metrics
 import sample
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace, figures: measure.Figures) -> dict:
 def measured(args: argparse.Namespace, figures: measure.Figures) -> Iterator[dict]:
     """Each operation beside PyTorch's, and what the machine could reach at best, in turns. The setting, each time that
     there are more figures."""
-    device = distributed.choose_device(args.device, option="--device ")[0]
+    device = devices.choose_device(args.device, option="--device ")[0]
     on_cuda = device.type == "cuda"
     dtype = getattr(torch, args.dtype or ("bfloat16" if on_cuda else "float32"))
     setting = {"device": torch.cuda.get_device_name(device) if on_cuda else str(device),

@@ -20,7 +20,7 @@ from torch import Tensor
 import checkpoint
 import cli
 import convert
-import distributed
+import devices
 import eval as evaluation
 import sample
 from benchmarks import measure
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace, figures: measure.Figures) -> dict:
     text = read_text(args.data)
     val_text = text[int(len(text) * (1 - VAL_FRACTION)):]
     setting = {
-        "dtype": "float32, or where a config says auto: {} ({})".format(*distributed.choose_dtype("auto", CPU)),
+        "dtype": "float32, or where a config says auto: {} ({})".format(*devices.choose_dtype("auto", CPU)),
         "text": f"{args.data or STDLIB}, {len(text):,} characters, {len(set(text))} different ones",
         "loss": f"the last {len(val_text):,} characters but the first, windows of {SCORE_WINDOW}, float32",
         "seeds": args.seeds}

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import cli
-import distributed
+import devices
 from cli import note
 from config import UserError
 from finetune.runs import read_run
@@ -401,7 +401,7 @@ def main(argv: list[str]) -> None:
     cli.require("serve.py", "fastapi", "uvicorn")
     api_key = _api_key(args.host)
     with listen(args.host, args.port) as listener:
-        device, _ = distributed.choose_device(args.device, option="--device ")
+        device, _ = devices.choose_device(args.device, option="--device ")
         saved = read_run(args.run, note)
         model = build_model(saved, device=device, dtype=args.dtype, note=note)
         note(pack_for_decoding(model))

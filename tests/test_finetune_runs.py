@@ -17,7 +17,8 @@ import sample
 import start as starting
 from checkpoint import CheckpointError
 from config import UserError, load_run_config
-from distributed import Machine, World
+from devices import Machine
+from distributed import World
 from finetune.runs import read_run, run_dir_of, run_lock
 from tests.crashing_disk import in_child
 from tests.test_checkpoint import RowsOf, in_threads
