@@ -8,6 +8,7 @@ import datetime
 import json
 import os
 import socket
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -96,6 +97,8 @@ def wrap(model: nn.Module, device: torch.device, world: World) -> nn.Module:
     if world.size == 1 or is_sharded(model):
         return model
     from torch.nn.parallel import DistributedDataParallel
+    if "torch._dynamo" in sys.modules:  # in DDP the graph is split, for gradients to travel while others are computed;
+        torch._dynamo.reset()  # the one of an earlier trial is not
     with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of the name that both of our torches know
         return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
                                        gradient_as_bucket_view=True, broadcast_buffers=False)  # RoPE's never change
@@ -125,15 +128,18 @@ def shard(model: nn.Module, ranks: int, device: torch.device, world: World) -> N
     """Cut the weights of a GPT on the meta device into rows over so many ranks, world.size / ranks copies of them, and
     give these rows memory on the device, not yet filled; buffers come from the CPU.
 
-    A block's weights are whole only while it computes, the tables' from the forward to the backward. Names and shapes
-    of parameters stay: they become DTensors.
+    A block's weights are whole only while it computes, in the dtype of its matmuls: a copy made there would be kept for
+    the backward. The tables' are from the forward to the backward. Names and shapes of parameters stay: they become
+    DTensors.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # of views, which nothing here changes in place
+    policy = MixedPrecisionPolicy(model.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     mesh = init_device_mesh(device.type, (world.size // ranks, ranks), mesh_dim_names=("copies", "parts"))
     mesh = mesh["parts"] if ranks == world.size else mesh
     for block in model.blocks:
-        fully_shard(block, mesh=mesh)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
     model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
 
@@ -150,10 +156,14 @@ def tables_whole(model: nn.Module) -> Iterator[None]:
     Not by register_fsdp_forward_method: of a method that forward() calls, PyTorch 2.13 then multiplies the next
     gradients of these weights.
     """
-    if is_sharded(model):
-        model.unshard()
-    yield
-    if is_sharded(model):
+    if not is_sharded(model):
+        yield
+        return
+    model.unshard()
+    try:
+        with torch.compiler.set_stance("force_eager"):  # each layer with its cache would be a graph of its own
+            yield
+    finally:
         model.reshard()
 
 

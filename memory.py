@@ -225,9 +225,15 @@ class Memory:
         # What FSDP2 holds whole: the tables, a block and the one fetched ahead; in the backward two blocks' gradients
         # too, one of them on its way. The tables' are counted.
         block = max(self.model.blocks, key=lambda block: size(block.parameters()))
-        whole = size(self.model.parameters()) - size(self.model.blocks.parameters()) + 2 * size(block.parameters())
+        # Blocks travel in the dtype of their matmuls, so that the backward keeps no copy in it (distributed.shard).
+        in_dtype = sum(min(p.nbytes, p.numel() * dtype.itemsize) for p in block.parameters())
+        whole = size(self.model.parameters()) - size(self.model.blocks.parameters()) + 2 * in_dtype
         self.gathered = dict.fromkeys(("forward", "loss"), whole) | {
             "backward": whole + 2 * size(p for p in block.parameters() if p.requires_grad), "update": 0}
+
+        keeps_casts = dtype != torch.float32 and not config.train.activation_checkpointing
+        self.casts = sum(p.numel() * dtype.itemsize for p in self.model.blocks.parameters()
+                         if keeps_casts and p.dim() >= 2 and p.dtype != dtype)
 
     def _count(self, B: int) -> StepBytes:
         """A step of several micro-batches of B: the gradients of those before are there."""
@@ -261,10 +267,11 @@ class Memory:
             return math.ceil(start + (end - start) * (B - a) / (b - a))
         peaks = {phase: on_line(low.peaks[phase], high.peaks[phase]) for phase in low.peaks}
         if ranks > 1:  # an update touches a rank's own rows, and Muon's matrices are shared out
-            peaks = {phase: math.ceil(peak / ranks) if phase == "update" else peak + self.gathered[phase]
+            peaks = {phase: math.ceil(peak / ranks) if phase == "update" else peak + self.gathered[phase] - self.casts
                      for phase, peak in peaks.items()}
+        activations = on_line(low.activations, high.activations) - (self.casts if ranks > 1 else 0)
         return StepBytes(*(math.ceil(part / ranks) for part in (low.weights, low.gradients, low.moments)),
-                         activations=on_line(low.activations, high.activations), peaks=peaks)
+                         activations=activations, peaks=peaks)
 
     def largest(self, limit: int, most: int, ranks: int = 1) -> int:
         """The largest B up to most of which a step takes at most limit bytes; 0 if not even one sequence fits."""

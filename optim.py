@@ -61,11 +61,12 @@ class Optimizer:
     def zero_grad(self) -> None:
         """Not model.zero_grad(): after an evaluation FSDP2's parameters() are its whole copies, whose .grad is another.
         DDP's gradients are views of its buckets, and stay so."""
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        if gradients and self.world.size > 1 and not hasattr(gradients[0], "device_mesh"):
+            torch._foreach_zero_(gradients)
+            return
         for p in self.parameters:
-            if self.world.size == 1 or hasattr(p, "device_mesh"):
-                p.grad = None
-            elif p.grad is not None:
-                p.grad.zero_()
+            p.grad = None
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
@@ -160,7 +161,7 @@ def shared_over_ranks(function: Callable[[Tensor], Tensor], rows: Tensor, like: 
             mine[:count] = function(rows[group.rank() * each:][:count])
         found = rows.new_empty(ranks * each, *rows.shape[1:])
         with naming_lost_rank():
-            dist.all_gather_into_tensor(found, mine)
+            dist.all_gather(list(found.split(each)), mine)
         return found[:len(rows)]
     sent = rows.new_zeros(ranks * each, height, rows.shape[2])
     sent[:len(rows), :rows.shape[1]] = rows

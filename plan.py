@@ -56,17 +56,17 @@ VOCABULARIES = {"bytes": 257, "gpt2": 50_257, "r50k_base": 50_257, "cl100k_base"
 # ---- train.micro_batch = "auto" --------------------------------------------------------------------------------------
 
 def choose_micro_batch(config: Config, saved: int | None, model: GPT, compiled: nn.Module, loader: TrainLoader,
-                       world: World) -> tuple[int, str]:
+                       world: World, *, most: int | None = None) -> tuple[int, str]:
     """B, the same on every rank, and why: what the config asks for, what the run began with (dropout and last bits
-    depend on it), or what fits on every rank. compiled is the model itself if nothing compiles it. Raises MachineError
-    on all ranks if not even B = 1 fits.
+    depend on it), or what fits on every rank, at most `most`. compiled is the model itself if nothing compiles it.
+    Raises MachineError on all ranks if not even B = 1 fits.
     """
     if config.train.micro_batch != "auto":
         return config.train.micro_batch, "asked for"
     if saved is not None:
         return saved, "auto: as the run began"
     share, on_cuda = loader.windows_per_step // world.size, loader.device.type == "cuda"
-    most = (TRIED_TOKENS if on_cuda else UNTRIED_TOKENS) // config.model.max_seq_len
+    most = most or (TRIED_TOKENS if on_cuda else UNTRIED_TOKENS) // config.model.max_seq_len
     parts = math.ceil(share / max(1, most))  # micro-batches of a step, equal but for the last
     why = "all of a step" if parts == 1 else f"more than {TRIED_TOKENS:,} tokens are no faster" if on_cuda \
         else f"up to {UNTRIED_TOKENS:,} tokens, untried"
@@ -148,7 +148,9 @@ def _fits(model: nn.Module, B: int, loader: TrainLoader, spare: int) -> bool:
         held = batch = None  # noqa: F841
         model.zero_grad(set_to_none=True)
         gc.collect()
-        torch.cuda.empty_cache()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()  # the run reports its own
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -159,18 +161,29 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 # ---- train.kernels = "auto" ------------------------------------------------------------------------------------------
 
-def choose_kernels(config: Config, verdicts: list[self_check.Verdicts], saved: self_check.Choice | None, *, B: int,
-                   checked: dict, documents: bool, compiles: bool, world: World) -> tuple[self_check.Choice, str]:
-    """The backends that a run takes, the same on every rank, and the log line that says why: what it began with, or the
-    fastest on rank 0 of those that are right on all, see self_check.agree. checked: what self_check.verdicts got."""
-    contenders, measured = self_check.contenders(verdicts, saved), None
+def settle(config: Config, progress: start.Progress, verdicts: list[self_check.Verdicts], model: GPT,
+           compiled: nn.Module, loader: TrainLoader, *, checked: dict, documents: bool, compiles: bool,
+           world: World) -> tuple[str, str]:
+    """Choose progress.micro_batch and progress.kernels, where the run has not begun with some, the same on every rank;
+    why, in words, and the log line of the kernels. The fastest kernels depend on B, and B on what they hold: if others
+    than those that were tried win, B is tried again. checked: what self_check.verdicts got. Raises as
+    choose_micro_batch."""
+    saved, setting = progress.micro_batch, config.train.kernels
+    tried, _ = self_check.agree(setting, verdicts, previous=progress.kernels)
+    B, why = choose_micro_batch(config, saved, model, compiled, loader, world)
+    contenders, measured = self_check.contenders(verdicts, progress.kernels), None
     if any(len(backends) > 1 for backends in contenders.values()):
         with distributed.raise_on_all_ranks(world):
             if world.is_main:
                 measured = fastest.measure(contenders, config.model, B=B, T=config.model.max_seq_len, **checked,
                                            documents=documents, compiles=compiles)
         measured = distributed.gather(measured, world)[0]
-    return self_check.agree(config.train.kernels, verdicts, previous=saved, measured=measured)
+    progress.kernels, line = self_check.agree(setting, verdicts, previous=progress.kernels, measured=measured)
+    if progress.kernels != tried and (smaller := choose_micro_batch(
+            config, saved, model, compiled, loader, world, most=B))[0] < B:
+        B, why = smaller
+    progress.micro_batch = B
+    return why, line
 
 
 # ---- What a run takes ------------------------------------------------------------------------------------------------

@@ -53,6 +53,7 @@ from devices import Machine
 from distributed import World
 from finetune.runs import end_ids, files_to_save, kept_template, run_lock, save_generation
 from kernels import fastest, self_check
+from kernels.attention_backends import SDPA
 from model import GPT, flops_per_token, padded_vocab_size
 from optim import LossScale, Optimizer, SpikeGuard, gradient_norm, learning_rate
 from start import Progress, Resume
@@ -274,7 +275,8 @@ def fail(run: Training) -> None:
                 f"go on from the newest checkpoint before that, {starting.fork_words(run.config, None, good)}"
             raise MachineError(f"step {step} of {train.max_steps}: {found}; {way_out} and a lower optim.lr (now "
                                f"{run.config.optim.lr:g}) or optim.grad_clip (now {run.config.optim.grad_clip:g})"
-                               + (", or train.dtype=float32" if train.dtype != "float32" else ""))
+                               + (", or train.dtype=float32" if train.dtype != "float32" else "")
+                               + (", or train.kernels=triton" if kernels.backend("attention") in SDPA else ""))
 
 
 def evaluate(run: Training) -> bool:
@@ -407,13 +409,10 @@ def train(config: Config, given: set[str], *, world: World, stop: StopRequest) -
                                  tracker=config.train.tracker, config=dataclasses.asdict(config))
         stack.callback(log.close)
         with _one_line(config, world, log.write):
-            self_check.agree(config.train.kernels, verdicts, previous=progress.kernels)  # to try what the run will use
             whole = machine.compiles and not distributed.is_sharded(model)  # a sharded one's blocks are, see build()
             compiled = torch.compile(model, dynamic=False) if whole else model
-            progress.micro_batch, micro_batch_reason = plan.choose_micro_batch(
-                config, progress.micro_batch, model, compiled, train_data, world)
-            progress.kernels, kernels_line = plan.choose_kernels(
-                config, verdicts, progress.kernels, B=progress.micro_batch, checked=checked, documents=documents,
+            micro_batch_reason, kernels_line = plan.settle(
+                config, progress, verdicts, model, compiled, train_data, checked=checked, documents=documents,
                 compiles=machine.compiles, world=world)
         config = replace(config, train=replace(config.train, micro_batch=progress.micro_batch))
         for loader in filter(None, (train_data, val_data)):

@@ -31,6 +31,7 @@ import torch
 import cli
 import curves
 import devices
+import gpus
 import kernels
 import metrics
 from benchmarks import kernels as kernels_benchmark
@@ -95,6 +96,7 @@ class Plan:
     peer: str | None = None
     kernels: tuple[str, ...] = ("triton", "torch")  # train.kernels of the runs that are compared; the first is checked
     parity: tuple[str, ...] = ("gpt2_124m", "modern_124m", "odd")
+    rivals: bool = True  # whether parity looks at the other backends too
     micro_batch: int = 64
     steps: int = 30
     text_bytes: float = 20e6
@@ -140,7 +142,8 @@ def parity(plan: Plan) -> Found:
         model = odd if name == "odd" else config_of(plan, name).model
         dtypes = [devices.choose_dtype("auto", device)[0], *[torch.float32] * (name == "odd")]
         for dtype in dict.fromkeys(dtypes):
-            rivals = fastest.rivals("auto", model, device=device, documents=name == "odd", compiles=True)
+            rivals = fastest.rivals("auto", model, device=device, documents=name == "odd", compiles=True) \
+                if plan.rivals else {}
             verdicts = self_check.verdicts(plan.kernels[0], model, dtype=dtype, device=device, rivals=rivals,
                                            table_rows=padded_vocab_size(model.vocab_size))
             own = {op: reason for op, backends in verdicts.items()
@@ -159,8 +162,8 @@ def memcheck(plan: Plan) -> Found:
     if not Path(tool).exists():
         yield None, {"left out": "no compute-sanitizer here"}
         return
-    done = subprocess.run([tool, "--tool", "memcheck", "--error-exitcode", "9",
-                           *part_command("parity", dataclasses.replace(plan, parity=("odd",)))], cwd=CHECKOUT,
+    command = part_command("parity", dataclasses.replace(plan, parity=("odd",), rivals=False))
+    done = subprocess.run([tool, "--tool", "memcheck", "--error-exitcode", "9", *command], cwd=CHECKOUT,
                           capture_output=True, text=True, errors="replace",
                           env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})  # each tensor an allocation
     said = done.stderr + done.stdout
@@ -253,7 +256,7 @@ def text(plan: Plan) -> Found:
 
 
 PARTS: dict[str, tuple[Callable[[Plan], Found], float]] = {  # in order, with their time limits in s
-    "card": (card, 20), "parity": (parity, 50), "memcheck": (memcheck, 60), "demo": (demo, 60),
+    "card": (card, 20), "parity": (parity, 50), "memcheck": (memcheck, 90), "demo": (demo, 100),
     "gpt2": (partial(compare, "gpt2_124m"), 150), "modern": (partial(compare, "modern_124m"), 100),
     "kernels": (operations, 80), "resume": (resume, 45), "ranks": (ranks, 45), "text": (text, 60)}
 
@@ -336,7 +339,7 @@ def train_nanogpt(plan: Plan, data: Path, *, micro_batch: int) -> dict:
         worker.receive()  # it is ready
         steps = [measure.ask(worker, step=step)[0] for step in range(plan.steps)]
     found = speed(steps, config.train.tokens_per_step)
-    peak = metrics.peak_flops(torch.cuda.get_device_name(), dtype) if plan.device == "cuda" else None
+    peak = gpus.peak_flops(torch.cuda.get_device_name(), dtype) if plan.device == "cuda" else None
     mfu = metrics.mfu(found["tokens/s"], flops_per_token(model), peak, world_size=1)
     return found | ({} if mfu is None else {"mfu %": 100 * mfu}) | {
         "peak MiB": steps[-1]["peak"] / 2 ** 20, "loss": steps[-1]["loss"],

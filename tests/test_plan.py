@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,6 +22,7 @@ from distributed import World
 from kernels import attention_backends, fastest, reference
 from model import GPT
 from optim import LossScale, Optimizer
+from start import Progress
 from tests.test_data_loader import make_loader, make_stream, same
 from tests.test_train import assert_same_bits, losses, run, settings, tensors  # noqa: F401 (a fixture)
 
@@ -301,6 +303,25 @@ def test_a_run_with_auto_has_the_bits_of_one_with_its_number_and_keeps_it(settin
     assert "micro-batches of up to 3 x 16 (auto: as the run began)" in log
     assert json.loads((auto / "checkpoints/step_00000012/state.json").read_text())["micro_batch"] == 3
     assert 'micro_batch = "auto"' in (auto / "config.toml").read_text()
+
+
+def test_a_micro_batch_is_tried_again_with_the_kernels_that_won(loader, monkeypatch):
+    """They take twice the memory here."""
+    class ByKernels(OfSize):
+        def forward(self, *tensors, **options):
+            self.holds = 8 if kernels.backend("attention") == "SDPA flash" else 16
+            return super().forward(*tensors, **options)
+
+    monkeypatch.setattr(fastest, "measure", lambda contenders, model, **options: (
+        {"attention": {"cpu": 2.0, "SDPA flash": 1.0}}, 0.1))
+    progress, model = Progress(), ByKernels(16)
+    verdicts = [{"attention": {"cpu": None, "SDPA flash": None}}]
+    settle = partial(plan.settle, config(), verdicts=verdicts, model=model, compiled=model, loader=loader, checked={},
+                     documents=False, compiles=False, world=World())
+    assert settle(progress=progress)[0] == "auto: 16 would not fit"
+    assert (progress.micro_batch, progress.kernels) == (8, {"attention": "SDPA flash"})
+    model.asked.clear()
+    assert settle(progress=progress)[0] == "auto: as the run began" and model.asked == []
 
 
 def test_a_run_takes_the_fastest_kernel_and_keeps_it(settings, monkeypatch):  # noqa: F811

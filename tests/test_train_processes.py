@@ -114,7 +114,7 @@ with distributed.process_group(world, torch.device("cpu"), 60.0):
     before = {{k: distributed.local(v).clone() for k, v in (model.state_dict() | optimizer.state_tensors()).items()}}
     poison = None
     if world.rank == 1:
-        poison = model.final_norm.register_forward_hook(lambda module, args, output: output * math.nan)
+        poison = model.final_norm.register_forward_hook(lambda module, args, output: (output[0] * math.nan, output[1]))
     assert step().skipped and optimizer.updates == 1
     for name, tensor in (model.state_dict() | optimizer.state_tensors()).items():
         assert torch.equal(distributed.local(tensor), before[name]), name
