@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -288,6 +289,41 @@ def test_a_killed_rank_is_started_again_and_the_run_has_an_unbroken_ones_weights
     assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE" not in output
     assert losses(Path("killed")) == losses(unbroken)  # no step twice either
     assert_same_bits(tensors(Path("killed"), 12), tensors(unbroken, 12))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no /proc: a lost node is unchecked")
+def test_of_two_nodes_one_is_lost_and_the_other_goes_on_alone(settings, monkeypatch):
+    """torchrun's elastic mode: 1 to 2 nodes, here of one rank each. The batch and the losses stay what they are."""
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    keep_alive = "join_timeout=60,last_call_timeout=5,keep_alive_interval=2,keep_alive_max_attempt=3"
+    words = [*TORCHRUN[:3], "--nnodes=1:2", "--nproc_per_node=1", "--rdzv-id=1", "--rdzv-backend=c10d",
+             f"--rdzv-endpoint=localhost:{port}", "--rdzv-conf", keep_alive, "--max-restarts=3",
+             str(CHECKOUT / "train.py"), *settings, "train.out_dir=elastic", "train.max_steps=60", "optim.decay_steps=60", "train.timeout_s=30"]
+    nodes = [subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)]
+    try:
+        deadline = time.monotonic() + 60
+        while socket.socket().connect_ex(("localhost", port)) and time.monotonic() < deadline:
+            time.sleep(0.2)  # the first holds the rendezvous, the second will be lost
+        nodes.append(subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+        wait_for_step(Path("elastic"), 6, nodes[0])
+        worker = Path(f"/proc/{nodes[1].pid}/task/{nodes[1].pid}/children").read_text().split()[0]
+        os.kill(int(worker), signal.SIGKILL)
+        nodes[1].kill()
+        output = finish(nodes[0], 150)
+    finally:
+        for node in nodes:
+            node.kill()
+            node.wait()
+    assert nodes[0].returncode == 0, output
+    log = Path("elastic/log.txt").read_text()
+    assert "ranks 2" in log and "ranks 1" in log and "going on from step" in log
+    whole = run(settings, "whole", "train.max_steps=60", "optim.decay_steps=60")
+    assert [row["step"] for row in rows(Path("elastic"))] == list(range(1, 61))
+    np.testing.assert_allclose([row["loss"] for row in rows(Path("elastic"))], [row["loss"] for row in rows(whole)],
+                               rtol=0, atol=1e-4)  # float32 over 60 steps, sums in another order
 
 
 def test_restarts_that_mostly_fail_are_warned_of(settings):
