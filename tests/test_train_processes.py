@@ -301,7 +301,8 @@ def test_of_two_nodes_one_is_lost_and_the_other_goes_on_alone(settings, monkeypa
     keep_alive = "join_timeout=60,last_call_timeout=5,keep_alive_interval=2,keep_alive_max_attempt=3"
     words = [*TORCHRUN[:3], "--nnodes=1:2", "--nproc_per_node=1", "--rdzv-id=1", "--rdzv-backend=c10d",
              f"--rdzv-endpoint=localhost:{port}", "--rdzv-conf", keep_alive, "--max-restarts=3",
-             str(CHECKOUT / "train.py"), *settings, "train.out_dir=elastic", "train.max_steps=60", "optim.decay_steps=60", "train.timeout_s=30"]
+             str(CHECKOUT / "train.py"), *settings, "train.out_dir=elastic", "train.max_steps=60",
+             "optim.decay_steps=60", "train.timeout_s=30"]
     nodes = [subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)]
     try:
         deadline = time.monotonic() + 60
