@@ -83,8 +83,8 @@ def train_step(model: nn.Module, optimizer: Optimizer, micro_batches: list[Micro
     model is a GPT, or one wrapped by distributed.wrap. tokens_per_step counts the targets of all ranks' micro-batches;
     where a loss mask leaves some out, the mean is over those that remain, of all ranks together. step counts completed
     steps. A loss or gradient that is not finite on any rank, or that the guard leaves out, changes nothing on any rank,
-    but for the scale and the guard themselves. flags() are this rank's
-    numbers for all ranks; they travel with the loss, because the host waits for the device once a step.
+    but for the scale and the guard themselves. flags() are this rank's numbers for all ranks; they travel with the
+    loss, because the host waits for the device once a step.
     """
     optimizer.zero_grad()
     nats = torch.zeros((), device=micro_batches[0].tokens.device)
