@@ -32,6 +32,7 @@ from config import MachineError, UserError
 FORMAT = 1
 STATE, MANIFEST, OPTIMIZER = "state.json", "manifest.json", "optimizer.safetensors"
 STEP_NAME = re.compile(r"step_(\d{8,})(\.replaced)?")
+FILE_NAME = re.compile(r"[\w-]+(\.[\w-]+)+", re.ASCII)  # in the folder itself, whatever a manifest says
 TEMPORARY = ".tmp-"  # prefix of folders that are being written or deleted
 DTYPE_NAMES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16",
                torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}
@@ -242,6 +243,8 @@ def _problem(checkpoint: Path, unread: tuple[str, ...] = ()) -> str | None:
         return f"{MANIFEST} cannot be read ({error.strerror})"
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is not a manifest"
+    if odd := [name for name in entries if not FILE_NAME.fullmatch(name)]:
+        return f"{MANIFEST} names {odd[0]!r}, which is no file of a checkpoint"
     if STATE not in entries or not any(name.endswith("model.safetensors") for name in entries):
         return f"{MANIFEST} does not name {STATE} and a file of weights"
     for name, (size, sha256) in entries.items():
@@ -333,7 +336,10 @@ def load_state(checkpoint: Path, name: str = "state") -> dict:
     """state.json of a checkpoint, or another of its JSON files. Raises CheckpointError."""
     path = Path(checkpoint) / f"{name}.json"
     try:
-        return files.parse_json(path.read_bytes())
+        state = files.parse_json(path.read_bytes())
+        if not isinstance(state, dict):
+            raise ValueError(f"it holds a {type(state).__name__}, not a table")
+        return state
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{str(path)!r} cannot be read: {error}; use another checkpoint") from None
 
