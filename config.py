@@ -84,7 +84,7 @@ class RopeScaling:
 class ModelConfig:
     """The architecture. Defaults are GPT-2 124M's."""
 
-    n_layer: int = knob(12, "blocks", minimum=1)
+    n_layer: int = knob(12, "blocks", minimum=1, maximum=1000)
     n_head: int = knob(12, "query heads", minimum=1)
     n_kv_head: int | None = knob(None, "key/value heads (grouped-query attention); left out = n_head", minimum=1)
     n_embd: int = knob(768, "width of the residual stream", minimum=1)
@@ -285,7 +285,7 @@ def _file_table(word: str) -> dict:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1)
         way_out = f"did you mean {near[0]!r}?" if near else "configs/ holds examples"
         raise ConfigError(f"config file {word!r} does not exist; {way_out}") from None
-    except (ValueError, RecursionError) as error:  # TOMLDecodeError, UnicodeDecodeError, or a number too long to be read
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError, UnicodeDecodeError, or a integer too long
         raise ConfigError(f"config file {word!r} is not valid TOML: {error}; text stands in quotes, and "
                           "switches are true or false") from None
     except OSError as error:

@@ -1,6 +1,7 @@
 """Damaged and hostile inputs: how properties are run in two tiers, what hypothesis makes of a good file, and what
 counts as an answer. Used by tests/test_faults_*.py; docs/RELIABILITY.md has what they found."""
 
+import atexit
 import contextlib
 import copy
 import functools
@@ -9,7 +10,9 @@ import json
 import math
 import os
 import resource
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -102,14 +105,32 @@ def _audit(event: str, arguments: tuple) -> None:
 
 
 sys.addaudithook(_audit)
-folders: list[Path] = []  # that a test module works in
+
+
+@functools.cache
+def scratch() -> Path:
+    """A folder for this process's cases."""
+    folder = Path(tempfile.mkdtemp(prefix="faults-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+@contextlib.contextmanager
+def changed(path: Path, data: bytes) -> Iterator[None]:
+    """A file with other bytes, for the time of a block."""
+    before = path.read_bytes()
+    path.write_bytes(data)
+    try:
+        yield
+    finally:
+        path.write_bytes(before)
 
 
 @contextlib.contextmanager
 def watched() -> Iterator[None]:
-    """Nothing outside `folders` is opened, but Python's own code to be imported; no program is run, no pickle read."""
+    """Nothing outside scratch() is opened, but Python's own code to be imported; no program is run, no pickle read."""
     global allowed
-    allowed = [Path(os.path.realpath(folder)) for folder in folders]
+    allowed = [Path(os.path.realpath(scratch())), Path(__file__).parents[1] / "configs"]
     try:
         yield
     finally:
