@@ -35,7 +35,8 @@ class MachineError(Exception):
 
 
 def exit_cleanly(main: Callable[[list[str]], None]) -> None:
-    """Run main(argv); UserError becomes `error: ...` and exit 2, MachineError the same and exit 1, Ctrl-C exit 130.
+    """Run main(argv); UserError becomes `error: ...` and exit 2, MachineError and OSError (a disk that failed where
+    nothing can go on without it) the same and exit 1, Ctrl-C exit 130.
 
     Under torchrun rank 0 prints (on other nodes their first rank, if the trouble may be theirs alone), and every worker
     exits with the same status.
@@ -46,7 +47,9 @@ def exit_cleanly(main: Callable[[list[str]], None]) -> None:
                 setattr(sys, name, open(os.devnull, mode, errors="replace"))
         main(sys.argv[1:])
         sys.stdout.flush()
-    except (UserError, MachineError) as error:
+    except BrokenPipeError:  # the reader of our stdout went away (`| head`): not an error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (UserError, MachineError, OSError) as error:
         rank, local_rank = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK")
         if rank == "0" or (local_rank == "0" and not getattr(error, "is_everywhere", False)):
             # one line, whatever the names in it spell: a newline, or what a terminal obeys
@@ -55,8 +58,6 @@ def exit_cleanly(main: Callable[[list[str]], None]) -> None:
         sys.exit(2 if isinstance(error, UserError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our stdout went away (`| head`): not an error
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 # ---- The knobs -------------------------------------------------------------------------------------------------------

@@ -75,7 +75,7 @@ def save_template(folder: Path, template: str | None) -> None:
         files.write_whole(Path(folder) / TEMPLATE_FILE, template)
 
 
-def render(template: str, messages: list[dict], *, add_generation_prompt: bool, **named: str) -> str:
+def render(template: str, messages: list[dict], /, *, add_generation_prompt: bool, **named: str) -> str:
     """The text of a conversation, [{"role", "content"}, ...], as transformers' apply_chat_template has it;
     add_generation_prompt: up to where the assistant's next turn starts; named: bos_token, eos_token, ... Raises
     ChatError, also with what the template itself objects to."""

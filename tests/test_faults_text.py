@@ -147,7 +147,6 @@ STATEMENT = st.one_of(
                      "{{ caller() }}", "{% macro m(a) %}{{ m(a) }}{% endmacro %}{{ m(1) }}",
                      "{% set ns = namespace(a=1) %}{{ ns }}"]))
 TALK = [{"role": "user", "content": "Hi <|endoftext|>"}, {"role": "assistant", "content": "Ho"}]
-REACHED = ("<class '", "<function ", "<module ", "<built-in", "<bound method")  # how Python shows its own objects
 
 
 @fuzz(800, template=st.one_of(st.lists(STATEMENT, min_size=1, max_size=4).map("".join), mutations(
