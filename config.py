@@ -365,9 +365,9 @@ def _convert(name: str, kind: object, value: object, current: object = None):
         if any(c == "\0" or 0xD800 <= ord(c) <= 0xDFFF for c in text):
             raise ConfigError(f"{name} = {_shown(text)} is not UTF-8, or holds a NUL; rename the file or folder")
         return os.path.expanduser(text) if "/" in text else text  # the shell leaves a ~ after = alone
-    if kind is int and is_number and abs(value) < 2 ** 63 and value == int(value):
+    if kind is int and is_number and abs(value) <= sys.float_info.max and value == int(value):
         return int(value)
-    if kind is float and is_number and (isinstance(value, float) or abs(value) < 2 ** 63) and not math.isnan(value):
+    if kind is float and is_number and (abs(value) <= sys.float_info.max or value in (math.inf, -math.inf)):
         return float(value)
     if typing.get_origin(kind) is tuple:
         items, inner = value if isinstance(value, list | tuple) else [value], typing.get_args(kind)
@@ -410,6 +410,8 @@ def _check_range(name: str, value: object, limits: typing.Mapping) -> None:
                                      ("above", "above", operator.le)):
         if limits[limit] is not None and isinstance(value, int | float) and is_outside(value, limits[limit]):
             raise ConfigError(f"{name} = {value} should be {words} {limits[limit]}")
+    if isinstance(value, int) and value >= 2 ** 63:
+        raise ConfigError(f"{name} = {value} should be below 2^63")
 
 
 # ---- Checks of values against each other -----------------------------------------------------------------------------

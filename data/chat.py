@@ -84,7 +84,7 @@ def render(template: str, messages: list[dict], /, *, add_generation_prompt: boo
         return _compiled(template).render(messages=messages, add_generation_prompt=add_generation_prompt, tools=None,
                                           documents=None, **named)
     except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError,
-            RecursionError, MemoryError) as error:
+            RuntimeError, MemoryError) as error:
         raise ChatError(f"the chat template cannot render these messages: {error}") from None
 
 

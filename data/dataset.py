@@ -70,13 +70,16 @@ def load_index(data_dir: Path) -> dict | None:
 def _index_problem(index: object) -> str | None:
     if not isinstance(index, dict):
         return f"has format {type(index).__name__!r}, expected {INDEX_FORMAT}"
-    row = index.get("row_tokens")
+    row, settings = index.get("row_tokens"), index.get("settings", {})
     for key, is_good, expected in (
             ("format", index.get("format") == INDEX_FORMAT, INDEX_FORMAT),
             ("dtype", index.get("dtype") in ("uint16", "uint32"), "uint16 or uint32"),
             ("vocab_size", type(index.get("vocab_size")) is int and index["vocab_size"] > 0, "a whole number"),
             ("eot", type(index.get("eot", "missing")) in (int, type(None)), "an id or null"),
             ("row_tokens", row is None or (type(row) is int and row > 1), "a whole number above 1"),
+            ("settings", isinstance(settings, dict), "a table"),
+            ("row_tokens", type(settings) is dict and settings.get("max_seq_len") in (None, (row or 0) - 1),
+             "settings.max_seq_len + 1"),
             ("shards", isinstance(index.get("shards"), list), "a list")):
         if not is_good:
             return f"has {key} {index.get(key)!r}, expected {expected}"

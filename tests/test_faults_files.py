@@ -61,9 +61,9 @@ def as_written(word: str) -> tuple[str, object]:
     name, _, text = word.partition("=")
     try:
         table = tomllib.loads(f"x = {text}")
-    except (ValueError, RecursionError):
+        return name, table["x"] if set(table) == {"x"} and str(table["x"]) else text
+    except (ValueError, RecursionError):  # str: an integer that is too long to be one
         return name, text
-    return name, table["x"] if set(table) == {"x"} else text
 
 
 def same(given: object, taken: object) -> bool:
@@ -78,7 +78,7 @@ def same(given: object, taken: object) -> bool:
     return given == taken or (isinstance(given, int) and isinstance(taken, float) and float(given) == taken)
 
 
-@fuzz(1500, words=st.lists(st.tuples(st.sampled_from([*KNOBS, "model.rope_scaling.factor", "model.x", "x.lr", "lr"]),
+@fuzz(1000, words=st.lists(st.tuples(st.sampled_from([*KNOBS, "model.rope_scaling.factor", "model.x", "x.lr", "lr"]),
                                      TOML_WORDS).map("=".join), min_size=1, max_size=2))
 def test_overrides(words):
     found = outcome(lambda: configuration.parse_arguments(words),
@@ -114,7 +114,7 @@ def test_config_files(data):
                 assert isinstance(value, dict) or same(value, getattr(getattr(found[0], section), name)), (name, value)
 
 
-@fuzz(600, table=st.dictionaries(st.sampled_from([*vars(Config()), "x", ""]), st.one_of(JSON, st.dictionaries(
+@fuzz(400, table=st.dictionaries(st.sampled_from([*vars(Config()), "x", ""]), st.one_of(JSON, st.dictionaries(
     st.sampled_from([name.split(".")[1] for name in KNOBS]), JSON, max_size=3)), max_size=3))
 def test_config_tables(table):
     """Values of every type in every knob, past TOML's own spelling."""
@@ -147,7 +147,7 @@ def same_tensors(one: dict, other: dict) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-@fuzz(600, data=st.sampled_from(CHECKPOINT_FILES).flatmap(
+@fuzz(300, data=st.sampled_from(CHECKPOINT_FILES).flatmap(
     lambda name: mutations(checkpoint_file(name)).map(lambda changed: (name, changed))))
 def test_bytes_of_a_checkpoint(data):
     name, after = data
@@ -160,7 +160,7 @@ def test_bytes_of_a_checkpoint(data):
         assert same_tensors(found, good)
 
 
-@fuzz(600, manifest=st.deferred(lambda: other_json(json.loads(checkpoint_file("manifest.json")))))
+@fuzz(300, manifest=st.deferred(lambda: other_json(json.loads(checkpoint_file("manifest.json")))))
 def test_manifests(manifest):
     path = run_folder() / "checkpoints" / "step_00000001" / "manifest.json"
     with changed(path, json_text(manifest)):
@@ -210,7 +210,7 @@ def hostile_tensors(draw, data: bytes) -> bytes:
     return len(header).to_bytes(8, "little") + header + data[8 + size:]
 
 
-@fuzz(500, data=st.deferred(lambda: hostile_tensors(checkpoint_file("model.safetensors"))))
+@fuzz(300, data=st.deferred(lambda: hostile_tensors(checkpoint_file("model.safetensors"))))
 def test_hostile_tensors_in_a_checkpoint(data):
     model = make_model(max_seq_len=16, n_layer=1, n_embd=8, n_head=2)
 
@@ -288,7 +288,7 @@ BINARY = {"text": ("train_00000.bin", "train_00001.bin", "val_00000.bin"),
           "examples": ("train_00000.bin", "train_00000.loss.bin", "train_00000.start.bin", "val_00000.loss.bin")}
 
 
-@fuzz(500, kind=st.sampled_from(["text", "examples"]), data=st.data())
+@fuzz(250, kind=st.sampled_from(["text", "examples"]), data=st.data())
 def test_bytes_of_shards_and_tracks(kind, data):
     folder = data_folder(kind)
     good, path = everything(folder), folder / data.draw(st.sampled_from(BINARY[kind]))
@@ -313,7 +313,7 @@ def index_of(kind: str) -> dict:
     return json.loads((data_folder(kind) / "index.json").read_bytes())
 
 
-@fuzz(600, kind=st.sampled_from(["text", "examples"]), data=st.data())
+@fuzz(300, kind=st.sampled_from(["text", "examples"]), data=st.data())
 def test_indexes(kind, data):
     folder, good = data_folder(kind), everything(data_folder(kind))
     with changed(folder / "index.json", json_text(index := data.draw(other_json(index_of(kind))))):
@@ -322,7 +322,8 @@ def test_indexes(kind, data):
         if not isinstance(found, Refused):
             outcome(lambda: TrainLoader(open_split(open_dataset(folder), "train"), seq_len=16, seed=1,
                                         tokens_per_step=16), str(folder))
-    if not problems and not isinstance(found, Refused) and index["shards"] == index_of(kind)["shards"]:
+    if not problems and not isinstance(found, Refused) and all(
+            index.get(key) == index_of(kind).get(key) for key in ("shards", "settings")):
         assert same_arrays(found, good), "--verify passes other data"
 
 

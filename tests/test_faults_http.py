@@ -48,7 +48,7 @@ def check(response, content: bytes) -> None:
         assert error["message"] and len(response.content) < 4000, response.text
 
 
-@fuzz(400, path=st.sampled_from(list(BODIES)), data=st.data())
+@fuzz(300, path=st.sampled_from(list(BODIES)), data=st.data())
 def test_bodies(ask, path, data):
     good = BODIES[path]
     content = data.draw(st.one_of(

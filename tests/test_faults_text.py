@@ -61,7 +61,7 @@ def use(folder: Path) -> tuple[Tokenizer, list[int], str]:
     return tokenizer, ids, tokenizer.decode(ids)
 
 
-@fuzz(400, kind=st.sampled_from(["bpe", "bytes", "unigram", "wordpiece", "split"]), data=st.data())
+@fuzz(300, kind=st.sampled_from(["bpe", "bytes", "unigram", "wordpiece", "split"]), data=st.data())
 def test_tokenizer_files(kind, data):
     good = tokenizer_texts()[kind]
     text = data.draw(st.one_of(mutations(good.encode()), other_json(json.loads(good)).map(json_text)))
@@ -149,7 +149,7 @@ STATEMENT = st.one_of(
 TALK = [{"role": "user", "content": "Hi <|endoftext|>"}, {"role": "assistant", "content": "Ho"}]
 
 
-@fuzz(800, template=st.one_of(st.lists(STATEMENT, min_size=1, max_size=4).map("".join), mutations(
+@fuzz(600, template=st.one_of(st.lists(STATEMENT, min_size=1, max_size=4).map("".join), mutations(
     chat.DEFAULT_TEMPLATE.encode()).map(lambda data: data.decode(errors="replace"))))
 def test_chat_templates(template):
     found = outcome(lambda: chat.render(chat.check_template(template, "t.jinja"), TALK, add_generation_prompt=True,
@@ -224,7 +224,7 @@ def as_text(row: bytes) -> str | None:
         return None
 
 
-@fuzz(150, rows=st.lists(ROW, min_size=1, max_size=5), ending=st.sampled_from([b"\n", b"\r\n"]),
+@fuzz(100, rows=st.lists(ROW, min_size=1, max_size=5), ending=st.sampled_from([b"\n", b"\r\n"]),
       skips=st.booleans())
 def test_rows_of_text(rows, ending, skips):
     source, out = scratch() / "rows.jsonl", scratch() / "rows"
@@ -234,6 +234,7 @@ def test_rows_of_text(rows, ending, skips):
                                     bad_rows="skip" if skips else "error", workers=1), str(source), str(out), "split")
     if isinstance(found, Refused):
         assert not (out / "index.json").exists()
+        assert skips or None in map(as_text, filter(bytes.strip, rows)) or not any(map(as_text, rows)), found.text
         return
     texts = [as_text(row) for row in rows if row.strip()]
     if not skips:
@@ -250,7 +251,7 @@ EXAMPLE = st.sampled_from([
     {"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a", "weight": 1}]}])
 
 
-@fuzz(150, data=st.data(), skips=st.booleans())
+@fuzz(80, data=st.data(), skips=st.booleans())
 def test_rows_of_examples(data, skips):
     first = data.draw(EXAMPLE)
     rows = [first, *(data.draw(st.one_of(st.just(first), other_json(first), EXAMPLE)) for _ in range(2))]
@@ -280,7 +281,7 @@ def hf_folder(family: str) -> Path:
     return scratch() / family
 
 
-@fuzz(400, family=st.sampled_from(["gpt2", "llama"]), data=st.data())
+@fuzz(250, family=st.sampled_from(["gpt2", "llama"]), data=st.data())
 def test_hugging_face_folders(family, data):
     folder = hf_folder(family)
     name = data.draw(st.sampled_from(["config.json", "config.json", "model.safetensors", "generation_config.json",
