@@ -78,8 +78,8 @@ def _index_problem(index: object) -> str | None:
             ("eot", type(index.get("eot", "missing")) in (int, type(None)), "an id or null"),
             ("row_tokens", row is None or (type(row) is int and row > 1), "a whole number above 1"),
             ("settings", isinstance(settings, dict), "a table"),
-            ("row_tokens", type(settings) is dict and settings.get("max_seq_len") in (None, (row or 0) - 1),
-             "settings.max_seq_len + 1"),
+            ("row_tokens", isinstance(settings, dict) and settings.get("max_seq_len") in (
+                None, row - 1 if type(row) is int else -1), "settings.max_seq_len + 1"),
             ("shards", isinstance(index.get("shards"), list), "a list")):
         if not is_good:
             return f"has {key} {index.get(key)!r}, expected {expected}"
