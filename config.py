@@ -286,7 +286,7 @@ def _file_table(word: str) -> dict:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1)
         way_out = f"did you mean {near[0]!r}?" if near else "configs/ holds examples"
         raise ConfigError(f"config file {word!r} does not exist; {way_out}") from None
-    except (ValueError, RecursionError) as error:  # TOMLDecodeError, UnicodeDecodeError, or a integer too long
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError, UnicodeDecodeError, or an integer too long
         raise ConfigError(f"config file {word!r} is not valid TOML: {error}; text stands in quotes, and "
                           "switches are true or false") from None
     except OSError as error:

@@ -122,6 +122,15 @@ def test_config_tables(table):
         section: values for section, values in table.items() if isinstance(values, dict)})))
 
 
+def test_an_error_is_one_line_whatever_its_names_spell(capsys):
+    def fail(argv: list[str]) -> None:
+        raise UserError("knob 'a\nerror: b' \x1b[2J \ud800 é")
+
+    with pytest.raises(SystemExit):
+        configuration.exit_cleanly(fail)
+    assert capsys.readouterr().err == "error: knob 'a\\nerror: b' \\x1b[2J \\ud800 é\n"
+
+
 # ---- Checkpoints -----------------------------------------------------------------------------------------------------
 
 @functools.cache
