@@ -35,6 +35,7 @@ FORMAT = 1
 STATE, MANIFEST = "state.json", "manifest.json"
 STEP_NAME = re.compile(r"step_(\d{8,})(\.replaced)?")
 FILE_NAME = re.compile(r"(\w+?)(-\d{5,}-of-\d{5,})?\.safetensors")  # all rows of these tensors, or one rank's
+PLAIN_NAME = re.compile(r"[\w-]+(\.[\w-]+)+", re.ASCII)  # in the folder itself, whatever a manifest says
 WEIGHTS_ONLY, SIZES_ONLY = ("optimizer",), ("optimizer", "model", "adapter_model")  # what verifying leaves unread
 TEMPORARY = ".tmp-"  # prefix of folders that are being written or deleted
 MARGIN_BYTES = 1 << 20  # free space asked for beyond the tensors: headers, JSON, folder blocks
@@ -334,6 +335,8 @@ def problem(checkpoint: Path, world: World = World(), *, unread: Container[str] 
         return f"{MANIFEST} cannot be read ({error.strerror})"
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is not a manifest"
+    if odd := [name for name in entries if not PLAIN_NAME.fullmatch(name)]:
+        return f"{MANIFEST} names {odd[0]!r}, which is no file of a checkpoint"
     kinds = {name: match[1] for name in entries if (match := FILE_NAME.fullmatch(name))}
     if STATE not in entries or not {"model", "adapter_model"} & set(kinds.values()):
         return f"{MANIFEST} does not name {STATE} and a file of weights"
@@ -431,7 +434,10 @@ def load_state(checkpoint: Path, name: str = "state") -> dict:
     """state.json of a checkpoint, or another of its JSON files. Raises CheckpointError."""
     path = Path(checkpoint) / f"{name}.json"
     try:
-        return files.parse_json(path.read_bytes())
+        state = files.parse_json(path.read_bytes())
+        if not isinstance(state, dict):
+            raise ValueError(f"it holds a {type(state).__name__}, not a table")
+        return state
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{str(path)!r} cannot be read: {error}; use another checkpoint") from None
 

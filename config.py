@@ -35,7 +35,8 @@ class MachineError(Exception):
 
 
 def exit_cleanly(main: Callable[[list[str]], None]) -> None:
-    """Run main(argv); UserError becomes `error: ...` and exit 2, MachineError the same and exit 1, Ctrl-C exit 130.
+    """Run main(argv); UserError becomes `error: ...` and exit 2, MachineError and OSError (a disk that failed where
+    nothing can go on without it) the same and exit 1, Ctrl-C exit 130.
 
     Under torchrun rank 0 prints (on other nodes their first rank, if the trouble may be theirs alone), and every worker
     exits with the same status.
@@ -46,15 +47,17 @@ def exit_cleanly(main: Callable[[list[str]], None]) -> None:
                 setattr(sys, name, open(os.devnull, mode, errors="replace"))
         main(sys.argv[1:])
         sys.stdout.flush()
-    except (UserError, MachineError) as error:
+    except BrokenPipeError:  # the reader of our stdout went away (`| head`): not an error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (UserError, MachineError, OSError) as error:
         rank, local_rank = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK")
         if rank == "0" or (local_rank == "0" and not getattr(error, "is_everywhere", False)):
-            print(f"error: {error}" if rank == "0" else f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
+            # one line, whatever the names in it spell: a newline, or what a terminal obeys
+            text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
+            print(f"error: {text}" if rank == "0" else f"error: rank {rank}: {text}", file=sys.stderr, flush=True)
         sys.exit(2 if isinstance(error, UserError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our stdout went away (`| head`): not an error
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 # ---- The knobs -------------------------------------------------------------------------------------------------------
@@ -82,7 +85,7 @@ class RopeScaling:
 class ModelConfig:
     """The architecture. Defaults are GPT-2 124M's."""
 
-    n_layer: int = knob(12, "blocks", minimum=1)
+    n_layer: int = knob(12, "blocks", minimum=1, maximum=1000)
     n_head: int = knob(12, "query heads", minimum=1)
     n_kv_head: int | None = knob(None, "key/value heads (grouped-query attention); left out = n_head", minimum=1)
     n_embd: int = knob(768, "width of the residual stream", minimum=1)
@@ -287,7 +290,7 @@ def _file_table(word: str) -> dict:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1)
         way_out = f"did you mean {near[0]!r}?" if near else "configs/ holds examples"
         raise ConfigError(f"config file {word!r} does not exist; {way_out}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError, UnicodeDecodeError, or an integer too long
         raise ConfigError(f"config file {word!r} is not valid TOML: {error}; text stands in quotes, and "
                           "switches are true or false") from None
     except OSError as error:
@@ -307,8 +310,9 @@ def _override_table(word: str) -> dict:
         hint = f"write {found[0]}.{name.lstrip('-')}={text}" if found else "write section.key=value"
         raise ConfigError(f"override {word!r} names no section; {hint}")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        table = tomllib.loads(f"value = {text}")
+        value = table["value"] if len(table) == 1 else text  # a newline must not begin another knob, unread
+    except (ValueError, RecursionError):
         value = {"True": True, "False": False, "None": None}.get(text, text)  # unquoted, such as data.source=book.txt
     kind = typing.get_type_hints(typing.get_type_hints(Config).get(section, Config)).get(key)
     if value is not None and not isinstance(value, str | list) and kind in (str, str | None, tuple[str, ...]):
@@ -362,18 +366,27 @@ def _convert(name: str, kind: object, value: object, current: object = None):
         text = str(value).lower() if isinstance(value, bool) else value
         if text == "":
             raise ConfigError(f"{name} is empty; give it a value or leave it out")
-        if any(0xD800 <= ord(character) <= 0xDFFF for character in text):
-            raise ConfigError(f"{name} = {text!r} is not UTF-8; rename the file or folder")
+        if any(c == "\0" or 0xD800 <= ord(c) <= 0xDFFF for c in text):
+            raise ConfigError(f"{name} = {_shown(text)} is not UTF-8, or holds a NUL; rename the file or folder")
         return os.path.expanduser(text) if "/" in text else text  # the shell leaves a ~ after = alone
-    if kind is int and is_number and (isinstance(value, int) or value.is_integer()):
+    if kind is int and is_number and abs(value) <= sys.float_info.max and value == int(value):
         return int(value)
-    if kind is float and is_number and not math.isnan(value):
+    if kind is float and is_number and (abs(value) <= sys.float_info.max or value in (math.inf, -math.inf)):
         return float(value)
     if typing.get_origin(kind) is tuple:
         items, inner = value if isinstance(value, list | tuple) else [value], typing.get_args(kind)
         if inner[-1] is Ellipsis or len(items) == len(inner):
             return tuple(_convert(name, inner[0], item) for item in items)
-    raise ConfigError(f"{name} = {value!r} should be {_type_name(kind)}")
+    raise ConfigError(f"{name} = {_shown(value)} should be {_type_name(kind)}")
+
+
+def _shown(value: object) -> str:
+    """A value as a message has room for it."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of more than 4,300 digits, tables in tables
+        text = f"{type(value).__name__} too long to be shown"
+    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def _without_none(kind: object) -> object:
@@ -396,11 +409,13 @@ def _check_range(name: str, value: object, limits: typing.Mapping) -> None:
         raise ConfigError(f"{name} = {value} should be finite")
     if limits["choices"] and isinstance(value, str) and value not in limits["choices"]:
         words = "one of" if limits["minimum"] is None else "a whole number or"
-        raise ConfigError(f"{name} = {value!r} should be {words} {', '.join(limits['choices'])}")
+        raise ConfigError(f"{name} = {_shown(value)} should be {words} {', '.join(limits['choices'])}")
     for limit, words, is_outside in (("minimum", "at least", operator.lt), ("maximum", "at most", operator.gt),
                                      ("above", "above", operator.le)):
         if limits[limit] is not None and isinstance(value, int | float) and is_outside(value, limits[limit]):
             raise ConfigError(f"{name} = {value} should be {words} {limits[limit]}")
+    if isinstance(value, int) and value >= 2 ** 63:
+        raise ConfigError(f"{name} = {value} should be below 2^63")
 
 
 # ---- Checks of values against each other -----------------------------------------------------------------------------

@@ -320,8 +320,11 @@ def _read_model(folder: Path, named: Path, max_seq_len: int | None) -> HuggingFa
                            f"vocab_size in config.json is {model.vocab_size}; remove the added tokens, or give the "
                            "model rows for them")
     wanted = list(rules(model, table["model_type"]))
-    expected = {name: list(part.shape) for rule in wanted
-                for name, part in rule.split(torch.empty(rule.shape, device="meta")).items()}
+    try:
+        expected = {name: list(part.shape) for rule in wanted
+                    for name, part in rule.split(torch.empty(rule.shape, device="meta")).items()}
+    except RuntimeError as error:  # more bytes than 64 bits count
+        raise ConvertError(f"{str(folder / 'config.json')!r} describes no model: {error}; copy it again") from None
     first = next(iter(expected))
     parts = _open_parts(folder, first)
     if model.tie_embeddings and HEAD in parts:

@@ -18,6 +18,7 @@ from config import UserError
 from data.tokenizer import Tokenizer
 
 TEMPLATE_FILE = "chat_template.jinja"
+MOST_TIMES = 10_000  # in a template, a text repeated
 
 # For tokenizers that have no special token but end-of-text: a turn is a name, a newline and the content; the model ends
 # its own turns with end-of-text. Content is stripped, so that "\n" + content splits into words at the newline.
@@ -74,7 +75,7 @@ def save_template(folder: Path, template: str | None) -> None:
         files.write_whole(Path(folder) / TEMPLATE_FILE, template)
 
 
-def render(template: str, messages: list[dict], *, add_generation_prompt: bool, **named: str) -> str:
+def render(template: str, messages: list[dict], /, *, add_generation_prompt: bool, **named: str) -> str:
     """The text of a conversation, [{"role", "content"}, ...], as transformers' apply_chat_template has it;
     add_generation_prompt: up to where the assistant's next turn starts; named: bos_token, eos_token, ... Raises
     ChatError, also with what the template itself objects to."""
@@ -83,7 +84,7 @@ def render(template: str, messages: list[dict], *, add_generation_prompt: bool, 
         return _compiled(template).render(messages=messages, add_generation_prompt=add_generation_prompt, tools=None,
                                           documents=None, **named)
     except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError,
-            RecursionError) as error:
+            RuntimeError, MemoryError) as error:
         raise ChatError(f"the chat template cannot render these messages: {error}") from None
 
 
@@ -113,7 +114,18 @@ def _compiled(template: str):
                separators: tuple[str, str] | None = None, sort_keys: bool = False) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+        intercepted_binops = frozenset(("*", "**", "%"))  # a few characters of which fill the memory, or never end
+
+        def call_binop(self, context: object, operator: str, left: object, right: object) -> object:
+            if operator == "*" and any(isinstance(n, int) and n > MOST_TIMES and not isinstance(other, int | float)
+                                       for n, other in ((left, right), (right, left))):
+                raise jinja2.sandbox.SecurityError(f"a text or list times more than {MOST_TIMES} is refused")
+            if operator == "**" or (operator == "%" and isinstance(left, str) and re.search(r"\d{5}|\*", left)):
+                raise jinja2.sandbox.SecurityError(f"{operator} of such values is refused")
+            return super().call_binop(context, operator, left, right)
+
+    environment = Sandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
     environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
     environment.filters["tojson"] = tojson  # jinja2's own escapes for HTML
@@ -121,6 +133,8 @@ def _compiled(template: str):
         return environment.from_string(template)
     except jinja2.TemplateSyntaxError as error:
         raise ChatError(f"the chat template is not valid Jinja at line {error.lineno}: {error.message}") from None
+    except (SyntaxError, ValueError, RecursionError, MemoryError, ArithmeticError) as error:  # of the Python made of it
+        raise ChatError(f"the chat template is not valid Jinja: {type(error).__name__} {error}") from None
 
 
 # ---- Messages -> tokens ----------------------------------------------------------------------------------------------

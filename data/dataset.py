@@ -70,12 +70,16 @@ def load_index(data_dir: Path) -> dict | None:
 def _index_problem(index: object) -> str | None:
     if not isinstance(index, dict):
         return f"has format {type(index).__name__!r}, expected {INDEX_FORMAT}"
+    row, settings = index.get("row_tokens"), index.get("settings", {})
     for key, is_good, expected in (
             ("format", index.get("format") == INDEX_FORMAT, INDEX_FORMAT),
             ("dtype", index.get("dtype") in ("uint16", "uint32"), "uint16 or uint32"),
-            ("vocab_size", isinstance(index.get("vocab_size"), int), "a whole number"),
-            ("eot", isinstance(index.get("eot", "missing"), int | None), "an id or null"),
-            ("row_tokens", isinstance(index.get("row_tokens"), int | None), "a whole number"),
+            ("vocab_size", type(index.get("vocab_size")) is int and index["vocab_size"] > 0, "a whole number"),
+            ("eot", type(index.get("eot", "missing")) in (int, type(None)), "an id or null"),
+            ("row_tokens", row is None or (type(row) is int and row > 1), "a whole number above 1"),
+            ("settings", isinstance(settings, dict), "a table"),
+            ("row_tokens", isinstance(settings, dict) and settings.get("max_seq_len") in (
+                None, row - 1 if type(row) is int else -1), "settings.max_seq_len + 1"),
             ("shards", isinstance(index.get("shards"), list), "a list")):
         if not is_good:
             return f"has {key} {index.get(key)!r}, expected {expected}"
@@ -83,7 +87,9 @@ def _index_problem(index: object) -> str | None:
     for number, shard in enumerate(index["shards"]):
         if not isinstance(shard, dict) or any(type(shard.get(key)) is not kind for key, kind in kinds.items()):
             return f"describes shard {number} without {', '.join(kinds)}"
-        if shard["split"] not in SPLITS or Path(shard["file"]).name != shard["file"]:
+        if any(type(shard.get(f"{track}_sha256", "")) is not str for track in TRACKS) or shard["tokens"] % (row or 1):
+            return f"describes shard {number} with a sha256 that is none, or with tokens that are no whole rows"
+        if shard["split"] not in SPLITS or Path(shard["file"]).name != shard["file"] or not shard["file"].isprintable():
             return f"names shard {shard['file']!r} of split {shard['split']!r}, expected a file here and train or val"
     return None
 
@@ -97,8 +103,9 @@ def check_shard(data_dir: Path, index: dict, shard: dict) -> ShardHeader:
     for track in TRACKS:
         path = track_path(header.path, track)
         size = path.stat().st_size if path.exists() else None
-        if size != header.tokens and (size is not None or f"{track}_sha256" in shard):
-            found = "is missing" if size is None else f"holds {size} bytes but its shard {header.tokens} tokens"
+        if (size is not None) != (f"{track}_sha256" in shard) or size not in (None, header.tokens):
+            found = ("is missing" if size is None else f"is not in {INDEX_FILE}" if f"{track}_sha256" not in shard else
+                     f"holds {size} bytes but its shard {header.tokens} tokens")
             raise ShardError(f"{str(path)!r} {found}; {REDO}")
     return header
 

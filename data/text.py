@@ -185,8 +185,11 @@ def row_of(line: bytes) -> tuple[object, int]:
     value = files.parse_json(text.removeprefix("\ufeff"))
     if not SURROGATE.search(text):
         return value, invalid
-    clean = replaced_in_all(value)
-    shown, cleaned = (json.dumps(each, ensure_ascii=False) for each in (value, clean))
+    try:
+        clean = replaced_in_all(value)
+        shown, cleaned = (json.dumps(each, ensure_ascii=False) for each in (value, clean))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
     return clean, invalid + cleaned.count("\ufffd") - shown.count("\ufffd")
 
 

@@ -125,6 +125,8 @@ class Tokenizer:
                                                    special_tokens=specials)
         spelled += [(token.encode(), i) for token, i in specials.items()]
         self.vocab_size = max(i for _, i in spelled) + 1
+        if self.vocab_size > max(MAX_BPE_IDS, 64 * len(spelled)):  # one table of ids could fill the memory
+            raise ValueError(f"id {self.vocab_size - 1} is far beyond its {len(spelled)} tokens")
         self._spellings = [b""] * self.vocab_size
         for token, i in spelled:
             self._spellings[i] = token
@@ -147,7 +149,12 @@ class Tokenizer:
         text = replace_surrogates(text)
         if self._hf is not None:
             hf = self._hf if behind is None else self._behind(behind)
-            return np.array(hf.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+            try:
+                with _library_errors():
+                    return np.array(hf.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+            except ValueError as error:  # text unknown to a model without an unknown token, a regex that backtracks
+                raise TokenizerError(f"tokenizer {self.name!r} cannot encode {text[:40]!r}: {error}; mend its "
+                                     f"{TOKENIZER_FILE}") from None
         if self._pattern is None or len(text) <= PIECE_CHARS:
             return self._encode_piece(text)
         parts = []
@@ -325,8 +332,20 @@ def _reading(path: Path, wrong: str, way_out: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise TokenizerError(f"tokenizer {error.filename or str(path)!r} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:  # not JSON, or not of the shape expected
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+        # not JSON, or not of the shape expected
         raise TokenizerError(f"tokenizer {str(path)!r} {wrong}: {type(error).__name__} {error}; {way_out}") from None
+
+
+@contextmanager
+def _library_errors() -> Iterator[None]:
+    """What the `tokenizers` library raises, plain Exceptions and panics, which are none, as ValueError."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise ValueError(str(error).partition("\n")[0]) from None
+        raise
 
 
 def tokenizer_identity(name_or_path: str) -> str:
@@ -502,10 +521,8 @@ def _from_file_text(text: str, name: str, *, end_of_text: int | None = None,
         ranks, pattern = ranks_and_pattern(file, specials)
     except KeyError:
         from tokenizers import Tokenizer as HuggingFace
-        try:
+        with _library_errors():
             hf = HuggingFace.from_str(text)
-        except Exception as error:  # the library raises nothing more special
-            raise ValueError(str(error)) from None
         for token in file["added_tokens"]:  # the library numbers them anew where ids before them are missing
             if (found := hf.token_to_id(token["content"])) != token["id"]:
                 raise ValueError(f"added token {token['content']!r} has id {token['id']}, but the library makes it "

@@ -154,7 +154,8 @@ def ranks_and_pattern(file: dict, specials: dict[str, int]) -> tuple[dict[bytes,
     merged = ["".join(pair_of(merge)) for merge in model["merges"]]
     merged = [word for word, _ in itertools.groupby(merged)]  # Llama 3 lists every pair that makes a token
     if (merged != sorted((word for word in words if len(word) > 1), key=words.get)
-            or not ranks.keys() >= BYTE_RANKS.keys() or (pattern is None and ranks != BYTE_RANKS)
+            or not ranks.keys() >= BYTE_RANKS.keys() or len({*ranks.values(), *specials.values()}) < len(ranks) + len(
+                specials) or (pattern is None and ranks != BYTE_RANKS)
             or (model.get("ignore_merges") and len(words) < len(model["vocab"]))):  # text could become a special token
         raise KeyError("vocab")
     return ranks, pattern

@@ -291,7 +291,7 @@ def test_configs_are_frozen():
 
 # ---- Writing ---------------------------------------------------------------------------------------------------------
 
-NASTY = 'C:\\new\\"quoted" \'single\' λ→語 \n\r\t\b\f\x00\x1f\x7f\x85\u2028 = # end'
+NASTY = 'C:\\new\\"quoted" \'single\' λ→語 \n\r\t\b\f\x01\x1f\x7f\x85\u2028 = # end'
 
 EVERY_KNOB_CHANGED = Config(
     model=ModelConfig(
