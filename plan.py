@@ -12,7 +12,7 @@ import gc
 import json
 import math
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -28,12 +28,13 @@ from config import Config, ConfigError, MachineError
 from curves import human_count, human_seconds
 from data.loader import TrainLoader
 from data.tokenizer import TOKENIZER_FILE, bpe_ids, load_tokenizer
+from devices import Machine
 from distributed import World
 from finetune.runs import files_to_save
 from gpus import Gpu
 from kernels import fastest, self_check
 from memory import Memory, loss_chunk_bytes
-from model import GPT, flops_per_token
+from model import GPT, flops_per_token, padded_vocab_size
 
 DEMO = Path(__file__).parent / "configs" / "demo.toml"
 GIB = 2 ** 30
@@ -161,22 +162,45 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 # ---- train.kernels = "auto" ------------------------------------------------------------------------------------------
 
-def settle(config: Config, progress: start.Progress, verdicts: list[self_check.Verdicts], model: GPT,
-           compiled: nn.Module, loader: TrainLoader, *, checked: dict, documents: bool, compiles: bool,
-           world: World) -> tuple[str, str]:
+@dataclass(frozen=True)
+class Checked:
+    """What was found of the kernels before the model is built: of every rank the verdicts, and what they were asked."""
+
+    verdicts: list[self_check.Verdicts]
+    shapes: dict  # dtype, device, table_rows
+    documents: bool  # whether they are kept apart
+    compiles: bool
+
+
+def check_kernels(config: Config, machine: Machine, loader: TrainLoader, world: World) -> Checked:
+    """Check each operation's kernels on every rank, and take the first choice of those that are right on all. Raises
+    ConfigError on all ranks if those that the config asks for are not."""
+    documents = config.data.document_mask or loader.stream.row_tokens is not None
+    rows = padded_vocab_size(config.model.vocab_size)
+    shapes = {"dtype": machine.dtype, "device": machine.device, "table_rows": rows}
+    rivals = fastest.rivals(config.train.kernels, config.model, device=machine.device, documents=documents,
+                            compiles=machine.compiles)
+    own = self_check.verdicts(config.train.kernels, config.model, rivals=rivals, **shapes)
+    checked = Checked(distributed.gather(own, world), shapes, documents, machine.compiles)
+    with distributed.raise_on_all_ranks(world):
+        self_check.agree(config.train.kernels, checked.verdicts)
+    return checked
+
+
+def settle(config: Config, progress: start.Progress, checked: Checked, model: GPT, compiled: nn.Module,
+           loader: TrainLoader, world: World) -> tuple[str, str]:
     """Choose progress.micro_batch and progress.kernels, where the run has not begun with some, the same on every rank;
     why, in words, and the log line of the kernels. The fastest kernels depend on B, and B on what they hold: if others
-    than those that were tried win, B is tried again. checked: what self_check.verdicts got. Raises as
-    choose_micro_batch."""
-    saved, setting = progress.micro_batch, config.train.kernels
+    than those that were tried win, B is tried again. Raises as choose_micro_batch."""
+    saved, setting, verdicts = progress.micro_batch, config.train.kernels, checked.verdicts
     tried, _ = self_check.agree(setting, verdicts, previous=progress.kernels)
     B, why = choose_micro_batch(config, saved, model, compiled, loader, world)
     contenders, measured = self_check.contenders(verdicts, progress.kernels), None
     if any(len(backends) > 1 for backends in contenders.values()):
         with distributed.raise_on_all_ranks(world):
             if world.is_main:
-                measured = fastest.measure(contenders, config.model, B=B, T=config.model.max_seq_len, **checked,
-                                           documents=documents, compiles=compiles)
+                measured = fastest.measure(contenders, config.model, B=B, T=config.model.max_seq_len, **checked.shapes,
+                                           documents=checked.documents, compiles=checked.compiles)
         measured = distributed.gather(measured, world)[0]
     progress.kernels, line = self_check.agree(setting, verdicts, previous=progress.kernels, measured=measured)
     if progress.kernels != tried and (smaller := choose_micro_batch(

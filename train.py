@@ -52,9 +52,8 @@ from data.verify_shards import BackgroundVerifier
 from devices import Machine
 from distributed import World
 from finetune.runs import end_ids, files_to_save, kept_template, run_lock, save_generation
-from kernels import fastest, self_check
 from kernels.attention_backends import SDPA
-from model import GPT, flops_per_token, padded_vocab_size
+from model import GPT, flops_per_token
 from optim import LossScale, Optimizer, SpikeGuard, gradient_norm, learning_rate
 from start import Progress, Resume
 from watchdog import Watchdog
@@ -373,15 +372,8 @@ def train(config: Config, given: set[str], *, world: World, stop: StopRequest) -
             has_val = config.data.val_fraction > 0.0 or any(s["split"] == "val" for s in dataset.index["shards"])
             val_data = ValLoader(open_split(dataset, "val"), eval_tokens=config.train.eval_tokens, **common) \
                 if has_val else None
-        documents = config.data.document_mask or train_data.stream.row_tokens is not None
-        checked = {"dtype": machine.dtype, "device": machine.device,
-                   "table_rows": padded_vocab_size(config.model.vocab_size)}
-        rivals = fastest.rivals(config.train.kernels, config.model, device=machine.device, documents=documents,
-                                compiles=machine.compiles)
-        verdicts = distributed.gather(
-            self_check.verdicts(config.train.kernels, config.model, rivals=rivals, **checked), world)
+        checked = plan.check_kernels(config, machine, train_data, world)
         with distributed.raise_on_all_ranks(world):
-            self_check.agree(config.train.kernels, verdicts)
             starting.check_same_on_all_ranks(config, dataset, world)
             if world.is_main:
                 check_content(data_dir, config.data)
@@ -395,9 +387,6 @@ def train(config: Config, given: set[str], *, world: World, stop: StopRequest) -
             return
 
         # 3. Model and optimizer, the log, the loop, the last words.
-        if machine.compiles and kernels.backend("rms_norm") == "triton":  # of the norms Inductor has QK-norm alone,
-            if hasattr(torch._inductor.config.triton, "mix_order_reduction"):  # and would write its gradients twice
-                torch._inductor.config.triton.mix_order_reduction = False
         with _one_line(config, world):
             model, optimizer, progress = starting.build(start, config, parent, machine, world)
         train_data.go_on_after(progress.step, progress.tokens // config.model.max_seq_len)
@@ -412,8 +401,7 @@ def train(config: Config, given: set[str], *, world: World, stop: StopRequest) -
             whole = machine.compiles and not distributed.is_sharded(model)  # a sharded one's blocks are, see build()
             compiled = torch.compile(model, dynamic=False) if whole else model
             micro_batch_reason, kernels_line = plan.settle(
-                config, progress, verdicts, model, compiled, train_data, checked=checked, documents=documents,
-                compiles=machine.compiles, world=world)
+                config, progress, checked, model, compiled, train_data, world)
         config = replace(config, train=replace(config.train, micro_batch=progress.micro_batch))
         for loader in filter(None, (train_data, val_data)):
             loader.micro_batch = progress.micro_batch

@@ -63,6 +63,9 @@ def agree(setting: str, of_ranks: list[Verdicts], *, previous: Choice | None = N
         words = choice[op] + (f" ({'; '.join(notes)})" if notes else "")
         by_words.setdefault(words, []).append(op)
     kernels.choose_backends(choice)
+    if "triton" in choice.values() and hasattr(torch._inductor.config.triton, "mix_order_reduction"):
+        # Beside our norms the compiler has QK-norm alone, and would write its gradients twice.
+        torch._inductor.config.triton.mix_order_reduction = choice.get("rms_norm") != "triton"
     line = "kernels: " + "; ".join(f"{words} for {', '.join(ops)}" for words, ops in by_words.items())
     if measured is not None:
         line += f"; forward and backward timed in {measured[1]:.1f} s"

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import cli
 import kernels
 from config import ConfigError, MachineError, ModelConfig
 from kernels import self_check
@@ -260,3 +261,13 @@ def test_what_changes_in_one_document_changes_no_bit_of_another(model, backend, 
     for before, after in zip(*results, strict=True):
         assert torch.equal(before[documents == 1], after[documents == 1])
         assert not torch.isclose(before[documents == 0], after[documents == 0]).all(-1).any()
+
+
+@pytest.mark.parametrize("of_norm, mixed", [("torch", True), ("triton", False)])
+def test_sums_over_rows_and_columns_are_not_mixed_where_only_qk_norm_is_the_compiler_s(monkeypatch, of_norm, mixed):
+    triton = torch._inductor.config.triton
+    if not cli.is_installed("triton") or not hasattr(triton, "mix_order_reduction"):
+        pytest.skip("no triton, or an Inductor that does not mix sums: how QK-norm is compiled is unchecked")
+    monkeypatch.setattr(triton, "mix_order_reduction", not mixed)
+    self_check.agree("auto", [{"attention": {"triton": None}, "rms_norm": {of_norm: None}}])
+    assert triton.mix_order_reduction is mixed

@@ -315,9 +315,8 @@ def test_a_micro_batch_is_tried_again_with_the_kernels_that_won(loader, monkeypa
     monkeypatch.setattr(fastest, "measure", lambda contenders, model, **options: (
         {"attention": {"cpu": 2.0, "SDPA flash": 1.0}}, 0.1))
     progress, model = Progress(), ByKernels(16)
-    verdicts = [{"attention": {"cpu": None, "SDPA flash": None}}]
-    settle = partial(plan.settle, config(), verdicts=verdicts, model=model, compiled=model, loader=loader, checked={},
-                     documents=False, compiles=False, world=World())
+    checked = plan.Checked([{"attention": {"cpu": None, "SDPA flash": None}}], {}, False, False)
+    settle = partial(plan.settle, config(), checked=checked, model=model, compiled=model, loader=loader, world=World())
     assert settle(progress=progress)[0] == "auto: 16 would not fit"
     assert (progress.micro_batch, progress.kernels) == (8, {"attention": "SDPA flash"})
     model.asked.clear()

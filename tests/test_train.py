@@ -21,7 +21,6 @@ import config as configuration
 import curves
 import eval as evaluation
 import gpus
-import kernels
 import sample
 import train
 from config import OVERRIDE, ConfigError, MachineError, OptimConfig, UserError
@@ -291,15 +290,6 @@ def test_a_run_compiles_one_graph_for_full_micro_batches_and_one_for_the_short_l
     monkeypatch.setattr(torch, "compile", lambda model, **options: real(model, backend=backend, **options))
     run(settings, "graphs", "train.max_steps=3", "train.micro_batch=3", "train.compile=true", "train.sample_every=2")
     assert symbolic == [False, False]
-
-
-def test_sums_over_rows_and_columns_are_not_mixed_where_only_qk_norm_is_the_compiler_s(settings, monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda model, **options: model)
-    for of_norm, mixed in (("torch", True), ("triton", False)):
-        monkeypatch.setattr(torch._inductor.config.triton, "mix_order_reduction", True)
-        monkeypatch.setattr(kernels, "backend", lambda op, of_norm=of_norm: of_norm)
-        run(settings, of_norm, "train.max_steps=1", "train.compile=true")
-        assert torch._inductor.config.triton.mix_order_reduction is mixed
 
 
 @pytest.mark.parametrize("grad_clip", [0.3, 1e9, math.inf])
