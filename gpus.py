@@ -19,7 +19,8 @@ class Gpu(NamedTuple):
 # Patterns are matched whole, because a prefix would guess: a 4090 Laptop is no 4090, and a MIG slice is a fraction of
 # its card. Source: NVIDIA's data sheets and product pages (figures "with sparsity" halved; B200 and GB200 as in DGX
 # B200 and GB200 NVL72, divided by their GPUs; of B300 the pages disagree on the memory); appendix A of the GA102, Ada
-# and RTX Blackwell white papers; AMD's CDNA data sheets.
+# and RTX Blackwell white papers; AMD's CDNA data sheets. Memory, bandwidth, and the peaks of A10G, B300, GB300 and 4080
+# SUPER were written down from second hand and wait to be compared with the sheets.
 GPUS = [Gpu(*row) for row in (
     # short, device name                               bfloat16 float16 float32   GB  GB/s
     (None, r"V100-PCIE-16GB",                           None, 112.0, 14.0, 16, 900),
