@@ -359,7 +359,7 @@ def test_a_signal_ends_the_part_and_leaves_what_was_measured(plan, monkeypatch, 
     assert not Path("/proc", (tmp_path / "pid").read_text()).exists()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: the refusal where there is none is unchecked")
 def test_without_a_gpu_one_line_says_so(monkeypatch):
     monkeypatch.setattr(measure, "WATCHED_S", 0.0)
     with pytest.raises(UserError) as error:  # exit status 2
